@@ -1,0 +1,43 @@
+# make train   install into .venv and train on real images with four processes
+# make test    install into .venv and run the test suite
+# make check   lint and type-check; changes nothing
+# make audit   cross-compile every Triton kernel and inspect the machine code; no GPU needed
+# make bench   the runs behind the README's table
+PYTHON ?= python3
+NPROC ?= 4
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: train test check audit bench install clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml effdense/version.py
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+train: $(STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc_per_node $(NPROC) train_ddp.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+audit: $(STAMP)
+	$(BIN)/python -m effdense.kernels.audit $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/memory.py --depth 250
+	$(BIN)/python benchmarks/throughput.py --depth 100 --growth-rate 12 --batch-size 64
+	$(BIN)/python benchmarks/throughput.py --depth 250 --growth-rate 24 --batch-size 16
+	$(BIN)/python benchmarks/throughput.py --arch densenet121 --image-size 224 --batch-size 8
+	$(BIN)/python benchmarks/scaling.py --processes 1 2 4
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,234 @@
+"""Pictures of benchmark results.
+
+    python benchmarks/draw.py results/memory-*.csv --output memory.png
+
+Results of one benchmark go into one picture; what it shows follows from the rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from harness import report
+from harness.case import Parser
+
+# One colour per provider in every picture; Okabe and Ito's set, safe for the colour-blind.
+_COLOURS = {
+    "naive": "#000000",
+    "naive-channels-last": "#666666",
+    "torchvision": "#999999",
+    "torchvision-memory-efficient": "#CC79A7",
+    "checkpoint": "#D55E00",
+    "compile": "#E69F00",
+    "compile-budget": "#F0E442",
+    "effdense-all": "#56B4E9",
+    "effdense-bottlenecks": "#009E73",
+    "effdense-features": "#0072B2",
+    "effdense-input": "#56B4E9",
+}
+
+Row = dict[str, str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("results", nargs="+", type=Path, metavar="CSV")
+    parser.add_argument(
+        "--output", type=Path, help="PNG, SVG or PDF (default: the first CSV's name with .png)"
+    )
+    args = parser.parse_args(argv)
+    output = args.output or args.results[0].with_suffix(".png")
+    try:
+        draw(args.results, output)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(output)
+    return 0
+
+
+def draw(results: Sequence[Path], output: Path) -> None:
+    """Draw the rows of some results files of one benchmark.
+
+    Raises:
+        ValueError: where there is nothing to draw, or the files are of several benchmarks.
+    """
+    rows = [row for path in results for row in report.read(path)]
+    benchmarks = {row["benchmark"] for row in rows}
+    if len(benchmarks) > 1:
+        raise ValueError(f"one picture, several benchmarks: {', '.join(sorted(benchmarks))}")
+    if not rows:
+        raise ValueError(f"no rows in {', '.join(map(str, results))}")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    try:
+        {"memory": _memory, "throughput": _throughput, "scaling": _scaling}[benchmarks.pop()](
+            axes, rows
+        )
+        # Where the figures come from, in the picture itself.
+        figure.supxlabel(_origin(rows[0]), fontsize=7, color="#666666")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=150)
+    finally:
+        plt.close(figure)
+
+
+def _origin(row: Row) -> str:
+    machine = row["gpu"] or f"{row['processor']}, {row['threads']} threads"
+    return (
+        f"{machine}; torch {row['torch']}; effdense {row['effdense']} ({row['git_revision']}); "
+        f"{row['date'][:10]}"
+    )
+
+
+def _memory(axes: Any, rows: list[Row]) -> None:
+    dimension = _swept(rows)
+    if dimension is None:
+        _memory_bars(axes, rows)
+    else:
+        _memory_growth(axes, rows, dimension)
+
+
+def _swept(rows: list[Row]) -> str | None:
+    for dimension in ("depth", "batch_size", "growth_rate"):
+        if len({row[dimension] for row in rows}) > 1:
+            return dimension
+    return None
+
+
+def _memory_bars(axes: Any, rows: list[Row]) -> None:
+    peaks = {
+        row["provider"]: float(row["value"]) / 2**20
+        for row in rows
+        if row["metric"] == "peak" and row["value"]
+    }
+    if not peaks:
+        raise ValueError("no measured peak to draw")
+    names = list(peaks)[::-1]
+    bars = axes.barh(names, [peaks[name] for name in names], color=[_colour(n) for n in names])
+    axes.bar_label(bars, labels=[f"{peaks[name]:,.0f}" for name in names], padding=3)
+    floors = [float(row["value"]) for row in rows if row["metric"] == "floor total"]
+    if floors:
+        axes.axvline(floors[0] / 2**20, color="#D55E00", linestyle="--", label="floor (formula)")
+        axes.legend(loc="lower right")
+    axes.set_xlabel("peak memory of a training step, MiB")
+    axes.set_title(_describe(rows[0]))
+    axes.margins(x=0.12)
+
+
+def _memory_growth(axes: Any, rows: list[Row], dimension: str) -> None:
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        metric = "floor total" if provider == "floor" else "peak"
+        points = sorted(
+            (int(row[dimension]), float(row["value"]) / 2**20)
+            for row in rows
+            if row["provider"] == provider and row["metric"] == metric and row["value"]
+        )
+        if not points:
+            continue
+        style: dict[str, Any] = {"marker": "o", "color": _colour(provider)}
+        if provider == "floor":
+            style = {"linestyle": "--", "color": "#D55E00"}
+        axes.loglog(*zip(*points, strict=True), label=provider, **style)
+    ticks = sorted({int(row[dimension]) for row in rows})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(dimension.replace("_", " "))
+    axes.set_ylabel("peak memory of a training step, MiB")
+    axes.set_title(_describe(rows[0], but=dimension))
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _throughput(axes: Any, rows: list[Row]) -> None:
+    if any(row["kind"] == "projection" for row in rows):
+        raise ValueError("a projection is not drawn among measurements")
+    rows = [row for row in rows if row["metric"] == "step time" and row["value"]]
+    if not rows:
+        raise ValueError("no measured step time to draw")
+    cases = dict.fromkeys(_describe(row) for row in rows)
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    height = 0.8 / len(names)
+    for i, name in enumerate(names):
+        for j, case in enumerate(cases):
+            own = [r for r in rows if r["provider"] == name and _describe(r) == case]
+            if not own:
+                continue
+            images = int(own[0]["batch_size"])
+            low, middle, high = report.quantiles([images / float(r["value"]) for r in own])
+            place = -j - i * height
+            axes.barh(place, middle, 0.9 * height, color=_colour(name), label=None if j else name)
+            axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color="#D55E00")
+            axes.annotate(
+                f"{middle:.1f}",
+                (high, place),
+                xytext=(4, -3),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    axes.set_yticks([-j - 0.4 + height / 2 for j in range(len(cases))], list(cases), fontsize=8)
+    axes.set_xlabel("images per second: median, 20 to 80 % quantiles")
+    axes.margins(x=0.12)
+    axes.legend(fontsize=8)
+
+
+def _scaling(axes: Any, rows: list[Row]) -> None:
+    if any(row["kind"] == "projection" for row in rows):
+        raise ValueError("a projection is not drawn among measurements")
+    rows = [row for row in rows if row["metric"].endswith("step time") and row["value"]]
+    if not rows:
+        raise ValueError("no measured step time to draw")
+    counts = sorted({int(row["processes"]) for row in rows})
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        for metric, marker in (("weak step time", "o"), ("strong step time", "s")):
+            own = [r for r in rows if r["provider"] == provider and r["metric"] == metric]
+            times = {
+                n: median([float(r["value"]) for r in own if int(r["processes"]) == n])
+                for n in counts
+                if any(int(r["processes"]) == n for r in own)
+            }
+            if not times:
+                continue
+            first = min(times)
+            ideal = {n: first / n if metric.startswith("strong") else 1.0 for n in times}
+            axes.plot(
+                list(times),
+                [100 * ideal[n] * times[first] / times[n] for n in times],
+                marker=marker,
+                color=_colour(provider),
+                linestyle="-" if marker == "o" else "--",
+                label=f"{provider}, {metric.split()[0]}",
+            )
+    axes.set_xticks(counts)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("processes")
+    axes.set_ylabel("scaling efficiency, %")
+    axes.set_title(_describe(rows[0]))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _describe(row: Row, but: str = "") -> str:
+    """The case in words, without the dimension that is on an axis."""
+    parts = [row["arch"]]
+    if row["arch"] == "densenet-bc":
+        parts = ["DenseNet-BC"]
+        parts += [] if but == "depth" else [f"depth {row['depth']}"]
+        parts += [] if but == "growth_rate" else [f"k={row['growth_rate']}"]
+    parts += [] if but == "batch_size" else [f"batch {row['batch_size']}"]
+    return ", ".join([*parts, f"{row['image_size']}x{row['image_size']}", row["dtype"]])
+
+
+def _colour(provider: str) -> str:
+    return _COLOURS.get(provider.partition(":")[0], "#F0E442")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""A fresh process that measures one provider's memory on one case.
+
+Run as ``python -m harness.child REQUEST`` by :mod:`harness.measure`, where REQUEST and
+the last line of output are JSON. To check a figure with another tool, run the same
+command under it: ``baseline + peak`` is the process's largest resident size.
+
+NOTE [ what the baseline contains ]
+Interpreter, imports, thread pools and what the libraries set up in a first training
+step of a tiny network: a user pays that for any model. It is taken before the model is
+built, so parameters count.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+
+from . import machine, providers, timeline
+from .case import CIFAR_FAMILY, Case
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    machine.volunteer_for_the_oom_killer()
+    torch.set_num_threads(request["threads"])
+    case = Case(**request["case"])
+    try:
+        measure = {"resident": _resident, "live": _live, "cuda": _cuda}[request["mode"]]
+        answer = measure(request, case)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        answer = {"error": _first_line(error), "out_of_memory": True}
+    except Exception as error:
+        # torch has no type of its own for a failed allocation on CPU
+        refused = "can't allocate memory" in str(error) or "allocate" in str(error).lower()
+        answer = {"error": f"{type(error).__name__}: {_first_line(error)}"}
+        answer["out_of_memory"] = refused
+    print(json.dumps(answer), flush=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+def _warm_up(request: dict[str, Any], case: Case) -> None:
+    """One step of a tiny network of the same provider.
+
+    See NOTE [ what the baseline contains ]. An optimizer's constructor alone may import
+    150 MiB of torch's compiler, which is not the memory of the network that comes after.
+    """
+    tiny = Case(CIFAR_FAMILY, 10, 4, 2, 8, case.dtype, case.device)
+    providers.setup(request["provider"], tiny).step()
+    # wakes every thread of the pool, whose stacks count as resident
+    torch.randn(1 << 18, device=case.device).add_(1).sum().item()
+    gc.collect()
+
+
+def _limit(request: dict[str, Any]) -> None:
+    if request.get("memory_limit"):
+        machine.limit_memory(request["memory_limit"])
+
+
+def _resident(request: dict[str, Any], case: Case) -> dict[str, Any]:
+    """Peak resident bytes over the baseline, over some steps."""
+    _warm_up(request, case)
+    _limit(request)
+    machine.reset_peak_resident()
+    baseline = machine.resident_bytes()
+    start = time.perf_counter()
+    job = providers.setup(request["provider"], case)
+    # as in every step but a training's first
+    job.make_optimizer_state()
+    for _ in range(request["steps"]):
+        job.step()
+    return {
+        "baseline": baseline,
+        "peak": machine.peak_resident_bytes() - baseline,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _live(request: dict[str, Any], case: Case) -> dict[str, Any]:
+    """Peak live tensor bytes of a step, by role."""
+    _warm_up(request, case)
+    _limit(request)
+    return timeline.record_step(lambda: providers.setup(request["provider"], case))
+
+
+def _cuda(request: dict[str, Any], case: Case) -> dict[str, Any]:
+    """Peaks of torch's allocator over some steps, and the process's memory by the driver."""
+    torch.cuda.set_device(case.device)
+    _warm_up(request, case)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    baseline = torch.cuda.memory_allocated()
+    process_before = _process_bytes_by_driver()
+    start = time.perf_counter()
+    job = providers.setup(request["provider"], case)
+    # as in every step but a training's first
+    job.make_optimizer_state()
+    for _ in range(request["steps"]):
+        job.step()
+    torch.cuda.synchronize()
+    process_after = _process_bytes_by_driver()
+    return {
+        "baseline": baseline,
+        "peak": torch.cuda.max_memory_allocated() - baseline,
+        "reserved": torch.cuda.max_memory_reserved(),
+        # The caching allocator gives nothing back, so the end is the peak.
+        "process": process_after,
+        "process_baseline": process_before,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _process_bytes_by_driver() -> int | None:
+    """This process's memory on the current GPU by NVML; None where the driver won't say.
+
+    Inside a container the driver may know this process by another number; then the
+    figure is only taken if a single process uses the GPU.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:
+        return None
+    try:
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(name)
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        own = [p for p in running if p.pid == os.getpid()]
+        if not own and len(running) == 1:
+            own = running
+        return int(own[0].usedGpuMemory) if own and own[0].usedGpuMemory else None
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""What the machine has, what this process uses of it, and a record of both."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .case import usable_cores
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    return _status_bytes("VmRSS") or peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Most resident memory of this process since its start or the last reset.
+
+    On Linux not ``ru_maxrss``: that one survives exec, so a child of a large process
+    would start with its parent's figure.
+    """
+    peak = _status_bytes("VmHWM")
+    if peak is not None:
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_resident() -> bool:
+    """Start the peak again from the present; False where the system doesn't let us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def limit_memory(nbytes: int) -> None:
+    """Make allocations beyond ``nbytes`` more than now fail in this process."""
+    private = _status_bytes("VmData")
+    if private is None:
+        raise OSError("memory can only be limited on Linux")
+    limit = private + nbytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def volunteer_for_the_oom_killer() -> None:
+    """When the machine runs out, this process is to die rather than whoever started it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def available_bytes(device: str = "cpu") -> int:
+    """What a new process can take of a device's memory now, control groups respected."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    return min([_available_of_machine(), *_available_ofgroups()])
+
+
+def total_bytes(device: str = "cpu") -> int:
+    """All memory of a device that this machine or control group has."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[1]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([total, *(limit for limit, _ in groups())])
+
+
+def _available_of_machine() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _available_ofgroups() -> list[int]:
+    return [max(0, limit - used) for limit, used in groups()]
+
+
+def groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Any:
+    """(limit, use) in bytes of every control group this process is in that has a limit.
+
+    File cache that the kernel would give back is not counted as used.
+    """
+    found = []
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = base / path.lstrip("/")
+        # Inside a container the path may be the host's; the group's own files are at the root.
+        for folder in dict.fromkeys([group, *group.parents]):
+            if folder != base and base not in folder.parents:
+                break
+            limit, used = _read_int(folder / names[0]), _read_int(folder / names[1])
+            # v1 writes "no limit" as a number near 2^63
+            if limit is None or used is None or limit > 1 << 60:
+                continue
+            found.append((limit, used - _cache_bytes(folder / "memory.stat", names[2])))
+    return found
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _cache_bytes(path: Path, field: str) -> int:
+    try:
+        for line in path.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == field:
+                return int(value)
+    except (OSError, ValueError):
+        pass
+    return 0
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """What a figure depends on besides its case: machine, versions, revision, command."""
+    return {
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "threads": threads,
+        "memory_bytes": total_bytes(),
+        "gpu": _gpu(device),
+        "os": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **_versions(),
+        "git_revision": _git_revision(),
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def headline(environment: dict[str, Any]) -> str:
+    """The environment in one line, for the top of a table."""
+    gpu = f"{environment['gpu']}, " if environment["gpu"] else ""
+    return (
+        f"{gpu}{environment['processor']}, {environment['threads']} threads of "
+        f"{environment['cores']} cores, {environment['memory_bytes'] / 2**30:.1f} GiB, "
+        f"torch {environment['torch']}, Python {environment['python']}, "
+        f"effdense {environment['effdense']} ({environment['git_revision']})"
+    )
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpu(device: str) -> str:
+    if not device.startswith("cuda"):
+        return ""
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+@lru_cache
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    import effdense
+
+    found = {"torch": torch.__version__, "effdense": effdense.__version__}
+    for package in ("torchvision", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = ""
+    found["cuda"] = torch.version.cuda or ""
+    return found
+
+
+@lru_cache
+def _git_revision() -> str:
+    """Short revision, with "+" where the library or its benchmarks have uncommitted changes."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        revision = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--", "effdense", "kernels", "benchmarks")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return revision + ("+" if changed else "")

@@ -1,0 +1,157 @@
+"""Memory of a provider: predicted, then measured in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from . import counts, machine, providers
+from .case import Case
+from .timeline import record_step
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
+
+# glibc raises this threshold as large blocks are freed, up to 32 MiB, and then keeps what
+# is freed below it: peaks would depend on history. Fixed, freed tensors leave at once.
+MMAP_THRESHOLD = "65536"
+
+Status = Literal["measured", "does not fit", "out of memory", "failed", "interrupted"]
+
+
+@dataclass
+class Memory:
+    """One provider's memory in bytes, or why there is none.
+
+    ``peak`` over ``baseline`` is resident memory on a CPU and allocated memory on a GPU;
+    ``live`` splits live tensor bytes at their peak by role (timeline.py).
+    """
+
+    status: Status
+    detail: str = ""
+    baseline: int | None = None
+    peak: int | None = None
+    reserved: int | None = None
+    process: int | None = None
+    seconds: float | None = None
+    live: dict[str, int] = field(default_factory=dict)
+
+
+def memory(
+    provider: str,
+    case: Case,
+    *,
+    steps: int,
+    threads: int,
+    live: bool = True,
+    force: bool = False,
+    memory_limit: int | None = None,
+) -> Memory:
+    """Measure one provider, unless it is predicted not to fit and ``force`` is False.
+
+    ``memory_limit`` in bytes makes larger allocations fail, as on a smaller machine.
+    """
+    if not force:
+        needed, here = predicted_peak(provider, case), machine.available_bytes(case.device)
+        if memory_limit is not None:
+            here = min(here, memory_limit)
+        if needed > here:
+            detail = f"needs {needed / 2**30:.1f} GiB, machine has {here / 2**30:.1f} GiB free"
+            return Memory("does not fit", detail)
+    request = {
+        "mode": "cuda" if case.device.startswith("cuda") else "resident",
+        "provider": provider,
+        "case": case.columns(),
+        "steps": steps,
+        "threads": threads,
+        "memory_limit": memory_limit,
+    }
+    answer = run_child(request)
+    if "error" in answer:
+        return Memory(
+            "out of memory" if answer["out_of_memory"] else "failed", str(answer["error"])
+        )
+    found = Memory(
+        "measured",
+        baseline=answer["baseline"],
+        peak=answer["peak"],
+        reserved=answer.get("reserved"),
+        process=answer.get("process"),
+        seconds=answer["seconds"],
+    )
+    if live and not providers.find(provider)[0].compiled:
+        answer = run_child({**request, "mode": "live"})
+        if "error" in answer:
+            found.detail = f"live bytes: {answer['error']}"
+        else:
+            found.live = answer
+    return found
+
+
+def run_child(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a fresh process; its death is an answer too: ``error``, ``out_of_memory``."""
+    env = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": MMAP_THRESHOLD,
+        "OMP_NUM_THREADS": str(request["threads"]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+    }
+    command = [sys.executable, "-m", "harness.child", json.dumps(request)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return {
+            "error": f"killed by {name}" + (", no memory left" if name == "SIGKILL" else ""),
+            "out_of_memory": name == "SIGKILL",
+        }
+    lines = done.stdout.strip().splitlines()
+    try:
+        answer: dict[str, Any] = json.loads(lines[-1])
+    except (IndexError, json.JSONDecodeError):
+        said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return {"error": said[:300], "out_of_memory": "MemoryError" in said}
+    return answer
+
+
+# What a process takes besides live tensors: library workspaces and the allocator's slack.
+# Measured on the CPU cases of the README: at most 3 % and 40 MiB.
+_SLACK, _WORKSPACE = 1.03, 64 << 20
+
+
+def predicted_peak(provider: str, case: Case) -> int:
+    """Bytes one training step will take over the baseline, before anything runs."""
+    return int(predicted_live(provider, case) * _SLACK) + _WORKSPACE
+
+
+@lru_cache(maxsize=4096)
+def predicted_live(provider: str, case: Case) -> int:
+    """Peak live tensor bytes of a step.
+
+    Providers of plain torch operations run once on meta tensors, which hold no data, under
+    the same timeline that measures live bytes: the figures are equal. effdense's are
+    its floor plus the temporaries below, an upper bound; compiled ones count as naive.
+    """
+    found, _ = providers.find(provider)
+    name = "naive" if found.compiled or provider == "effdense-all" else provider
+    if not name.startswith("effdense"):
+        meta = dataclasses.replace(case, device="meta")
+        found_live = record_step(lambda: providers.setup(name, meta))["total"]
+        # on meta the parameters have autocast's dtype
+        narrower = case.parameter_size - case.element_size if case.autocast else 0
+        return found_live + 3 * narrower * counts.parameter_count(case)
+    floor = counts.floor(case)
+    widest = max(block.positions * block.bottleneck for block in counts.blocks(case))
+    # Y and its gradient, and once more in pieces; see dense_block.py
+    total = floor.total + 3 * widest * case.element_size
+    if name.startswith("effdense-bottlenecks"):
+        total += counts.bottleneck_bytes(case)
+    # save="input" keeps less than "features" does, but rebuilds the largest block.
+    return total

@@ -1,0 +1,248 @@
+"""The implementations that are compared, behind one ``setup``.
+
+What a provider is trained with is the same for all: cross-entropy, SGD with momentum,
+the same parameters and the same input. Speed and memory are measured on the same
+:class:`Job`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import effdense
+from effdense import reference
+
+from .case import Case
+
+DEFAULT = (
+    "naive",
+    "naive-channels-last",
+    "torchvision",
+    "torchvision-memory-efficient",
+    "checkpoint",
+    "effdense-bottlenecks",
+    "effdense-features",
+    "effdense-input",
+)
+
+
+class Provider(NamedTuple):
+    """What a name on the command line stands for."""
+
+    summary: str
+    build: Callable[[Case, str], nn.Module]
+    # the meaning of NAME:VARIANT, or None where there are no variants
+    variant: str | None = None
+    channels_last: bool = False
+    # torch.compile runs under no dispatch mode, so neither live bytes nor meta runs
+    compiled: bool = False
+
+
+def _naive(case: Case, variant: str) -> nn.Module:
+    return reference.DenseNet(**case.network())
+
+
+def _torchvision(memory_efficient: bool) -> Callable[[Case, str], nn.Module]:
+    def build(case: Case, variant: str) -> nn.Module:
+        from torchvision.models import DenseNet
+
+        network = case.network()
+        small_inputs = network.pop("small_inputs", False)
+        model = DenseNet(**network, memory_efficient=memory_efficient)
+        if small_inputs:
+            width = network["num_init_features"]
+            model.features.conv0 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
+            del model.features.norm0, model.features.relu0, model.features.pool0
+        return model
+
+    return build
+
+
+class _CheckpointedBlock(reference.DenseBlock):
+    """What efficient DenseNets do today: the concatenation's first half runs again in backward.
+
+    Pleiss et al. 2017. Its norms move their running statistics twice per step.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.values():
+
+            def bottleneck(*features: Tensor, layer: Any = layer) -> Tensor:
+                return layer.conv1(layer.relu1(layer.norm1(torch.cat(features, 1))))
+
+            # Nothing below draws random numbers.
+            y = checkpoint(bottleneck, *features, use_reentrant=False, preserve_rng_state=False)
+            features.append(layer.conv2(layer.relu2(layer.norm2(y))))
+        return torch.cat(features, 1)
+
+
+class _Checkpointed(reference.DenseNet):
+    block_type = _CheckpointedBlock
+
+
+def _checkpointed(case: Case, variant: str) -> nn.Module:
+    return _Checkpointed(**case.network())
+
+
+def _effdense(save: Any) -> Callable[[Case, str], nn.Module]:
+    def build(case: Case, variant: str) -> nn.Module:
+        return effdense.DenseNet(**case.network(), save=save, backend=variant or "auto")
+
+    return build
+
+
+def _compiled(case: Case, variant: str) -> nn.Module:
+    return torch.compile(_naive(case, ""))  # type: ignore[return-value]
+
+
+def _compiled_within_budget(case: Case, variant: str) -> nn.Module:
+    import torch._functorch.config
+
+    torch._functorch.config.activation_memory_budget = float(variant or 0.5)
+    return _compiled(case, "")
+
+
+PROVIDERS: dict[str, Provider] = {
+    "naive": Provider("effdense.reference, NCHW", _naive),
+    "naive-channels-last": Provider(
+        "effdense.reference, channels last", _naive, channels_last=True
+    ),
+    "torchvision": Provider("torchvision.models.DenseNet", _torchvision(False)),
+    "torchvision-memory-efficient": Provider(
+        "torchvision.models.DenseNet(memory_efficient=True)", _torchvision(True)
+    ),
+    "checkpoint": Provider("torch.utils.checkpoint over cat-BN-ReLU-Conv1x1", _checkpointed),
+    "compile": Provider("torch.compile of naive", _compiled, compiled=True),
+    "compile-budget": Provider(
+        "torch.compile of naive within an activation memory budget",
+        _compiled_within_budget,
+        variant="the budget as a fraction (default 0.5)",
+        compiled=True,
+    ),
+} | {
+    f"effdense-{save}": Provider(
+        f'effdense, save="{save}"',
+        _effdense(save),
+        variant="the backend: auto (default), torch or triton",
+    )
+    for save in effdense.SAVE_MODES
+}
+
+
+def find(name: str) -> tuple[Provider, str]:
+    """The provider that ``NAME`` or ``NAME:VARIANT`` stands for, and its variant.
+
+    Raises:
+        ValueError: where there is none; names those there are.
+    """
+    base, _, variant = name.partition(":")
+    provider = PROVIDERS.get(base)
+    if provider is None:
+        raise ValueError(f"no provider {base!r}; there are {', '.join(PROVIDERS)}")
+    if variant and provider.variant is None:
+        raise ValueError(f"provider {base} has no variants, got {name!r}")
+    if variant and base == "compile-budget":
+        try:
+            in_range = 0 <= float(variant) <= 1
+        except ValueError:
+            in_range = False
+        if not in_range:
+            raise ValueError(f"the budget is a fraction between 0 and 1, got {name!r}")
+    if variant and base.startswith("effdense") and variant not in ("auto", "torch", "triton"):
+        raise ValueError(f"the backend is auto, torch or triton, got {name!r}")
+    return provider, variant
+
+
+@dataclass
+class Job:
+    """One provider ready to train on one case."""
+
+    case: Case
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    x: Tensor
+    target: Tensor
+
+    def loss(self) -> Tensor:
+        case, device = self.case, torch.device(self.case.device).type
+        # There is no autocast on meta; see setup.
+        autocast = case.autocast and device != "meta"
+        with (
+            torch.autocast(device, getattr(torch, case.dtype))
+            if autocast
+            else contextlib.nullcontext()
+        ):
+            return F.cross_entropy(self.model(self.x), self.target)
+
+    def step(self, phase: Callable[[str], None] = lambda name: None) -> None:
+        """One training step; ``phase`` is told as forward, backward and update begin."""
+        phase("forward")
+        loss = self.loss()
+        phase("backward")
+        loss.backward()
+        phase("update")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def make_optimizer_state(self) -> None:
+        """Momentum buffers as after a first step; changes no parameter."""
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def setup(name: str, case: Case) -> Job:
+    """Build a provider for a case.
+
+    All providers get the same parameters and input, whatever the order in which their
+    constructors draw. On meta, autocast's dtype is that of the parameters too, which
+    leaves out the casts of weights.
+    """
+    provider, variant = find(name)
+    float32 = case.autocast and case.device != "meta"
+    dtype = getattr(torch, "float32" if float32 else case.dtype)
+    with torch.device(case.device):
+        model = provider.build(case, variant).to(dtype)
+    set_parameters(model)
+    generator = torch.Generator().manual_seed(1)
+    shape = (case.batch_size, 3, case.image_size, case.image_size)
+    classes = case.network().get("num_classes", 1000)
+    x = torch.randn(shape, generator=generator, dtype=dtype).to(case.device)
+    target = torch.randint(classes, shape[:1], generator=generator).to(case.device)
+    if provider.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = x.to(memory_format=torch.channels_last)
+    # Small enough that no number of timed steps leads anywhere.
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    return Job(case, model, optimizer, x, target)
+
+
+@torch.no_grad()
+def set_parameters(model: nn.Module) -> None:
+    """Fixed He-normal weights and norm parameters that differ from channel to channel.
+
+    Norms at their initial 1 and 0 would hide errors from the correctness gate.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, p in sorted(model.named_parameters()):
+        if p.device.type == "meta":
+            continue
+        values = torch.randn(p.shape, generator=generator)
+        if p.dim() > 1:
+            values *= (2 / p[0].numel()) ** 0.5
+        elif name.endswith("weight"):
+            # about one norm weight in fifteen is negative
+            values = torch.where(values > -1.5, 1.0, -1.0) + 0.1 * values
+        else:
+            values *= 0.1
+        p.copy_(values)

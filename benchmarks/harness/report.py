@@ -1,0 +1,166 @@
+"""Results: a CSV that grows row by row, and a table for the terminal."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from . import machine
+from .case import Case
+
+Kind = Literal["measured", "formula", "projection"]
+
+RESULT_COLUMNS = (
+    "benchmark",
+    "kind",
+    "provider",
+    "arch",
+    "depth",
+    "growth_rate",
+    "batch_size",
+    "image_size",
+    "dtype",
+    "device",
+    "processes",
+    "steps",
+    "metric",
+    "unit",
+    "sample",
+    "value",
+    "status",
+    "detail",
+)
+ENVIRONMENT_COLUMNS = (
+    "processor",
+    "cores",
+    "threads",
+    "memory_bytes",
+    "gpu",
+    "os",
+    "python",
+    "torch",
+    "torchvision",
+    "triton",
+    "effdense",
+    "cuda",
+    "git_revision",
+    "command",
+    "date",
+)
+
+
+class Recorder:
+    """A CSV file with one row per sample, each on disk as soon as it is known.
+
+    ``kind`` says where a value comes from: measured here, by a formula, or a projection
+    onto hardware that isn't here.
+    """
+
+    def __init__(self, path: Path, benchmark: str, device: str, threads: int) -> None:
+        self.path, self._benchmark = path, benchmark
+        self.environment = machine.environment(device, threads)
+
+    def __enter__(self) -> Recorder:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("w", newline="")
+        self._writer = csv.DictWriter(self._file, [*RESULT_COLUMNS, *ENVIRONMENT_COLUMNS])
+        self._writer.writeheader()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(
+        self,
+        provider: str,
+        case: Case,
+        metric: str,
+        value: float | None,
+        unit: str,
+        *,
+        kind: Kind = "measured",
+        sample: int = 0,
+        steps: int = 1,
+        processes: int = 1,
+        status: str | None = None,
+        detail: str = "",
+    ) -> None:
+        self._writer.writerow(
+            self.environment
+            | case.columns()
+            | {
+                "benchmark": self._benchmark,
+                "kind": kind,
+                "provider": provider,
+                "processes": processes,
+                "steps": steps,
+                "metric": metric,
+                "unit": unit,
+                "sample": sample,
+                "value": "" if value is None else value,
+                "status": status or ("measured" if kind == "measured" else ""),
+                "detail": detail,
+            }
+        )
+        self._file.flush()
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a results file.
+
+    Raises:
+        ValueError: for a file that no benchmark wrote.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        missing = set(RESULT_COLUMNS) - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path} is no benchmark's result: no column {sorted(missing)[0]!r}")
+        return list(reader)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table, padded for a terminal: the first column left, the others right."""
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(cells[0]), line(rule), *(line(row) for row in cells[1:])])
+
+
+def mebibytes(nbytes: float | None) -> str:
+    return "" if nbytes is None else f"{nbytes / 2**20:,.0f}"
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 20 %, 50 % and 80 % quantiles, interpolated.
+
+    Raises:
+        ValueError: without any value.
+    """
+    if not values:
+        raise ValueError("no values")
+    ordered = sorted(values)
+
+    def at(fraction: float) -> float:
+        place = fraction * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    return at(0.2), at(0.5), at(0.8)

@@ -1,0 +1,209 @@
+"""Speed of several providers: a process each, agreement first, then alternating rounds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .case import Case
+from .gate import Disagreement, disagreement
+from .measure import BENCHMARKS
+
+
+class WorkerError(RuntimeError):
+    """A provider's process failed or died; the message says of what."""
+
+
+class WorkerProcess:
+    """A :class:`harness.worker.Worker` in a fresh process with the allocator's defaults."""
+
+    def __init__(self, threads: int) -> None:
+        path = [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join(path),
+            "OMP_NUM_THREADS": str(threads),
+        }
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115, lives as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "harness.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=env,
+        )
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """The answer to one request.
+
+        Raises:
+            WorkerError: where the request failed or the process died over it.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        if not line:
+            raise WorkerError(self._cause_of_death())
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer
+
+    def _cause_of_death(self) -> str:
+        code = self._process.wait()
+        if code == -9:
+            return "killed by SIGKILL, no memory left"
+        self._log.seek(0)
+        said = self._log.read().decode(errors="replace").strip().splitlines()
+        return f"exit status {code}" + (f": {said[-1][:300]}" if said else "")
+
+    def __enter__(self) -> WorkerProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._process.kill()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+        self._process.wait()
+        self._log.close()
+
+
+class Race:
+    """Providers on one case. Use as a context manager; ``failures`` says who fell out and why."""
+
+    def __init__(self, names: Sequence[str], case: Case, threads: int) -> None:
+        self.case, self.threads = case, threads
+        self.names = list(names)
+        self.failures: dict[str, str] = {}
+        self.steps: dict[str, int] = {}
+        self._workers: dict[str, WorkerProcess] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Race:
+        for name in self.names:
+            self._workers[name] = self._stack.enter_context(WorkerProcess(self.threads))
+        for name in list(self._workers):
+            self._ask(name, "setup", provider=name, case=self.case.columns(), threads=self.threads)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    @property
+    def running(self) -> list[str]:
+        return [name for name in self._workers if name not in self.failures]
+
+    def _ask(self, name: str, do: str, **arguments: Any) -> dict[str, Any] | None:
+        if name in self.failures:
+            return None
+        try:
+            return self._workers[name].ask(do, **arguments)
+        except WorkerError as error:
+            self.failures[name] = str(error)
+            return None
+
+    def disagreements(self, strict: bool = False) -> dict[str, Disagreement]:
+        """How far each provider's loss and gradients are from the naive net's; see gate.py.
+
+        Under autocast the naive net in float32 is the truth, and a provider may be twice
+        as far from it as the naive net under the same autocast. ``strict`` compares in
+        float64 instead, with a batch of at most four images, in processes of its own.
+        """
+        case = self.case
+        if strict:
+            case = dataclasses.replace(case, dtype="float64", batch_size=min(4, case.batch_size))
+            with Race(self.running, case, self.threads) as race:
+                found = race.disagreements()
+                self.failures |= race.failures
+            return found
+        truth_case = dataclasses.replace(case, dtype="float32") if case.autocast else case
+        with tempfile.TemporaryDirectory() as folder:
+            truth = self._truth(truth_case, Path(folder) / "truth")
+            found = {}
+            for name in self.running:
+                answer = self._gradients(name, Path(folder) / "gradients")
+                if answer is not None:
+                    found[name] = disagreement(truth, answer, case.dtype)
+        if case.autocast and "naive" in found:
+            found = {name: each.relative_to(found["naive"]) for name, each in found.items()}
+        return found
+
+    def _truth(self, case: Case, path: Path) -> tuple[float, dict[str, torch.Tensor]]:
+        if case == self.case and "naive" in self.running:
+            answer = self._gradients("naive", path)
+            if answer is not None:
+                return answer
+            raise WorkerError(f"naive: {self.failures['naive']}")
+        with WorkerProcess(self.threads) as worker:
+            worker.ask("setup", provider="naive", case=case.columns(), threads=self.threads)
+            loss = worker.ask("gradients", path=str(path))["loss"]
+        return loss, torch.load(path, weights_only=True)
+
+    def _gradients(self, name: str, path: Path) -> tuple[float, dict[str, torch.Tensor]] | None:
+        answer = self._ask(name, "gradients", path=str(path))
+        self._ask(name, "release")
+        if answer is None:
+            return None
+        return answer["loss"], torch.load(path, weights_only=True)
+
+    def rounds(
+        self, count: int, seconds: float, steps: int | None = None
+    ) -> Iterator[dict[str, float]]:
+        """Seconds per step of each provider, round by round.
+
+        A sample is of ``steps`` steps, or of as many as last ``seconds``; after the first
+        round ``self.steps`` tells how many. A provider that fails is missing from then on.
+
+        Each round starts with another provider, so that none always follows the same one.
+        """
+        for name in self.running:
+            answer = self._ask(name, "warm_up", seconds=seconds)
+            self._ask(name, "release")
+            if answer is not None:
+                self.steps[name] = steps or answer["steps"]
+        for i in range(count):
+            names = self.running
+            shift = i % max(1, len(names))
+            times = {}
+            for name in names[shift:] + names[:shift]:
+                answer = self._ask(name, "sample", steps=self.steps[name])
+                self._ask(name, "release")
+                if answer is not None:
+                    times[name] = answer["seconds"]
+            yield times
+
+
+def machine_peaks(case: Case, threads: int, seconds: float) -> dict[str, float]:
+    """Measured here: ``flops`` per second of a matrix product, ``bytes`` per second of a copy."""
+    with WorkerProcess(threads) as worker:
+        return worker.ask(
+            "peaks", device=case.device, dtype=case.dtype, threads=threads, seconds=seconds
+        )

@@ -1,0 +1,204 @@
+"""The dense block's operations as Triton kernels; NVIDIA, AMD, or the Triton interpreter.
+
+Importing this module imports Triton. :mod:`effdense.backends.select` does so only when
+the backend is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effdense.backends.base import Normalization, PendingNorm, Rebuild
+from effdense.kernels import (
+    bn_relu,
+    bn_relu_conv1x1,
+    bn_relu_conv1x1_backward,
+    bn_relu_pool,
+    finish_gradient,
+    launch,
+    statistics,
+)
+
+INTERPRETED: bool = launch.interpreted(statistics.statistics_fwd_kernel)
+"""Whether this process runs the kernels in Triton's interpreter, on any device."""
+
+STEP_BYTES = 128 << 20
+"""Bytes of a step's temporaries up to which a GPU takes all images at once."""
+
+
+class TritonBackend:
+    """The :class:`effdense.backends.base.Backend` of the kernels in :mod:`effdense.kernels`.
+
+    Args:
+        table: chooses launch configurations; None for the hand-reasoned table of the
+            device that each matrix lies on.
+        search: time alternative configurations on the device, once per shape class, and
+            keep the fastest in ``search_directory``. Off unless asked for: the
+            environment variable EFFDENSE_LAUNCH_SEARCH=1 asks where the argument is None.
+        search_directory: by default "effdense/launch" in the user's cache directory.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self,
+        table: Callable[..., launch.Launch] | None = None,
+        *,
+        search: bool | None = None,
+        search_directory: Path | None = None,
+    ) -> None:
+        if search is None:
+            search = os.environ.get("EFFDENSE_LAUNCH_SEARCH", "0") == "1"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self._search_directory = search_directory or cache / "effdense" / "launch"
+        self._search = search
+        self._table = table
+        self._tables: dict[torch.device, Callable[..., launch.Launch]] = {}
+
+    def _run(
+        self,
+        operation: str,
+        function: Callable[..., Any],
+        x: Tensor,
+        *args: Any,
+        bottleneck: int = 0,
+    ) -> Any:
+        """``function(x, *args)`` with the launch configuration of ``operation`` on ``x``."""
+        table = self._table or self._tables.get(x.device)
+        if table is None:
+            architecture = launch.Architecture("interpreter")
+            if not INTERPRETED:
+                architecture = launch.Architecture.of(x.device)
+            table = launch.LaunchTable(architecture)
+            if self._search and architecture.kind != "interpreter":
+                name = torch.cuda.get_device_name(x.device)
+                table = launch.SearchedLaunchTable(architecture, name, self._search_directory)
+            self._tables[x.device] = table
+        shape = (operation, x, x.shape[1], bottleneck)
+        if isinstance(table, launch.SearchedLaunchTable):
+            table.search(*shape, lambda chosen: function(x, *_scratch(args), launch=chosen))
+        return function(x, *args, launch=table(*shape))
+
+    def sums_from_products(self, dtype: torch.dtype) -> bool:
+        # x is read for the mask anyway: T costs the kernels nothing
+        return False
+
+    def images_per_step(self, images: int, bytes_per_image: int) -> int:
+        return max(1, min(images, STEP_BYTES // max(1, bytes_per_image)))
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._run("reduce", statistics.statistics, x)
+
+    def bn_relu(self, x: Tensor, norm: Normalization, out: Tensor) -> None:
+        self._run("map", bn_relu.bn_relu, x, norm, out)
+
+    def bn_relu_backward_reduce(
+        self,
+        x: Tensor,
+        norm: Normalization,
+        dz: Tensor,
+        z: Tensor | None = None,
+        out: Tensor | None = None,
+        channels: slice | Tensor | None = slice(None),
+    ) -> tuple[Tensor, Tensor]:
+        if out is not None:
+            dz = out.copy_(dz)
+        # z is cheaper to rebuild than to read: x is needed for xhat in any case
+        return self._run("reduce", bn_relu.bn_relu_backward_reduce, x, norm, dz, None)
+
+    def bn_relu_backward_apply(
+        self,
+        x: Tensor,
+        norm: Normalization,
+        dz: Tensor,
+        correction: tuple[Tensor, Tensor, float] | None,
+    ) -> None:
+        self._run("map", bn_relu.bn_relu_backward_apply, x, norm, dz, correction)
+
+    def bn_relu_backward_accumulate(
+        self, x: Tensor, norm: Normalization, dz: Tensor, d: Tensor, z: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._run("reduce", bn_relu.bn_relu_backward_reduce, x, norm, dz, d)
+
+    def bn_relu_conv1x1(
+        self, x: Tensor, norm: Normalization, weight: Tensor, out: Tensor, statistics: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        function = bn_relu_conv1x1.bn_relu_conv1x1
+        args = (norm, weight, out, statistics)
+        return self._run("product", function, x, *args, bottleneck=weight.shape[0])
+
+    def bn_relu_conv1x1_backward(
+        self,
+        x: Tensor,
+        norm: Normalization,
+        weight: Tensor,
+        dy: Tensor,
+        d: Tensor,
+        need_weight: bool,
+        pending: PendingNorm | None = None,
+        rebuild: Rebuild | None = None,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        if pending is not None:
+            self.bn_relu_backward_apply(pending.y, pending.norm, dy, pending.correction)
+        function = bn_relu_conv1x1_backward.bn_relu_conv1x1_backward
+        args = (norm, weight, dy, d, need_weight)
+        sums = self._run("product_backward", function, x, *args, bottleneck=weight.shape[0])
+        if rebuild is not None:
+            c = rebuild.weight.shape[1]
+            self.bn_relu_conv1x1(x[:, :c], rebuild.norm, rebuild.weight, rebuild.out, False)
+        return sums
+
+    def bn_relu_avg_pool(
+        self, x: Tensor, norm: Normalization, shape: tuple[int, ...], out: Tensor
+    ) -> None:
+        self._run("pool", bn_relu_pool.bn_relu_avg_pool, x, norm, shape, out)
+
+    def bn_relu_avg_pool_backward(
+        self,
+        x: Tensor,
+        norm: Normalization,
+        shape: tuple[int, ...],
+        dpooled: Tensor,
+        d: Tensor,
+        pooled: Tensor | None,
+        channels: slice | Tensor | None = slice(None),
+    ) -> tuple[Tensor, Tensor]:
+        function = bn_relu_pool.bn_relu_avg_pool_backward
+        return self._run("pool_backward", function, x, norm, shape, dpooled, d, pooled)
+
+    def bn_relu_global_pool(self, x: Tensor, norm: Normalization, images: int, out: Tensor) -> None:
+        self._run("map", bn_relu_pool.bn_relu_global_pool, x, norm, images, out)
+
+    def bn_relu_global_pool_backward(
+        self, x: Tensor, norm: Normalization, images: int, dpooled: Tensor, d: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        function = bn_relu_pool.bn_relu_global_pool_backward
+        return self._run("reduce", function, x, norm, images, dpooled, d)
+
+    def finish_gradient(
+        self,
+        d: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        s: Tensor,
+        t: Tensor,
+        count: float,
+        out: Tensor,
+    ) -> None:
+        self._run("map", finish_gradient.finish_gradient, d, x, mean, s, t, count, out)
+
+
+def _scratch(args: tuple[Any, ...]) -> list[Any]:
+    """``args`` with copies of the matrices, so that a timed operation writes into none of them."""
+    return [
+        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device).copy_(a)
+        if isinstance(a, Tensor) and a.dim() == 2
+        else a
+        for a in args
+    ]

@@ -1,0 +1,353 @@
+"""What a run is: its options, and the recipe of each data set that fills in the open ones.
+
+Nothing here imports torch: ``--help`` and a mistyped option are answered at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+
+from .errors import UserError, speaks_for_all
+
+DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagefolder", "fake"]
+Arch = Literal["densenet_bc", "densenet121", "densenet161", "densenet169", "densenet201"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The defaults of one data set.
+
+    ``epochs`` in passes over the training set, ``milestones`` in fractions of them,
+    ``batch_size`` in images over all processes, ``image_size`` in pixels.
+    """
+
+    arch: Arch
+    depth: int
+    growth_rate: int
+    drop_rate: float
+    epochs: int
+    batch_size: int
+    lr: float
+    schedule: Literal["multistep", "cosine"]
+    milestones: tuple[float, ...]
+    weight_decay: float
+    augment: Literal["standard", "none"]
+    image_size: int
+
+
+# Huang et al., "Densely Connected Convolutional Networks", CVPR 2017, section 4.2.
+_CIFAR = Recipe(
+    arch="densenet_bc",
+    depth=100,
+    growth_rate=12,
+    drop_rate=0.0,
+    epochs=300,
+    batch_size=64,
+    lr=0.1,
+    schedule="multistep",
+    milestones=(0.5, 0.75),
+    weight_decay=1e-4,
+    augment="standard",
+    image_size=32,
+)
+# Section 4.2: dropout of 0.2 on the data that are not augmented.
+UNAUGMENTED_DROP_RATE = 0.2
+
+RECIPES: dict[str, Recipe] = {
+    # Sized for 8x8 images: under 3 % test error after a minute on two processor cores.
+    "digits": dataclasses.replace(_CIFAR, depth=22, epochs=12, schedule="cosine", image_size=8),
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    "svhn": dataclasses.replace(_CIFAR, epochs=40, augment="none", drop_rate=UNAUGMENTED_DROP_RATE),
+    "imagefolder": dataclasses.replace(
+        _CIFAR,
+        arch="densenet121",
+        epochs=90,
+        batch_size=256,
+        milestones=(1 / 3, 2 / 3),
+        image_size=224,
+    ),
+    "fake": dataclasses.replace(_CIFAR, depth=22, epochs=2, augment="none"),
+}
+# SGD's rate comes from the recipe; these are the usual ones of the adaptive methods.
+ADAPTIVE_LR = 1e-3
+
+
+def _recipe_default(metavar: str, note: str = "see above") -> Any:
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {note})")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of a run; None stands for the data set's own default."""
+
+    data: DataName = "digits"
+    """Data set; see above."""
+    data_dir: Path = Path("data")
+    """Folder that holds the data set."""
+    download: bool = False
+    """Fetch the data set (cifar10, cifar100, svhn) into --data-dir if it is not there."""
+    svhn_train_only: bool = False
+    """Leave out SVHN's 531,131 extra images, which the paper trains on besides the 73,257."""
+    augment: Annotated[Literal["standard", "none"] | None, _recipe_default("{standard,none}")] = (
+        None
+    )
+    """Augmentation of the training images; see above."""
+    image_size: Annotated[int | None, _recipe_default("PIXELS")] = None
+    """Height and width of the images, pixels; for imagefolder and fake only."""
+
+    arch: Annotated[Arch | None, _recipe_default(f"{{{','.join(get_args(Arch))}}}")] = None
+    """Network. densenet_bc: the paper's CIFAR family; the others: its ImageNet family."""
+    depth: Annotated[int | None, _recipe_default("LAYERS")] = None
+    """Depth of densenet_bc, layers: 6 n + 4."""
+    growth_rate: Annotated[int | None, _recipe_default("CHANNELS")] = None
+    """Growth rate of densenet_bc, channels per layer: the paper's k."""
+    drop_rate: Annotated[
+        float | None, _recipe_default("P", "see above; cifar with --augment none: 0.2")
+    ] = None
+    """Dropout probability of each layer's new features, in [0, 1)."""
+    save: Literal["all", "bottlenecks", "features", "input"] = "features"
+    """What a dense block keeps for backward, from most memory to least."""
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """What computes the dense blocks."""
+
+    epochs: Annotated[int | None, _recipe_default("EPOCHS")] = None
+    """Length of the training, passes over the training set."""
+    batch_size: Annotated[int | None, _recipe_default("IMAGES")] = None
+    """Images per step over all processes, which share them as evenly as possible."""
+    opt: Literal["sgd", "adam", "rmsprop"] = "sgd"
+    """Optimiser. sgd has Nesterov momentum."""
+    lr: Annotated[
+        float | None, _recipe_default("RATE", f"see above; adam and rmsprop: {ADAPTIVE_LR}")
+    ] = None
+    """Learning rate at the start."""
+    momentum: float = 0.9
+    """Momentum of sgd, in [0, 1)."""
+    weight_decay: Annotated[float | None, _recipe_default("DECAY")] = None
+    """L2 penalty on every parameter."""
+    schedule: Annotated[
+        Literal["multistep", "cosine"] | None, _recipe_default("{multistep,cosine}")
+    ] = None
+    """Learning rate over time. multistep: divided by 10 at each milestone; cosine: down to 0."""
+    milestones: Annotated[tuple[float, ...] | None, _recipe_default("FRACTION [FRACTION ...]")] = (
+        None
+    )
+    """Where multistep divides, fractions of --epochs."""
+    label_smoothing: float = 0.0
+    """Share of the training target that is spread over all classes, in [0, 1)."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """Mixed precision by autocast; fp16 scales the loss."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data, the augmentation and dropout."""
+
+    work_dir: Annotated[
+        Path | None, _recipe_default("PATH", "the first free one of runs/DATA-1, runs/DATA-2, ...")
+    ] = None
+    """Folder for config.yaml, train.csv, test.csv, loss.png, error.png and model.pt."""
+    overwrite: bool = False
+    """Replace the run that --work-dir holds; without this it is an error."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: the GPUs if there are any."""
+    num_workers: Annotated[
+        int | None, _recipe_default("PROCESSES", "the cores per process, at most 8")
+    ] = None
+    """Loader processes per training process; for imagefolder only, other data stay in memory."""
+    threads: Annotated[int | None, _recipe_default("THREADS", "the cores per process")] = None
+    """Processor threads per training process."""
+
+    def resolved(self, *, world_size: int = 1, local_world_size: int = 1) -> ResolvedConfig:
+        """Fill in the data set's recipe and check every value.
+
+        Args:
+            world_size: processes in all.
+            local_world_size: processes on this machine.
+
+        Raises:
+            UserError: for a value that cannot be; names the option.
+        """
+        recipe = dataclasses.asdict(RECIPES[self.data])
+        if self.opt != "sgd":
+            recipe["lr"] = ADAPTIVE_LR
+        if self.data.startswith("cifar") and self.augment == "none":
+            recipe["drop_rate"] = UNAUGMENTED_DROP_RATE
+        cores = max(1, _available_cores() // local_world_size)
+        defaults = {**recipe, "threads": cores, "num_workers": min(8, cores)}
+        values: dict[str, Any] = {
+            field.name: defaults.get(field.name) if value is None else value
+            for field in dataclasses.fields(self)
+            for value in [getattr(self, field.name)]
+        }
+        config = ResolvedConfig(**values)
+        _check(config, world_size)
+        return config
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A run's options with nothing left open but the work directory.
+
+    Fields mean what they mean in :class:`TrainConfig`.
+    """
+
+    data: DataName
+    data_dir: Path
+    download: bool
+    svhn_train_only: bool
+    augment: Literal["standard", "none"]
+    image_size: int
+    arch: Arch
+    depth: int
+    growth_rate: int
+    drop_rate: float
+    save: str
+    backend: str
+    epochs: int
+    batch_size: int
+    opt: Literal["sgd", "adam", "rmsprop"]
+    lr: float
+    momentum: float
+    weight_decay: float
+    schedule: Literal["multistep", "cosine"]
+    milestones: tuple[float, ...]
+    label_smoothing: float
+    amp: Literal["none", "bf16", "fp16"]
+    seed: int
+    work_dir: Path | None
+    overwrite: bool
+    device: Literal["auto", "cpu", "cuda"]
+    num_workers: int
+    threads: int
+
+    def lr_at(self, progress: float) -> float:
+        """Learning rate after ``progress`` in [0, 1] of the training.
+
+        A function of the position only, so that nothing has to be remembered between steps.
+        """
+        if self.schedule == "cosine":
+            return self.lr * (1 + math.cos(math.pi * progress)) / 2
+        return self.lr * 0.1 ** sum(progress >= milestone for milestone in self.milestones)
+
+
+def _check(config: ResolvedConfig, world_size: int) -> None:
+    def require(met: bool, option: str, what: str) -> None:
+        if not met:
+            value = getattr(config, option)
+            raise UserError(f"--{option.replace('_', '-')} must be {what}, got {value}")
+
+    for option in ("epochs", "batch_size", "image_size", "depth", "growth_rate", "threads"):
+        require(getattr(config, option) >= 1, option, "at least 1")
+    require(config.num_workers >= 0, "num_workers", "at least 0")
+    require(config.seed >= 0, "seed", "at least 0")
+    require(0 < config.lr < math.inf, "lr", "a positive number")
+    require(0 <= config.momentum < 1, "momentum", "in [0, 1)")
+    require(0 <= config.weight_decay < math.inf, "weight_decay", "a number, at least 0")
+    require(0 <= config.label_smoothing < 1, "label_smoothing", "in [0, 1)")
+    require(0 <= config.drop_rate < 1, "drop_rate", "in [0, 1)")
+    require(all(0 < m < 1 for m in config.milestones), "milestones", "fractions between 0 and 1")
+    require(
+        config.batch_size >= world_size,
+        "batch_size",
+        f"at least {world_size}, one image for each of the {world_size} processes",
+    )
+    fixed_size = config.data not in ("imagefolder", "fake")
+    require(
+        not fixed_size or config.image_size == RECIPES[config.data].image_size,
+        "image_size",
+        f"left out for {config.data}, whose images have one size",
+    )
+    require(
+        not config.download or config.data in ("cifar10", "cifar100", "svhn"),
+        "download",
+        f"left out: {config.data} is not something to download",
+    )
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def recipe_table() -> str:
+    """The defaults that depend on the data set, one option a row, for the help text."""
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    rows = [["", *RECIPES]]
+    for name in names:
+        values = [getattr(recipe, name) for recipe in RECIPES.values()]
+        rows.append([f"--{name.replace('_', '-')}", *map(_show, values)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(f"{item:.2g}" for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+DESCRIPTION = """Train a DenseNet: in one process with "python train_ddp.py", in N with
+"torchrun --nproc_per_node N train_ddp.py".
+
+Data sets: digits, the 1,797 handwritten digits that scikit-learn ships; cifar10, cifar100 and
+svhn, which --download fetches; imagefolder, images in DATA_DIR/train/CLASS/ and
+DATA_DIR/val/CLASS/; fake, noise that can be learnt.
+
+Standard augmentation: digits, shifts by up to 1 pixel; cifar10, cifar100 and fake, shifts by up
+to 4 pixels and mirroring; svhn, the shifts alone; imagefolder, random resized crops and
+mirroring.
+
+Defaults that depend on the data set:
+"""
+
+
+def parse_command_line(arguments: Sequence[str], program: str = "train_ddp.py") -> TrainConfig:
+    """Read the options; prints the help text and exits where that is asked for.
+
+    Raises:
+        UserError: for an option or value that does not exist.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                TrainConfig,
+                prog=program,
+                args=list(arguments),
+                description=DESCRIPTION + recipe_table(),
+                config=(tyro.conf.FlagCreatePairsOff,),
+                console_outputs=speaks_for_all(),
+            )
+    except SystemExit as exit_:
+        if exit_.code in (0, None):
+            raise
+        raise UserError(_without_box(complaint.getvalue(), program)) from None
+
+
+def _without_box(text: str, program: str) -> str:
+    """What tyro says in its error box, before its first rule, without the title."""
+    lines = [line.strip("│ ") for line in text.splitlines()]
+    if not text.lstrip().startswith("╭"):
+        # a terminal without UTF-8: the title has a line of its own
+        lines = lines[1:]
+    said: list[str] = []
+    for line in lines:
+        is_rule = line.startswith("╭") or not any(map(str.isalnum, line))
+        if is_rule and said:
+            break
+        if not is_rule:
+            said.append(line)
+    return f"{' '.join(said).rstrip('.')}; see {program} --help"

@@ -1,0 +1,156 @@
+"""How the processes of a run find each other, agree and stop.
+
+One process per device, started by torchrun; without torchrun there is one process and no
+process group, and everything below works unchanged.
+"""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .errors import UserError
+
+# A download by one process, which the others wait for, may take this long.
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all, and its device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    backend: str | None
+    """What reduces gradients, "nccl" or "gloo"; None for a single process."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+
+def launched_processes() -> tuple[int, int]:
+    """Processes in all and on this machine, as the launcher says; (1, 1) without one."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return world_size, int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+
+
+@contextmanager
+def joined_world(device: Literal["auto", "cpu", "cuda"], threads: int) -> Iterator[World]:
+    """Join the process group, if there is one, and leave it at the end.
+
+    GPUs use nccl, with gloo beside it for what lives in main memory; processors use gloo, and
+    so do several processes that share a GPU, which nccl refuses. After an error the group is
+    not left but abandoned: to leave it would wait for processes that may never come.
+
+    Raises:
+        UserError: when "cuda" is asked for and there is none.
+    """
+    world_size, local_world_size = launched_processes()
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.set_num_threads(threads)
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and not gpus:
+        raise UserError("--device cuda: no GPU that torch can use; leave it out or use cpu")
+    if gpus:
+        chosen = torch.device("cuda", local_rank % gpus)
+        torch.cuda.set_device(chosen)
+    else:
+        chosen = torch.device("cpu")
+    if world_size == 1:
+        yield World(rank, world_size, local_rank, local_world_size, chosen, None)
+        return
+    backend = "nccl" if gpus >= local_world_size else "gloo"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
+        timeout=_TIMEOUT,
+        device_id=chosen if backend == "nccl" else None,
+    )
+    yield World(rank, world_size, local_rank, local_world_size, chosen, backend)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Run the body on every process; a :class:`UserError` on any of them is raised on all.
+
+    The body must not communicate.
+    """
+    said = ""
+    try:
+        yield
+    except UserError as error:
+        said = str(error)
+    for message in gathered(said):
+        if message:
+            raise UserError(message)
+
+
+def gathered(value: str) -> list[str]:
+    """The values of all processes, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes; ``values`` is left as it is."""
+    if not dist.is_initialized():
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def average_running_statistics(model: nn.Module) -> None:
+    """Replace the norms' running statistics by their mean over all processes.
+
+    Batch statistics are those of each process's share of the batch, so the running ones drift
+    apart. Averaged before each evaluation, every process evaluates, and rank 0 saves, the same
+    network, whose statistics have seen all shares.
+    """
+    if not dist.is_initialized():
+        return
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+        same = [buffer for buffer in buffers if buffer.dtype == dtype]
+        flat = torch.cat([buffer.flatten() for buffer in same])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for buffer, mean in zip(same, flat.split([b.numel() for b in same]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+
+def data_parallel(model: nn.Module, world: World) -> nn.Module:
+    """The model whose backward averages gradients over all processes.
+
+    Batch norm's statistics stay per process: those of b / N images where N processes share a
+    batch of b. :func:`average_running_statistics` says what becomes of the running ones.
+    """
+    if world.world_size == 1:
+        return model
+    # torch 2.14 gave the option another name and warns at the old one
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
+    if world.device.type == "cuda":
+        options["device_ids"] = [world.device.index]
+    return DistributedDataParallel(model, **options)

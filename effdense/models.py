@@ -1,0 +1,250 @@
+"""DenseNets in linear memory, with torchvision's arguments, names and state-dict keys."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
+
+from . import reference
+from .dense_block import Save, check_save
+from .eligibility import graph_is_recorded, has_hooks, refuse_replica
+from .modules import DenseBlock, Features, Transition
+from .reference import Init
+
+_TORCHVISION_VARIANTS: dict[str, dict[str, Any]] = {
+    "densenet121": {"growth_rate": 32, "block_config": (6, 12, 24, 16), "num_init_features": 64},
+    "densenet161": {"growth_rate": 48, "block_config": (6, 12, 36, 24), "num_init_features": 96},
+    "densenet169": {"growth_rate": 32, "block_config": (6, 12, 32, 32), "num_init_features": 64},
+    "densenet201": {"growth_rate": 32, "block_config": (6, 12, 48, 32), "num_init_features": 64},
+}
+
+
+class DenseNet(reference.DenseNet):
+    """A DenseNet that trains in memory linear in its depth.
+
+    Same function, gradients and buffers as :class:`effdense.reference.DenseNet` and, with
+    the default arguments, as torchvision's DenseNet-121, whose state dict it shares.
+
+    Args:
+        growth_rate: new channels per layer, the paper's k.
+        block_config: layers in each dense block.
+        num_init_features: channels after the first convolution.
+        bn_size: bottleneck width in units of the growth rate; None for layers without a
+            bottleneck (the paper's plain DenseNet).
+        drop_rate: dropout probability of each layer's new features.
+        num_classes: width of the classifier.
+        compression: a transition keeps ``int(compression * channels)``.
+        small_inputs: the CIFAR stem (one 3x3 convolution) instead of ImageNet's.
+        in_channels: channels of the input.
+        spatial_dims: 1, 2 or 3; inputs are (N, in_channels, *spatial).
+        init: "paper" (He normal over the fan-out) or "torchvision" (over the fan-in).
+        save: what each layer keeps for backward: "features" (only its k features; least
+            time for linear memory), "bottlenecks" (also its bottleneck: faster, about
+            1 + bn_size times the memory), "input" (only each block's input: least memory),
+            "all" (plain autograd: quadratic memory).
+        backend: "auto", "torch" or "triton".
+
+    Raises:
+        ValueError: for an argument outside its range; the message names the range.
+    """
+
+    block_type = DenseBlock
+    transition_type = Transition
+    features_type = Features
+
+    def __init__(
+        self,
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (6, 12, 24, 16),
+        num_init_features: int = 64,
+        bn_size: int | None = 4,
+        drop_rate: float = 0.0,
+        num_classes: int = 1000,
+        *,
+        compression: float = 0.5,
+        small_inputs: bool = False,
+        in_channels: int = 3,
+        spatial_dims: int = 2,
+        init: Init = "paper",
+        save: Save = "features",
+        backend: str = "auto",
+    ) -> None:
+        check_save(save)
+        if backend not in ("auto", "torch", "triton"):
+            raise ValueError(f'backend must be "auto", "torch" or "triton", got {backend!r}')
+        super().__init__(
+            growth_rate,
+            block_config,
+            num_init_features,
+            bn_size,
+            drop_rate,
+            num_classes,
+            compression=compression,
+            small_inputs=small_inputs,
+            in_channels=in_channels,
+            spatial_dims=spatial_dims,
+            init=init,
+        )
+        self.save = save
+        for module in self.modules():
+            if isinstance(module, (DenseBlock, Transition, Features)):
+                module.backend = backend
+
+    @property
+    def save(self) -> tuple[Save, ...]:
+        """What each dense block keeps for backward; set one mode for all, or one per block."""
+        return tuple(block.save for block in self._blocks())
+
+    @save.setter
+    def save(self, save: Save | Sequence[Save]) -> None:
+        blocks = self._blocks()
+        modes = [save] * len(blocks) if isinstance(save, str) else list(save)
+        if len(modes) != len(blocks):
+            raise ValueError(f"expected a save mode for each of {len(blocks)} blocks, got {modes}")
+        for block, mode in zip(blocks, [check_save(mode) for mode in modes], strict=True):
+            block.save = mode
+        plain = all(mode == "all" for mode in modes)
+        for module in self.modules():
+            if isinstance(module, (Transition, Features)):
+                module.plain = plain
+
+    def _blocks(self) -> list[DenseBlock]:
+        return [module for module in self.features if isinstance(module, DenseBlock)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, *spatial) to (N, num_classes).
+
+        Raises:
+            ValueError: for an input of other dimensions, channels, dtype or device.
+            RuntimeError: under nn.DataParallel.
+        """
+        if not graph_is_recorded():
+            self._check_input(x)
+        if self._must_call_modules():
+            features = F.relu(self.features(x))
+            pooled = features.mean(dim=tuple(range(2, features.dim())))
+        else:
+            assert isinstance(self.features, Features)
+            pooled = self.features.pooled(x)
+        return self.classifier(pooled)
+
+    def _check_input(self, x: Tensor) -> None:
+        refuse_replica(self)
+        conv0 = getattr(self.features, "conv0", None)
+        if not isinstance(conv0, nn.modules.conv._ConvNd):
+            # A first layer of the user's own says itself what it can't take.
+            return
+        weight = conv0.weight
+        if x.dim() != weight.dim() or x.shape[1] != conv0.in_channels:
+            spatial = ", ".join(["spatial"] * (weight.dim() - 2))
+            raise ValueError(
+                f"expected input of shape (N, {conv0.in_channels}, {spatial}), got {tuple(x.shape)}"
+            )
+        if x.device != weight.device:
+            raise ValueError(
+                f"input is on {x.device}, the model on {weight.device}; move one of them"
+            )
+        autocast = torch.is_autocast_enabled(x.device.type)
+        castable = autocast and x.is_floating_point() and x.dtype != torch.float64
+        if x.dtype != weight.dtype and not castable:
+            raise ValueError(
+                f"input is {x.dtype}, the model's weights are {weight.dtype}; convert the input "
+                f"with x.to({weight.dtype}), or the model"
+            )
+
+    def _must_call_modules(self) -> bool:
+        """Whether someone watches the modules that the stage-by-stage path doesn't call."""
+        features = self.features
+        return (
+            type(features) is not Features
+            or features.plain
+            or graph_is_recorded()
+            or bool(module_globals._global_forward_hooks)
+            or bool(module_globals._global_forward_pre_hooks)
+            or has_hooks(features)
+            or any(has_hooks(child) for child in features.children())
+        )
+
+
+def densenet_bc(depth: int, growth_rate: int, num_classes: int = 10, **kwargs: Any) -> DenseNet:
+    """The paper's CIFAR family, DenseNet-BC: three blocks of (depth - 4) / 6 bottleneck layers.
+
+    Args:
+        depth: 6 n + 4; the paper's are 100, 190 and 250.
+        growth_rate: the paper's k: 12 with depth 100, 24 with 250, 40 with 190.
+        num_classes: width of the classifier.
+        kwargs: any other argument of :class:`DenseNet`.
+
+    Raises:
+        ValueError: for another depth; the message names the nearest valid ones.
+    """
+    return DenseNet(**reference.densenet_bc_config(depth, growth_rate, num_classes, **kwargs))
+
+
+def densenet121(weights: Any = None, **kwargs: Any) -> DenseNet:
+    """torchvision's DenseNet-121; see :func:`_torchvision_variant` for ``weights``."""
+    return _torchvision_variant("densenet121", weights, **kwargs)
+
+
+def densenet161(weights: Any = None, **kwargs: Any) -> DenseNet:
+    """torchvision's DenseNet-161; see :func:`_torchvision_variant` for ``weights``."""
+    return _torchvision_variant("densenet161", weights, **kwargs)
+
+
+def densenet169(weights: Any = None, **kwargs: Any) -> DenseNet:
+    """torchvision's DenseNet-169; see :func:`_torchvision_variant` for ``weights``."""
+    return _torchvision_variant("densenet169", weights, **kwargs)
+
+
+def densenet201(weights: Any = None, **kwargs: Any) -> DenseNet:
+    """torchvision's DenseNet-201; see :func:`_torchvision_variant` for ``weights``."""
+    return _torchvision_variant("densenet201", weights, **kwargs)
+
+
+def _torchvision_variant(name: str, weights: Any, **kwargs: Any) -> DenseNet:
+    """A torchvision architecture.
+
+    ``weights`` is None, a member of torchvision's weights enum or its name (downloaded by
+    torchvision), or the path of a saved state dict. ``kwargs`` go to :class:`DenseNet`.
+    """
+    state = None if weights is None else _load_weights(name, weights)
+    if state is not None and "num_classes" not in kwargs and "classifier.bias" in state:
+        kwargs["num_classes"] = state["classifier.bias"].numel()
+    model = DenseNet(**(_TORCHVISION_VARIANTS[name] | kwargs))
+    if state is not None:
+        model.load_state_dict(state)
+    return model
+
+
+def _load_weights(name: str, weights: Any) -> dict[str, Tensor]:
+    from torchvision import models as torchvision_models
+
+    enum = torchvision_models.get_model_weights(name)
+    if isinstance(weights, str) and weights in enum.__members__:
+        weights = enum[weights]
+    elif weights == "DEFAULT":
+        weights = enum.DEFAULT
+    if isinstance(weights, enum):
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    else:
+        if not isinstance(weights, (str, os.PathLike)):
+            raise ValueError(
+                f"weights must be None, a {enum.__name__}, one of {list(enum.__members__)} or "
+                f"a path, got {weights!r}"
+            )
+        if not os.path.isfile(weights):
+            raise FileNotFoundError(
+                f"no weights named {os.fspath(weights)!r}: neither one of "
+                f"{list(enum.__members__)} nor an existing file"
+            )
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    # torchvision's published files carry the names of its first release (norm.1, conv.2).
+    old = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
+    return {old.sub(r"\1\2", key): value for key, value in state.items()}

@@ -1,0 +1,109 @@
+"""Batch norm modules as the dense block sees them: which statistics, and how buffers move.
+
+NOTE [ running statistics ]
+Running statistics change exactly once per training forward, with the unbiased
+variance, whatever backward recomputes later. The block's own recomputation never
+comes here. An outer ``torch.utils.checkpoint`` around a block does: it runs the
+module's forward again while a backward pass is executing, so an update is skipped
+whenever autograd is inside a graph task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .backends.base import Normalization
+
+
+class NormSpec(NamedTuple):
+    """The scalars of one batch norm for one forward; tensors travel separately."""
+
+    eps: float
+    batch_statistics: bool
+    # Statistics come from the running buffers, and backward makes no correction.
+
+
+def read_norm(norm: nn.Module) -> tuple[NormSpec, tuple[Tensor | None, ...]]:
+    """Spec and (gamma, beta, frozen mean, frozen variance) of an affine batch norm.
+
+    The frozen pair is None where the norm uses the batch's statistics: in training, or
+    always when it tracks none.
+    """
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    batch_statistics = norm.training or norm.running_mean is None
+    spec = NormSpec(norm.eps, batch_statistics)
+    if batch_statistics:
+        return spec, (norm.weight, norm.bias, None, None)
+    return spec, (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+
+
+def count_positions(x: Tensor, norms: Iterable[NormSpec]) -> int:
+    """Positions per channel of x (N, C, *spatial).
+
+    Raises:
+        ValueError: for a single one where a norm takes the batch's statistics.
+    """
+    positions = x.numel() // x.shape[1]
+    if positions == 1 and any(norm.batch_statistics for norm in norms):
+        raise ValueError(
+            f"batch statistics need more than one value per channel, got input of shape "
+            f"{tuple(x.shape)}; use a larger batch, or eval mode"
+        )
+    return positions
+
+
+def normalization(
+    eps: float, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor
+) -> Normalization:
+    """The map of one norm from its parameters (c,) and statistics (c,)."""
+    rstd = torch.rsqrt(var + eps)
+    scale = rstd * gamma
+    shift = torch.addcmul(beta.to(scale.dtype), mean, scale, value=-1)
+    return Normalization(mean, rstd, scale, shift)
+
+
+def update_running_statistics(
+    norms: Sequence[nn.Module], means: Sequence[Tensor], variances: Sequence[Tensor], count: int
+) -> None:
+    """Move each training norm's buffers towards its batch statistics, all norms at once.
+
+    Args:
+        norms: batch norm modules, in any mode; only training ones that track are changed.
+        means: per norm, (c,), in the accumulate type.
+        variances: per norm, biased, (c,).
+        count: positions per channel in the batch.
+    """
+    # See NOTE [ running statistics ].
+    if torch._C._current_graph_task_id() != -1:
+        return
+    by_factor: dict[float, list[int]] = {}
+    for i, norm in enumerate(norms):
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
+            continue
+        factor = 0.0 if norm.momentum is None else norm.momentum
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if norm.momentum is None:
+                factor = 1.0 / float(norm.num_batches_tracked)
+        by_factor.setdefault(factor, []).append(i)
+    unbias = count / (count - 1) if count > 1 else float("nan")
+    for factor, chosen in by_factor.items():
+        running: list[Tensor] = []
+        batch: list[Tensor] = []
+        for i in chosen:
+            running_mean, running_var = norms[i].running_mean, norms[i].running_var
+            assert isinstance(running_mean, Tensor)
+            assert isinstance(running_var, Tensor)
+            running += [running_mean, running_var]
+            batch += [
+                means[i].to(running_mean.dtype),
+                (variances[i] * unbias).to(running_var.dtype),
+            ]
+        with torch.no_grad():
+            torch._foreach_mul_(running, 1 - factor)
+            torch._foreach_add_(running, batch, alpha=factor)

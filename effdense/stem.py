@@ -1,0 +1,155 @@
+"""The ImageNet stem's BN-ReLU-MaxPool, keeping only its input for backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .backends.base import Backend, accumulate_dtype
+from .backends.select import get_backend
+from .eligibility import graph_is_recorded, has_hooks, norm_objection, outside_graphs
+from .layout import channels_first
+from .layout import rows as rows_of
+from .norms import NormSpec, count_positions, normalization, read_norm, update_running_statistics
+
+_MAX_POOL = {nn.MaxPool1d: F.max_pool1d, nn.MaxPool2d: F.max_pool2d, nn.MaxPool3d: F.max_pool3d}
+
+
+def stem_objection(modules: Sequence[nn.Module | None], x: Tensor, plain: bool) -> str | None:
+    """Why these three modules aren't a BN-ReLU-MaxPool that can be fused, or None."""
+    if plain or len(modules) < 3 or x.numel() == 0 or graph_is_recorded():
+        return "not to be fused"
+    norm, relu, pool = modules
+    if type(relu) is not nn.ReLU or type(pool) not in _MAX_POOL or has_hooks(relu):
+        return "not followed by ReLU and max pooling"
+    assert isinstance(pool, nn.modules.pooling._MaxPoolNd)
+    if has_hooks(pool) or pool.return_indices:
+        return "the pooling has hooks or returns indices"
+    return norm_objection("norm0", norm)
+
+
+@outside_graphs
+def norm_relu_max_pool(x: Tensor, norm: nn.Module, pool: Any, backend: str) -> Tensor:
+    """MaxPool(relu(norm(x))) for x (N, C, *spatial); moves the norm's running statistics."""
+    spec, tensors = read_norm(norm)
+    positions = count_positions(x, [spec])
+    ops = get_backend(backend, x.device, x.dtype)
+    output, mean, var = _NormReluMaxPool.apply(ops, spec, pool, x, *tensors)
+    update_running_statistics([norm], [mean], [var], positions)
+    return output
+
+
+class _NormReluMaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ops: Backend,
+        spec: NormSpec,
+        pool: Any,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        frozen_mean: Tensor | None,
+        frozen_var: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            rows = rows_of(x)
+            dtype = accumulate_dtype(x.dtype)
+            if frozen_mean is None or frozen_var is None:
+                mean, var = ops.statistics(rows)
+            else:
+                # copies: the buffers may be changed before backward
+                mean, var = frozen_mean.to(dtype, copy=True), frozen_var.to(dtype, copy=True)
+            stage = _Stem(ops, spec, pool, rows, x.shape, gamma, beta, mean, var)
+            output = stage.forward()
+        ctx.ops, ctx.spec, ctx.pool, ctx.shape = ops, spec, pool, x.shape
+        ctx.save_for_backward(rows, gamma, beta, mean, var)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return output, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        if grad_output is None:
+            return (None,) * 8
+        rows, gamma, beta, mean, var = ctx.saved_tensors
+        with torch.autocast(rows.device.type, enabled=False):
+            stem = _Stem(ctx.ops, ctx.spec, ctx.pool, rows, ctx.shape, gamma, beta, mean, var)
+            dx, dgamma, dbeta = stem.backward(grad_output)
+        return None, None, None, dx, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), None, None
+
+
+class _Stem:
+    """One forward or backward, a few images at a time."""
+
+    def __init__(
+        self,
+        ops: Backend,
+        spec: NormSpec,
+        pool: Any,
+        rows: Tensor,
+        shape: torch.Size,
+        gamma: Tensor,
+        beta: Tensor,
+        mean: Tensor,
+        var: Tensor,
+    ) -> None:
+        self.ops, self.spec, self.pool, self.rows = ops, spec, pool, rows
+        self.images, self.channels, *self.spatial = shape
+        self.norm = normalization(spec.eps, gamma, beta, mean, var)
+
+    def _steps(self) -> Iterator[tuple[slice, slice]]:
+        per_image = math.prod(self.spatial)
+        image_bytes = per_image * self.channels * self.rows.element_size()
+        step = self.ops.images_per_step(self.images, image_bytes)
+        for first in range(0, self.images, step):
+            last = min(self.images, first + step)
+            yield slice(first, last), slice(first * per_image, last * per_image)
+
+    def _rectified(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Relu(norm(x)) of some images, as a matrix and as the (n, C, *spatial) view of it."""
+        x = self.rows[rows]
+        z = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        self.ops.bn_relu(x, self.norm, z)
+        return z, channels_first(z, -1, self.spatial)
+
+    def _max_pool(self, z: Tensor) -> Tensor:
+        pool = self.pool
+        return _MAX_POOL[type(pool)](
+            z, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+        )
+
+    def forward(self) -> Tensor:
+        output: Tensor | None = None
+        for images, rows in self._steps():
+            pooled = self._max_pool(self._rectified(rows)[1]).movedim(1, -1)
+            if output is None:
+                output = pooled.new_empty((self.images, *pooled.shape[1:]))
+            output[images] = pooled
+        assert output is not None
+        return output.movedim(-1, 1)
+
+    def backward(self, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dx = torch.empty_like(self.rows)
+        s, t = torch.zeros_like(self.norm.mean), torch.zeros_like(self.norm.mean)
+        for images, rows in self._steps():
+            z, z_view = self._rectified(rows)
+            with torch.enable_grad():
+                z_leaf = z_view.detach().requires_grad_()
+                pooled = self._max_pool(z_leaf)
+            (dz,) = torch.autograd.grad(pooled, z_leaf, grad_output[images])
+            dx[rows] = rows_of(dz)
+            sums = self.ops.bn_relu_backward_reduce(self.rows[rows], self.norm, dx[rows], z)
+            s += sums[0]
+            t += sums[1]
+        count = float(self.rows.shape[0])
+        correction = (s, t, count) if self.spec.batch_statistics else None
+        self.ops.bn_relu_backward_apply(self.rows, self.norm, dx, correction)
+        return channels_first(dx, -1, self.spatial), t, s

@@ -1,0 +1,123 @@
+"""What is counted on paper agrees with design.md's figures and with what torch runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from harness import counts, roofline, timeline
+from harness.case import Case
+from harness.devices import DEVICES
+from harness.providers import setup
+
+SMALL = Case("densenet-bc", depth=22, growth_rate=6, batch_size=2, image_size=8)
+IMAGENET = Case("densenet121", 0, 0, batch_size=2, image_size=64)
+
+
+def test_floor_gives_the_designs_figures():
+    case = Case("densenet-bc", 250, 24, 32, 32)
+    assert counts.floor(case).total / 2**20 == pytest.approx(433, abs=0.5)
+    twice = dataclasses.replace(case, batch_size=64)
+    assert counts.floor(twice).total / 2**20 == pytest.approx(691, abs=0.5)
+    deepest = dataclasses.replace(twice, depth=1000)
+    # design.md states two digits
+    assert counts.floor(deepest).total / 2**30 == pytest.approx(4.5, abs=0.2)
+    assert counts.floor(Case("densenet-bc", 1000, 12, 8, 32)).total / 2**20 == pytest.approx(
+        754, abs=0.5
+    )
+
+
+def test_floor_of_an_imagenet_net_keeps_the_first_convolutions_output():
+    floor = counts.floor(IMAGENET)
+    conv0 = 2 * 32 * 32 * 64
+    block1, block2 = 2 * 16 * 16 * (64 + 6 * 32), 2 * 8 * 8 * (128 + 12 * 32)
+    assert floor.features == 4 * (conv0 + block1)
+    assert floor.gradient_buffer == 4 * block1 > 4 * block2
+    assert floor.parameters == 4 * 7_978_856
+
+
+@pytest.mark.parametrize("case", [SMALL, IMAGENET], ids=["cifar", "imagenet"])
+def test_parameters_are_those_of_the_network(case):
+    model = setup("naive", dataclasses.replace(case, device="meta")).model
+    assert counts.parameter_count(case) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("image_size", [64, 70, 75])
+def test_shapes_are_those_of_the_network(image_size):
+    case = dataclasses.replace(IMAGENET, image_size=image_size, device="meta")
+    job = setup("naive", case)
+    positions = {}
+    for i in range(1, 5):
+        block = job.model.features.get_submodule(f"denseblock{i}")
+        block.register_forward_hook(
+            lambda module, inputs, output, i=i: positions.update({i: output.shape})
+        )
+    job.loss()
+    for block, shape in zip(counts.blocks(case), positions.values(), strict=True):
+        assert (block.positions, block.width) == (shape[0] * shape[2] * shape[3], shape[1])
+
+
+@pytest.mark.parametrize("case", [SMALL, IMAGENET], ids=["cifar", "imagenet"])
+def test_arithmetic_is_what_torch_counts(case):
+    counted = sum(op.flops for op in roofline.operations("naive", case))
+    assert counted == counts.training_flops(case)
+
+
+@pytest.mark.parametrize("case", [SMALL, IMAGENET], ids=["cifar", "imagenet"])
+def test_effdense_moves_less_and_recomputes_one_product(case):
+    # a batch that isn't dwarfed by the parameters
+    case = dataclasses.replace(case, batch_size=64)
+    naive, bottlenecks, features = (
+        roofline.operations(name, case)
+        for name in ("naive", "effdense-bottlenecks", "effdense-features")
+    )
+    products = sum(
+        2 * x.positions * x.width * x.bottleneck for b in counts.blocks(case) for x in b.layers()
+    )
+    recomputed = sum(op.flops for op in features) - sum(op.flops for op in bottlenecks)
+    assert recomputed == products
+    assert sum(op.nbytes for op in features) < 0.6 * sum(op.nbytes for op in naive)
+    h100 = DEVICES["h100"]
+    time = roofline.seconds(features, h100.flops["float32"], h100.memory)
+    assert 0 < time < roofline.seconds(naive, h100.flops["float32"], h100.memory)
+
+
+def test_growth_exponent_of_known_growth():
+    sizes = [40.0, 100.0, 250.0]
+    assert counts.growth_exponent(sizes, [3 * s**1.7 for s in sizes]) == pytest.approx(1.7)
+    with pytest.raises(ValueError, match="two sizes"):
+        counts.growth_exponent([40.0], [1.0])
+    with pytest.raises(ValueError, match="positive"):
+        counts.growth_exponent([1.0, 2.0], [0.0, 1.0])
+
+
+def test_synchronised_statistics_grow_linearly_where_they_are_shared():
+    depths = [100.0, 400.0]
+    cases = [Case("densenet-bc", int(depth), 12, 8, 32) for depth in depths]
+    naive, shared = (
+        counts.growth_exponent(depths, [counts.statistics_bytes(c, s) for c in cases])
+        for s in (False, True)
+    )
+    assert shared < 1.1 < 1.6 < naive
+
+
+@pytest.mark.parametrize("provider", ["naive", "checkpoint"])
+def test_meta_tensors_predict_live_bytes_exactly(provider):
+    real, meta = (
+        timeline.record_step(lambda c=c: setup(provider, c))
+        for c in (SMALL, dataclasses.replace(SMALL, device="meta"))
+    )
+    assert real == meta
+
+
+def test_live_bytes_of_effdense_are_split_as_the_floor_is():
+    case = Case("densenet-bc", depth=40, growth_rate=12, batch_size=2, image_size=32)
+    split = timeline.record_step(lambda: setup("effdense-features", case))
+    floor = counts.floor(case)
+    assert split["total"] == sum(split[role] for role in timeline.ROLES)
+    assert split["optimizer"] == floor.optimizer
+    # features, and small vectors: statistics, the input, the loss
+    assert floor.features <= split["features"] < 1.2 * floor.features
+    assert split["gradient buffer"] >= floor.gradient_buffer
+    naive = timeline.record_step(lambda: setup("naive", case))
+    assert naive["features"] > 10 * split["features"]

@@ -1,0 +1,111 @@
+"""The correctness gate: green for the real providers, red for a broken one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import throughput
+import torch
+from harness import providers
+from harness.case import Case
+from harness.gate import disagreement
+from harness.providers import PROVIDERS, setup
+
+CASE = Case("densenet-bc", depth=22, growth_rate=6, batch_size=4, image_size=8)
+NAMES = [name for name, provider in PROVIDERS.items() if not provider.compiled and name != "naive"]
+
+
+def loss_and_gradients(name: str, case: Case = CASE, breaks=None):
+    job = setup(name, case)
+    if breaks is not None:
+        breaks(job)
+    loss = job.loss()
+    loss.backward()
+    gradients = {n: p.grad.double() for n, p in job.model.named_parameters() if p.grad is not None}
+    return loss.item(), gradients
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_provider_agrees_with_the_naive_net(name, dtype):
+    case = Case("densenet-bc", 22, 6, 4, 8, dtype)
+    found = disagreement(loss_and_gradients("naive", case), loss_and_gradients(name, case), dtype)
+    assert not found.red, found.describe()
+
+
+@pytest.mark.parametrize("name", ["torchvision-memory-efficient", "checkpoint", "effdense-input"])
+def test_imagenet_networks_agree_too(name):
+    # Not 32 pixels: norms over two values, as there in the last block, amplify rounding.
+    case = Case("densenet121", 0, 0, 2, 64, "float64")
+    found = disagreement(
+        loss_and_gradients("naive", case), loss_and_gradients(name, case), "float64"
+    )
+    assert not found.red, found.describe()
+
+
+def freeze_a_weight(job):
+    next(job.model.parameters()).requires_grad_(False)
+
+
+def negate_a_norm(job):
+    with torch.no_grad():
+        job.model.features.denseblock1.denselayer2.norm2.weight.neg_()
+
+
+def scale_a_gradient(job):
+    job.model.features.denseblock2.denselayer1.norm1.bias.register_hook(lambda grad: 1.2 * grad)
+
+
+def poison_a_gradient(job):
+    job.model.classifier.bias.register_hook(lambda grad: grad * math.nan)
+
+
+@pytest.mark.parametrize(
+    "breaks", [freeze_a_weight, negate_a_norm, scale_a_gradient, poison_a_gradient]
+)
+def test_a_broken_provider_is_red(breaks):
+    truth = loss_and_gradients("naive")
+    broken = loss_and_gradients("effdense-features", breaks=breaks)
+    assert disagreement(truth, broken, "float32").red
+
+
+def test_autocast_allows_twice_the_naive_nets_own_error():
+    truth, same = loss_and_gradients("naive"), loss_and_gradients("naive-channels-last")
+    naive = disagreement(truth, same, "bfloat16")._replace(gradient=0.1, worst=0.3)
+    ours = naive._replace(gradient=0.15, worst=0.5)
+    assert ours.red
+    assert not ours.relative_to(naive).red
+    assert ours._replace(gradient=0.25).relative_to(naive).red
+
+
+PEAKS = {"flops": 1e11, "bytes": 1e10}
+
+
+def test_no_speedup_is_printed_while_the_gate_is_red(capsys):
+    times = {"naive": [2.0, 2.0, 2.0], "effdense-features": [1.0, 0.8, 1.0]}
+    throughput.print_race(CASE, times, None, False, PEAKS)
+    green = capsys.readouterr().out
+    assert "x naive" in green
+    assert "2.00 [2.00, 2.30]" in green
+    throughput.print_race(CASE, times, None, True, PEAKS)
+    red = capsys.readouterr().out
+    assert "x naive" not in red
+    assert "2.00 [" not in red.replace("2.000", "")
+    assert "No speed-up is stated" in red
+
+
+def test_all_providers_have_the_same_parameters():
+    reference = dict(setup("naive", CASE).model.named_parameters())
+    for name in NAMES:
+        own = dict(setup(name, CASE).model.named_parameters())
+        assert own.keys() == reference.keys(), name
+        assert all(torch.equal(own[key], value) for key, value in reference.items()), name
+
+
+@pytest.mark.parametrize(
+    "name", ["nobody", "naive:triton", "effdense-features:cuda", "compile-budget:2"]
+)
+def test_an_unknown_provider_is_named(name):
+    with pytest.raises(ValueError, match=name.partition(":")[0]):
+        providers.find(name)

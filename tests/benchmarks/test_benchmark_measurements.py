@@ -1,0 +1,142 @@
+"""Figures measured in processes of their own, and what becomes of processes that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import memory
+import pytest
+import scaling
+import throughput
+from harness import machine, measure, report
+from harness.case import Case
+from harness.speed import Race
+
+SMALL = Case("densenet-bc", depth=22, growth_rate=6, batch_size=2, image_size=8)
+# some hundred MiB in a second
+MIDDLE = Case("densenet-bc", depth=40, growth_rate=12, batch_size=32, image_size=32)
+SMALL_ARGUMENTS = ["--depth", "22", "--growth-rate", "6", "--batch-size", "2"]
+SMALL_ARGUMENTS += ["--image-size", "8", "--threads", "1"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_resident_peak_agrees_with_what_the_system_says_of_the_process():
+    request = {"mode": "resident", "provider": "naive", "case": MIDDLE.columns()}
+    request |= {"steps": 1, "threads": 1}
+    # What /usr/bin/time does: wait for the process and ask the system for its largest size.
+    # From a small process, because a child starts with its parent's figure.
+    program = (
+        "import resource, subprocess, sys\n"
+        "out = subprocess.run(sys.argv[1:], capture_output=True, text=True, check=True).stdout\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, out)"
+    )
+    command = [sys.executable, "-c", program, sys.executable, "-m", "harness.child"]
+    env = os.environ | {
+        "PYTHONPATH": str(measure.BENCHMARKS),
+        "MALLOC_MMAP_THRESHOLD_": measure.MMAP_THRESHOLD,
+    }
+    done = subprocess.run(
+        [*command, json.dumps(request)], env=env, capture_output=True, text=True, check=True
+    )
+    kibibytes, answer = done.stdout.split(maxsplit=1)
+    answer = json.loads(answer)
+    assert answer["baseline"] + answer["peak"] == pytest.approx(int(kibibytes) * 1024, rel=0.05)
+    live = measure.predicted_live("naive", MIDDLE)
+    assert live <= answer["peak"] < measure.predicted_peak("naive", MIDDLE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory can only be limited on Linux")
+def test_a_provider_that_runs_out_of_memory_is_a_row():
+    found = measure.memory(
+        "naive", MIDDLE, steps=1, threads=1, live=False, force=True, memory_limit=200 << 20
+    )
+    assert found.status == "out of memory", found.detail
+    assert found.peak is None
+    assert found.detail
+
+
+def test_a_killed_process_is_an_answer(monkeypatch):
+    killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
+    monkeypatch.setattr(measure.subprocess, "run", lambda *args, **kwargs: killed)
+    answer = measure.run_child({"threads": 1})
+    assert answer["out_of_memory"]
+    assert "SIGKILL" in answer["error"]
+
+
+def test_what_would_not_fit_is_not_attempted(monkeypatch):
+    monkeypatch.setattr(measure, "run_child", lambda request: pytest.fail("attempted"))
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 24 << 30)
+    large = Case("densenet-bc", 250, 24, 256, 32)
+    found = measure.memory("naive", large, steps=1, threads=1)
+    assert found.status == "does not fit"
+    # eight times the 10,657 MiB of batch 32, less the parameters' part
+    assert found.detail.startswith("needs 8")
+    assert "machine has 24.0 GiB" in found.detail
+    attempted = []
+    answer = {"error": "no", "out_of_memory": False}
+    monkeypatch.setattr(measure, "run_child", lambda request: attempted.append(1) or answer)
+    assert measure.memory("naive", large, steps=1, threads=1, force=True).status == "failed"
+    assert attempted
+
+
+def test_race_of_two_providers(tmp_path, capsys):
+    output = tmp_path / "race.csv"
+    arguments = ["--providers", "naive", "effdense-features", "--rounds", "2", "--steps", "20"]
+    arguments += ["--seconds", "0.01", "--output", str(output)]
+    assert throughput.main([*SMALL_ARGUMENTS, *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "correctness gate: green" in out
+    assert "x naive" in out
+    rows = report.read(output)
+    samples = [row for row in rows if row["metric"] == "step time"]
+    assert len(samples) == 4
+    assert all(float(row["value"]) > 0 and row["kind"] == "measured" for row in samples)
+
+
+def test_a_provider_that_dies_leaves_the_race():
+    with Race(["naive", "effdense-features"], SMALL, threads=1) as race:
+        race._workers["effdense-features"]._process.kill()
+        times = list(race.rounds(1, seconds=0.01, steps=20))
+    assert "SIGKILL" in race.failures["effdense-features"]
+    assert list(times[0]) == ["naive"]
+
+
+def test_scaling_counts_the_gradients_of_two_processes(tmp_path, capsys):
+    output = tmp_path / "scaling.csv"
+    arguments = ["--processes", "2", "--modes", "weak", "--providers", "effdense-features"]
+    arguments += ["--rounds", "1", "--steps", "20", "--output", str(output)]
+    assert scaling.main([*SMALL_ARGUMENTS, *arguments]) == 0, capsys.readouterr().out
+    rows = report.read(output)
+    (communicated,) = [row for row in rows if row["metric"] == "communicated gradients"]
+    assert int(communicated["value"]) == scaling.counts.gradient_bytes(SMALL)
+    assert any(row["metric"] == "weak step time" and float(row["value"]) > 0 for row in rows)
+
+
+def test_depth_search_ends_at_the_budget(monkeypatch):
+    case = Case("densenet-bc", 22, 12, 8, 32)
+    budget = 2 << 30
+    depth = memory.max_depth("effdense-features", case, budget)
+    at, beyond = (
+        measure.predicted_peak("effdense-features", Case("densenet-bc", d, 12, 8, 32))
+        for d in (depth, depth + 6)
+    )
+    assert at <= budget < beyond
+    assert memory.max_depth("effdense-features", case, 1 << 20) is None
+
+
+def test_available_memory_respects_control_groups(tmp_path):
+    own = tmp_path / "cgroup"
+    own.write_text("0::/outer/inner\n")
+    inner = tmp_path / "root" / "outer" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "memory.max").write_text("max\n")
+    (inner / "memory.current").write_text("100\n")
+    outer = inner.parent
+    (outer / "memory.max").write_text("4000\n")
+    (outer / "memory.current").write_text("1500\n")
+    (outer / "memory.stat").write_text("anon 1000\ninactive_file 500\n")
+    assert machine.groups(tmp_path / "root", own) == [(4000, 1000)]

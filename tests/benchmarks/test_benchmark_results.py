@@ -1,0 +1,168 @@
+"""Command lines, results files and pictures; nothing is measured."""
+
+from __future__ import annotations
+
+import argparse
+
+import draw
+import memory
+import pytest
+import scaling
+import throughput
+from harness import case as cases
+from harness import report
+from harness.case import Case
+from harness.measure import Memory
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def fake_measurements(monkeypatch):
+    """Peaks as fast as one can type: naive grows with the square of depth, effdense linearly."""
+
+    def measured(name, case, **options):
+        growth = 2 if name == "naive" else 1
+        state = memory.counts.floor(case).state
+        return Memory("measured", baseline=1, peak=state + 1000 * case.depth**growth, seconds=1.0)
+
+    monkeypatch.setattr(memory, "memory", measured)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "says"),
+    [
+        (memory.main, ["--depth", "251"], "nearest valid depths: 250 and 256"),
+        (memory.main, ["--arch", "densenet121", "--sweep", "depth"], "DenseNet-BC"),
+        (memory.main, ["--arch", "densenet121", "--growth-rate", "12"], "fixed"),
+        (memory.main, ["--providers", "nobody"], "no provider 'nobody'"),
+        (memory.main, ["--max-depth-for", "plenty"], "12GiB"),
+        (memory.main, ["--points", "10"], "--sweep"),
+        (memory.main, ["--image-size", "2"], "at least 4 pixels"),
+        (throughput.main, ["--device", "tpu"], "cuda:N"),
+        (throughput.main, ["--batch-size", "0"], "positive integer"),
+        (scaling.main, ["--processes", "3"], "divided"),
+    ],
+)
+def test_a_bad_argument_is_one_line(main, arguments, says, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert says in said
+    assert len(said.splitlines()) == 1
+
+
+def test_sizes_of_memory():
+    assert cases.byte_size("12GiB") == 12 * GIB
+    assert cases.byte_size("500 MB") == 500_000_000
+    assert cases.byte_size("1024") == 1024
+    with pytest.raises(argparse.ArgumentTypeError, match="size"):
+        cases.byte_size("12 parsecs")
+
+
+def test_a_sweep_states_its_exponents_and_draws(tmp_path, fake_measurements, capsys):
+    output = tmp_path / "sweep.csv"
+    arguments = ["--sweep", "depth", "--points", "40", "100", "250", "--providers", "naive"]
+    assert memory.main([*arguments, "effdense-features", "--output", str(output)]) == 0
+    out = capsys.readouterr().out
+    exponents = {
+        line.split("|")[1].strip(): line.split("|")[-2].strip()
+        for line in out.splitlines()
+        if line.startswith("| ")
+    }
+    assert exponents["naive"] == "2.00"
+    assert exponents["effdense-features"] == "1.00"
+    assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_results_say_where_they_come_from(tmp_path, fake_measurements):
+    output = tmp_path / "memory.csv"
+    memory.main(["--providers", "naive", "--output", str(output)])
+    rows = report.read(output)
+    assert list(rows[0]) == [*report.RESULT_COLUMNS, *report.ENVIRONMENT_COLUMNS]
+    (peak,) = [row for row in rows if row["metric"] == "peak"]
+    assert peak["kind"] == "measured"
+    assert {row["kind"] for row in rows if row["provider"] == "floor"} == {"formula"}
+    for column in ("processor", "cores", "torch", "git_revision", "command", "date"):
+        assert peak[column], column
+    picture = tmp_path / "memory.svg"
+    assert draw.main([str(output), "--output", str(picture)]) == 0
+    assert "DenseNet-BC" in picture.read_text() or picture.stat().st_size > 10_000
+
+
+def test_an_interrupted_run_keeps_its_rows(tmp_path, monkeypatch, capsys):
+    results = iter([Memory("measured", baseline=1, peak=5 * GIB, seconds=1.0)])
+
+    def measured(*args, **options):
+        try:
+            return next(results)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(memory, "memory", measured)
+    output = tmp_path / "memory.csv"
+    arguments = ["--providers", "naive", "checkpoint", "--output", str(output)]
+    assert memory.main(arguments) == 130
+    assert "interrupted" in capsys.readouterr().err
+    peaks = [row for row in report.read(output) if row["metric"] == "peak"]
+    assert [row["provider"] for row in peaks] == ["naive"]
+
+
+@pytest.mark.parametrize(
+    ("main", "option"),
+    [(throughput.main, ["--project", "h100"]), (scaling.main, ["--project", "8"])],
+)
+def test_a_projection_is_labelled_and_never_drawn(main, option, tmp_path, capsys):
+    output = tmp_path / "projection.csv"
+    arguments = ["--depth", "22", "--dtype", "bfloat16", *option, "--output", str(output)]
+    assert main(arguments) == 0
+    assert "PROJECTION, not a measurement" in capsys.readouterr().out
+    rows = report.read(output)
+    assert {row["kind"] for row in rows} == {"projection"}
+    assert "cpu" not in {row["device"] for row in rows}
+    with pytest.raises(ValueError, match="projection"):
+        draw.draw([output], tmp_path / "picture.png")
+
+
+def test_draw_refuses_other_files(tmp_path):
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no column"):
+        draw.draw([other], tmp_path / "picture.png")
+
+
+def test_pictures_of_throughput_and_scaling(tmp_path):
+    case = Case("densenet-bc", 22, 6, 2, 8)
+    for benchmark, metrics in {
+        "throughput": ["step time"],
+        "scaling": ["weak step time", "strong step time"],
+    }.items():
+        path = tmp_path / f"{benchmark}.csv"
+        with report.Recorder(path, benchmark, "cpu", 1) as recorder:
+            for metric in metrics:
+                for processes in (1, 2):
+                    for sample in range(3):
+                        recorder.add(
+                            "naive",
+                            case,
+                            metric,
+                            1.0 + sample / 10,
+                            "s",
+                            sample=sample,
+                            processes=processes,
+                        )
+        draw.draw([path], tmp_path / f"{benchmark}.png")
+        assert (tmp_path / f"{benchmark}.png").stat().st_size > 10_000
+
+
+def test_quantiles():
+    assert report.quantiles([3.0, 1.0, 2.0]) == pytest.approx((1.4, 2.0, 2.6))
+    assert report.quantiles([5.0]) == (5.0, 5.0, 5.0)
+    with pytest.raises(ValueError, match="no values"):
+        report.quantiles([])
+
+
+def test_a_table_is_markdown():
+    lines = report.table(["a", "b"], [["x", 1], ["longer", 22]]).splitlines()
+    assert lines == ["| a      |  b |", "| :----- | -: |", "| x      |  1 |", "| longer | 22 |"]

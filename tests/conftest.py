@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# The tests' tensors are tiny: threads only wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def nan_filled_memory() -> Iterator[None]:
+    """Every ``torch.empty`` holds NaN, so an element that is read unwritten can't hide."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

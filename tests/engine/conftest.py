@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """Run a script in N processes under torchrun (0: without it), in a folder of the test's."""
+
+    def launch(
+        processes: int, script: Path, *arguments: object, timeout: float = 600
+    ) -> subprocess.CompletedProcess[str]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        launcher = [*torchrun, str(processes)] if processes else []
+        return subprocess.run(
+            [sys.executable, *launcher, str(script), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    return launch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Runs inside the test process set the number of threads; small ones are faster with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def error_lines(process: subprocess.CompletedProcess[str]) -> list[str]:
+    """What the run itself says went wrong; torchrun's own report is not counted."""
+    return [line for line in process.stderr.splitlines() if line.startswith("error: ")]

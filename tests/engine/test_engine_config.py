@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+
+import pytest
+
+from effdense.engine import config as config_module
+from effdense.engine.config import RECIPES, Recipe, TrainConfig, parse_command_line
+from effdense.engine.errors import UserError
+
+
+def help_text(capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        parse_command_line(["--help"])
+    assert not exit_.value.code
+    return capsys.readouterr().out
+
+
+def test_the_paper_s_cifar_recipe() -> None:
+    for data in ("cifar10", "cifar100"):
+        config = TrainConfig(data=data).resolved()
+        assert (config.arch, config.depth, config.growth_rate) == ("densenet_bc", 100, 12)
+        assert (config.opt, config.momentum, config.weight_decay) == ("sgd", 0.9, 1e-4)
+        assert (config.batch_size, config.epochs, config.drop_rate) == (64, 300, 0.0)
+        rates = [config.lr_at(epoch / 300) for epoch in (0, 149, 150, 224, 225, 299)]
+        assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_svhn_and_imagenet_recipes() -> None:
+    svhn = TrainConfig(data="svhn").resolved()
+    assert (svhn.epochs, svhn.drop_rate, svhn.augment) == (40, 0.2, "none")
+    assert [svhn.lr_at(e / 40) for e in (19, 20, 30)] == pytest.approx([0.1, 0.01, 0.001])
+    imagenet = TrainConfig(data="imagefolder").resolved()
+    assert (imagenet.arch, imagenet.image_size, imagenet.batch_size) == ("densenet121", 224, 256)
+    assert [imagenet.lr_at(e / 90) for e in (29, 30, 59, 60)] == pytest.approx(
+        [0.1, 0.01, 0.01, 0.001]
+    )
+
+
+def test_recipes_that_follow_another_option() -> None:
+    assert TrainConfig(opt="adam").resolved().lr == 1e-3
+    assert TrainConfig(opt="adam", lr=0.5).resolved().lr == 0.5
+    assert TrainConfig(data="cifar10", augment="none").resolved().drop_rate == 0.2
+    assert TrainConfig(data="cifar10", augment="none", drop_rate=0.0).resolved().drop_rate == 0.0
+
+
+def test_cosine_goes_from_the_rate_to_zero() -> None:
+    config = TrainConfig(schedule="cosine", lr=0.4).resolved()
+    assert [config.lr_at(p) for p in (0, 0.5, 1)] == pytest.approx([0.4, 0.2, 0.0])
+
+
+def test_every_option_is_resolved_and_given_ones_are_kept() -> None:
+    for data in RECIPES:
+        resolved = dataclasses.asdict(TrainConfig(data=data).resolved())  # type: ignore[arg-type]
+        assert [k for k, v in resolved.items() if v is None] == ["work_dir"]
+        assert set(resolved) == {field.name for field in dataclasses.fields(TrainConfig)}
+    given = TrainConfig(data="cifar10", epochs=7, milestones=(0.1,), growth_rate=3, seed=5)
+    resolved = given.resolved()  # type: ignore[assignment]
+    for name in ("epochs", "milestones", "growth_rate", "seed"):
+        assert getattr(resolved, name) == getattr(given, name)
+
+
+def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_module, "_available_cores", lambda: 12)
+    assert TrainConfig().resolved(world_size=4, local_world_size=4).threads == 3
+    assert TrainConfig().resolved(world_size=4, local_world_size=2).threads == 6
+    assert TrainConfig().resolved(world_size=16, local_world_size=16).threads == 1
+    assert TrainConfig(threads=5).resolved(world_size=4, local_world_size=4).threads == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--lr", "0"], "--lr must be a positive number, got 0.0"),
+        (["--lr", "nan"], "--lr must be a positive number, got nan"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--batch-size", "2"], "--batch-size must be at least 3, one image for each of the 3"),
+        (["--momentum", "1"], "--momentum must be in [0, 1)"),
+        (["--label-smoothing", "-0.1"], "--label-smoothing must be in [0, 1)"),
+        (["--drop-rate", "1.5"], "--drop-rate must be in [0, 1)"),
+        (["--weight-decay", "-1"], "--weight-decay must be a number, at least 0"),
+        (["--milestones", "0.5", "150"], "--milestones must be fractions between 0 and 1"),
+        (["--image-size", "64"], "--image-size must be left out for digits"),
+        (["--download"], "--download must be left out"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--num-workers", "-1"], "--num-workers must be at least 0"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+    ],
+)
+def test_values_that_cannot_be(options: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_command_line(options).resolved(world_size=3)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--epoch-count", "3"], "--epoch-count"),
+        (["--data", "mnist"], "'mnist'"),
+        (["--epochs"], "--epochs"),
+        (["--epochs", "many"], "'many'"),
+        (["surplus"], "surplus"),
+    ],
+)
+def test_options_that_do_not_exist(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError) as error:
+        parse_command_line(options)
+    assert said in str(error.value)
+    assert "--help" in str(error.value)
+    assert not {"\n", "│", "─"} & set(str(error.value))
+    for part in ("---", "Perhaps", "full helptext"):
+        assert part not in str(error.value)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text(capsys)
+    options = text[text.index("show this help message") :].replace("│", " ")
+    entries = re.split(r"\n {1,4}(?=--)", options)
+    for field in dataclasses.fields(TrainConfig):
+        option = f"--{field.name.replace('_', '-')}"
+        (entry,) = (e for e in entries if e.split()[0] == option)
+        assert "(default:" in entry, entry
+        described = entry.split("(default:")[0].split()
+        assert len(described) > 3, entry
+
+
+def test_help_shows_each_data_set_s_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = help_text(capsys).split("show this help message")[0].splitlines()
+    header = next(line for line in lines if line.split() == list(RECIPES))
+    for field in dataclasses.fields(Recipe):
+        (row,) = (r for r in lines if r.startswith(f"  --{field.name.replace('_', '-')} "))
+        for name, recipe in RECIPES.items():
+            shown = row[header.index(f" {name}") + 1 :].split("  ")[0].split()
+            value = getattr(recipe, field.name)
+            expected = value if isinstance(value, tuple) else (value,)
+            for one, item in zip(shown, expected, strict=True):
+                if isinstance(item, float):
+                    assert float(one) == pytest.approx(item, abs=5e-3)
+                else:
+                    assert one == str(item)
+
+
+def test_only_rank_zero_prints_the_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(os.environ, "RANK", "1")
+    assert help_text(capsys) == ""

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from effdense.engine import plots, records
+from effdense.engine.config import ResolvedConfig, TrainConfig
+from effdense.engine.errors import UserError
+from effdense.engine.records import CsvLog, WorkDir, write_atomically
+
+
+def config(work_dir: Path | None, **options: Any) -> ResolvedConfig:
+    return TrainConfig(work_dir=work_dir, **options).resolved()
+
+
+def write_run(path: Path, errors: list[float]) -> Path:
+    work_dir = WorkDir.claim(config(path))
+    train, test = work_dir.train_log(), work_dir.test_log()
+    for epoch, error in enumerate(errors, 1):
+        train.add(epoch=epoch, step=epoch * 10, lr=0.1, loss=error / 10, error=error)
+        test.add(epoch=epoch, step=epoch * 10, loss=error / 5, error=2 * error, samples=7)
+    return path
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, list[float]]]:
+    """The curves of each figure in the order of saving: label -> y values."""
+    figures: list[dict[str, list[float]]] = []
+    save = Figure.savefig
+
+    def savefig(self: Figure, *arguments: Any, **options: Any) -> None:
+        (axes,) = self.axes
+        figures.append({str(line.get_label()): list(line.get_ydata()) for line in axes.lines})  # type: ignore[arg-type]
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+def test_csv_rows_are_on_disk_at_once_and_exact(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path / "x.csv", ("a", "b"))
+    assert (tmp_path / "x.csv").read_text().split() == ["a,b"]
+    values = [(1, 0.1 + 0.2), (2, 1e-300)]
+    for i, (a, b) in enumerate(values, 1):
+        log.add(b=b, a=a)
+        with (tmp_path / "x.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [(int(r["a"]), float(r["b"])) for r in rows] == values[:i]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_text("old")
+
+    def half(partial: Path) -> None:
+        partial.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"cannot write .*model.pt: No space left on device"):
+        write_atomically(path, half)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    write_atomically(path, lambda partial: partial.write_text("new") and None)
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_is_not_written_over_unless_asked(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", [5.0])
+    (path / "notes.txt").write_text("mine")
+    before = {file: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(UserError, match=r"already holds a run .*--overwrite"):
+        WorkDir.claim(config(path))
+    assert {file: file.read_bytes() for file in path.iterdir()} == before
+    WorkDir.claim(config(path, overwrite=True))
+    assert list(path.iterdir()) == [path / "notes.txt"]
+
+
+def test_without_a_work_dir_every_run_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "digits-2").mkdir(parents=True)
+    found = [str(WorkDir.claim(config(None)).path) for _ in range(3)]
+    assert found == ["runs/digits-1", "runs/digits-3", "runs/digits-4"]
+
+
+def test_a_work_dir_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/run"):
+        WorkDir.claim(config(tmp_path / "file" / "run"))
+
+
+def test_source_revision_is_git_s_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
+    assert records.source_revision() is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert records.source_revision() is None
+
+
+def test_plots_show_what_the_csv_files_say(
+    tmp_path: Path, drawn: list[dict[str, list[float]]]
+) -> None:
+    path = write_run(tmp_path / "run", [30.0, 20.0, 10.0])
+    assert plots.draw([path], path) == [path / "loss.png", path / "error.png"]
+    assert drawn == [
+        {"train": [3.0, 2.0, 1.0], "test": [6.0, 4.0, 2.0]},
+        {"train": [30.0, 20.0, 10.0], "test": [60.0, 40.0, 20.0]},
+    ]
+    for name in ("loss.png", "error.png"):
+        with Image.open(path / name) as image:
+            assert image.format == "PNG"
+            assert image.width > 500
+
+
+def test_several_runs_are_overlaid_under_their_names(
+    tmp_path: Path, drawn: list[dict[str, list[float]]]
+) -> None:
+    runs = [write_run(tmp_path / str(i) / "same", [10.0 + i]) for i in range(12)]
+    plots.draw([write_run(tmp_path / "a", [4.0]), write_run(tmp_path / "b", [8.0])], tmp_path)
+    assert drawn[1] == {
+        "a, train": [4.0],
+        "a, test": [8.0],
+        "b, train": [8.0],
+        "b, test": [16.0],
+    }
+    plots.draw(runs, tmp_path / "new" / "folder")
+    assert len(drawn[3]) == 24  # runs of one name are told apart
+    assert (tmp_path / "new" / "folder" / "loss.png").exists()
+
+
+def test_a_row_that_was_cut_short_is_left_out(
+    tmp_path: Path, drawn: list[dict[str, list[float]]]
+) -> None:
+    path = write_run(tmp_path / "run", [30.0, 20.0])
+    with (path / "test.csv").open("a") as file:
+        file.write("3,30,0.")
+    plots.draw([path], path)
+    assert drawn[1] == {"train": [30.0, 20.0], "test": [60.0, 40.0]}
+
+
+def test_a_run_without_epochs_yet_can_be_drawn(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", [])
+    plots.draw([path], path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "holds no run: there is no test.csv"),
+        ("", "cannot read"),
+        ("a,b\n1,2\n", "no columns epoch, loss and error"),
+        ("epoch,loss,error\n1,x,3\n", "could not convert"),
+    ],
+)
+def test_what_cannot_be_drawn(tmp_path: Path, content: str | None, said: str) -> None:
+    path = write_run(tmp_path / "run", [1.0])
+    (path / "test.csv").unlink()
+    if content is not None:
+        (path / "test.csv").write_text(content)
+    with pytest.raises(UserError, match=said):
+        plots.draw([path], path)
+    assert not list(path.glob("*.png"))

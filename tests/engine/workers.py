@@ -1,0 +1,136 @@
+"""What the tests run in several processes: ``workers.py NAME OUTPUT``, under torchrun.
+
+Rank 0 saves what NAME returns as OUTPUT; the tests call the same functions in one process.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import effdense
+from effdense.engine import training
+from effdense.engine.config import TrainConfig
+from effdense.engine.data import Batch, InMemory, Normalization, share
+from effdense.engine.distributed import World, all_or_none, joined_world, launched_processes
+from effdense.engine.errors import UserError, one_line_errors
+from effdense.engine.training import Trainer
+
+BATCH_SIZE = 10  # not a multiple of 3
+TEST_SIZES = (1, 2, 3, 4, 25, 101)
+
+
+def frozen_steps(world: World) -> dict[str, Tensor]:
+    """Weights after two steps of SGD in float64 on batches of 10, every norm in eval mode."""
+    torch.manual_seed(0)
+    network = effdense.densenet_bc(depth=16, growth_rate=4, num_classes=5).double()
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+    config = TrainConfig(
+        data="fake", batch_size=BATCH_SIZE, weight_decay=0.01, label_smoothing=0.1, threads=1
+    ).resolved(world_size=world.world_size)
+    trainer = Trainer(network, config, world)
+    images = torch.randn(2, BATCH_SIZE, 3, 12, 12, dtype=torch.float64)
+    labels = torch.randint(5, (2, BATCH_SIZE))
+    for step in range(2):
+        mine = share(torch.arange(BATCH_SIZE), world.rank, world.world_size)
+        trainer.step(images[step, mine], labels[step, mine], BATCH_SIZE, lr=0.1)
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+class Watched(InMemory):
+    """Remembers which samples were asked for."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        super().__init__(images, labels, Normalization((0.0,) * 3, (1.0,) * 3))
+        self.asked: list[int] = []
+
+    def batches(
+        self, indices: Sequence[Tensor], epoch: int | None, device: torch.device
+    ) -> Iterator[Batch]:
+        assert epoch is None
+        self.asked += [index for chosen in indices for index in chosen.tolist()]
+        return super().batches(indices, epoch, device)
+
+
+def evaluations(world: World) -> dict[str, Tensor]:
+    """For each size of the test set: loss, error, samples, and how often each was asked for.
+
+    The running statistics differ between the processes, by as much as their ranks do: at first
+    rank r's are those of a single process plus r - (N - 1) / 2, which average to the former.
+    """
+    torch.manual_seed(0)
+    network = effdense.densenet_bc(depth=10, growth_rate=4, num_classes=5)
+    config = TrainConfig(data="fake", batch_size=12, threads=1).resolved()
+    trainer = Trainer(network, config, world)
+    # after the trainer, which starts all processes from the same buffers
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            module.running_mean += world.rank - (world.world_size - 1) / 2
+    results = {}
+    for size in TEST_SIZES:
+        split = Watched(torch.randn(size, 3, 8, 8), torch.randint(5, (size,)))
+        score = trainer.evaluate(split)
+        counts = torch.bincount(torch.tensor(split.asked, dtype=torch.int64), minlength=size)
+        if world.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        results[f"{size} score"] = torch.tensor(
+            [score.loss, score.error, score.samples], dtype=torch.float64
+        )
+        results[f"{size} asked"] = counts
+    return results
+
+
+def mistake_on_rank_1(world: World) -> dict[str, Tensor]:
+    """A user's mistake that only one process can see."""
+    with all_or_none():
+        if world.rank == 1:
+            raise UserError("the disk of rank 1 is full")
+    raise AssertionError("every process must have raised")
+
+
+def defect_on_rank_1(world: World) -> dict[str, Tensor]:
+    """A process that fails in the second epoch, while the others wait for its gradients."""
+    step = Trainer.step
+
+    def failing(self: Trainer, *arguments: object, **options: object) -> tuple[Tensor, Tensor]:
+        if world.rank == 1 and self.optimizer.state:
+            raise RuntimeError("a defect on rank 1")
+        return step(self, *arguments, **options)  # type: ignore[arg-type]
+
+    Trainer.step = failing  # type: ignore[method-assign]
+    options = TrainConfig(data="fake", depth=10, image_size=8, threads=1)
+    config = options.resolved(world_size=world.world_size)
+    training._run(config, world)
+    raise AssertionError("training must have failed")
+
+
+WORKERS: dict[str, Callable[[World], dict[str, Tensor]]] = {
+    function.__name__: function
+    for function in (frozen_steps, evaluations, mistake_on_rank_1, defect_on_rank_1)
+}
+
+
+def main() -> None:
+    name, output = sys.argv[1], Path(sys.argv[2])
+    with one_line_errors(), joined_world("cpu", threads=1) as world:
+        assert world.world_size == launched_processes()[0]
+        result = WORKERS[name](world)
+        if world.is_main:
+            torch.save(result, output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from kernel_arena import CANARY, GUARD
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every torch.empty is full of NaN and stands between guards, workspaces included."""
+    real = torch.empty
+    allocated: list[torch.Tensor] = []
+
+    def poisoned(*size: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+        if not (dtype or torch.get_default_dtype()).is_floating_point:
+            return real(*size, dtype=dtype, **options)
+        shape = torch.Size(size[0] if size and not isinstance(size[0], int) else size)
+        flat = real(shape.numel() + 2 * GUARD, dtype=dtype, **options).fill_(CANARY)
+        allocated.append(flat)
+        return flat[GUARD : GUARD + shape.numel()].view(shape).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    yield
+    for flat in allocated:
+        assert (flat[:GUARD] == CANARY).all(), "a workspace's guard was overwritten"
+        assert (flat[-GUARD:] == CANARY).all(), "a workspace's guard was overwritten"

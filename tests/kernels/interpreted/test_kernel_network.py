@@ -1,0 +1,137 @@
+"""Whole networks on the Triton backend against the torch backend: same numbers while training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import effdense
+from effdense.backends.triton_backend import TritonBackend
+
+Tensor = torch.Tensor
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the operations that the Triton backend was asked for."""
+    calls: list[str] = []
+    run = TritonBackend._run
+
+    def noted(self: TritonBackend, operation: str, function: Callable[..., Any], *a: Any, **k: Any):
+        calls.append(function.__name__)
+        return run(self, operation, function, *a, **k)
+
+    monkeypatch.setattr(TritonBackend, "_run", noted)
+    return calls
+
+
+def train(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[float]:
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    losses = []
+    for images, labels in batches:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def with_backend(model: torch.nn.Module, backend: str) -> torch.nn.Module:
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = backend
+    return model
+
+
+def batches(steps: int, *size: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(2, 3, *size, generator=generator),
+            torch.randint(10, (2,), generator=generator),
+        )
+        for _ in range(steps)
+    ]
+
+
+def assert_same_training(model: torch.nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
+    ours, theirs = with_backend(model, "triton"), with_backend(model, "torch")
+    losses = train(ours, data), train(theirs, data)
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    found, expected = dict(ours.state_dict()), dict(theirs.state_dict())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("save", effdense.SAVE_MODES)
+def test_three_steps_of_a_small_network(save: effdense.Save, kernel_calls: list[str]) -> None:
+    torch.manual_seed(0)
+    model = effdense.densenet_bc(22, 12, num_classes=10, save=save)
+    assert_same_training(model, batches(3, 8, 8))
+    if save == "all":
+        # plain autograd: the reference for the rest
+        return
+    assert {
+        *("statistics", "bn_relu", "bn_relu_backward_reduce", "bn_relu_backward_apply"),
+        *("bn_relu_conv1x1", "bn_relu_conv1x1_backward", "finish_gradient"),
+        *("bn_relu_avg_pool", "bn_relu_avg_pool_backward"),
+        *("bn_relu_global_pool", "bn_relu_global_pool_backward"),
+    } == set(kernel_calls)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        ({"bn_size": None}, (6, 6)),
+        ({"drop_rate": 0.3}, (7, 5)),
+        ({"spatial_dims": 1}, (9,)),
+        ({"spatial_dims": 3}, (4, 3, 5)),
+        ({"small_inputs": False}, (33, 21)),
+    ],
+    ids=["without bottleneck", "dropout, odd", "1-D", "3-D", "ImageNet stem"],
+)
+def test_one_step_of_other_networks(arguments: dict[str, Any], size: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    options = {"small_inputs": True} | arguments
+    model = effdense.DenseNet(5, (2, 2), 7, num_classes=10, **options)
+    assert_same_training(model, batches(1, *size))
+
+
+def test_frozen_norms() -> None:
+    torch.manual_seed(0)
+    model = effdense.DenseNet(5, (2, 2), 7, num_classes=10, small_inputs=True)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+                module.running_mean.normal_(std=0.1)
+    assert_same_training(model, batches(1, 6, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_under_autocast(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = effdense.DenseNet(5, (3,), 7, num_classes=10, small_inputs=True)
+    ((images, labels),) = batches(1, 6, 6)
+
+    def gradients(model: torch.nn.Module, autocast: bool) -> list[Tensor]:
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            loss = F.cross_entropy(model(images), labels)
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    reference = gradients(with_backend(model, "torch"), False)
+    formula = gradients(with_backend(model, "torch"), True)
+    ours = gradients(with_backend(model, "triton"), True)
+    worst = [
+        torch.stack([(a - b).abs().max() / b.abs().max().clamp_min(1e-3) for a, b in pairs]).max()
+        for pairs in (zip(ours, reference, strict=True), zip(formula, reference, strict=True))
+    ]
+    # the interpreter truncates bfloat16 where torch rounds: up to twice the error of each step
+    assert worst[0] <= 2 * worst[1] * (2 if dtype == torch.bfloat16 else 1)

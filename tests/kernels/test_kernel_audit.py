@@ -1,0 +1,93 @@
+"""A representative part of the audit, and that it would notice what it looks for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+
+
+def audit(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # a process of its own: here Triton may have been imported as an interpreter
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "effdense.kernels.audit", *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "kernels", "matrix"),
+    [
+        ("sm_80", "bf16", "conv1x1_bwd|finish", "HMMA"),
+        ("sm_90", "fp16", "conv1x1_fwd|statistics_fwd", "HGMMA"),
+        ("sm_100", "bf16", "conv1x1_bwd", "UTCHMMA"),
+        ("gfx942", "fp16", "conv1x1_fwd|bn_relu_fwd", "v_mfma"),
+    ],
+)
+def test_representative_kernels(device: str, dtype: str, kernels: str, matrix: str) -> None:
+    options = ["--devices", device, "--dtypes", dtype, "--shapes", "k24"]
+    done = audit(*options, "--kernels", kernels)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1].endswith(" 0 with faults")
+    products = [line for line in lines if "conv1x1" in line]
+    assert products
+    assert all(matrix in line for line in products)
+
+
+def test_refuses_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "effdense.kernels.audit"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "unset TRITON_INTERPRET" in done.stderr
+
+
+FAULTS = """
+import sys
+from effdense.kernels import audit
+from effdense.kernels.launch import Launch, LaunchTable
+
+def table(self, operation, like, channels, bottleneck=0):
+    return {launch}
+
+LaunchTable.__call__ = table
+arguments = "--devices {device} --dtypes {dtype} --shapes {shape} --processes 1 --kernels {kernel}"
+if {narrow}:
+    audit.alignment = None
+    import effdense.kernels.bn_relu as module
+    module.alignment = lambda *integers: 1
+    audit.wide_accesses_expected = lambda job: True
+sys.exit(audit.main(arguments.split()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("launch", "device", "dtype", "kernel", "narrow", "fault"),
+    [
+        ("Launch(256, 128, 128, 4, 1)", "sm_80", "fp16", "bn_relu_bwd_reduce", False, "spills"),
+        ("Launch(128, 128, 128, 8, 4)", "sm_86", "fp16", "conv1x1_fwd", False, "shared memory"),
+        ("Launch(32, 64, 64, 4, 1)", "sm_80", "fp16", "bn_relu_fwd", True, "no 128-bit loads"),
+    ],
+)
+def test_faults_are_found(
+    launch: str, device: str, dtype: str, kernel: str, narrow: bool, fault: str
+) -> None:
+    code = FAULTS.format(
+        launch=launch, device=device, dtype=dtype, shape="k24", kernel=kernel, narrow=narrow
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert fault in done.stdout

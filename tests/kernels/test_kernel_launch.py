@@ -1,0 +1,76 @@
+"""Splits over rows, the launch table, and the search's memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from effdense.kernels.launch import (
+    Architecture,
+    Launch,
+    LaunchTable,
+    SearchedLaunchTable,
+    alignment,
+    power_of_two,
+)
+
+H100 = Architecture("cuda", 90, 132)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 1000, 2**33 + 1])
+@pytest.mark.parametrize("tiles", [1, 3, 500])
+def test_ranges_cover_the_rows(rows: int, tiles: int) -> None:
+    launch = Launch(16, programs=64)
+    length, ranges = launch.split_rows(rows, tiles)
+    assert length % 16 == 0
+    assert (ranges - 1) * length < rows <= ranges * length
+    assert ranges * tiles <= max(64, tiles)
+
+
+def test_alignment_and_powers() -> None:
+    assert [alignment(n) for n in (0, 1, 24, 36, 48, 4096)] == [16, 1, 8, 4, 16, 16]
+    assert alignment(1032, 528) == 8
+    assert [power_of_two(n, 16, 128) for n in (1, 16, 17, 96, 129)] == [16, 16, 32, 128, 128]
+
+
+def test_search_is_remembered(tmp_path: Path) -> None:
+    x = torch.zeros(100, 64)
+    timed: list[Launch] = []
+
+    def time(run):  # type: ignore[no-untyped-def]
+        run()
+        # the fewer warps the better
+        return timed[-1].num_warps
+
+    def table() -> SearchedLaunchTable:
+        return SearchedLaunchTable(H100, "A device / with a name", tmp_path, time)
+
+    first = table()
+    plain = LaunchTable(H100)("map", x, 64)
+    assert first("map", x, 64) == plain
+    first.search("map", x, 64, 0, timed.append)
+    assert len(timed) > 3
+    assert first("map", x, 64).num_warps == plain.num_warps // 2
+    # another process, the same class of shapes: nothing is timed
+    count = len(timed)
+    second = table()
+    second.search("map", x[:90], 64, 0, timed.append)
+    assert len(timed) == count
+    assert second("map", x[:90], 64) == first("map", x, 64)
+    # another class
+    assert second("map", x.half(), 64) == LaunchTable(H100)("map", x.half(), 64)
+    (file,) = tmp_path.iterdir()
+    assert "triton" in file.name
+    assert torch.__version__ in file.name
+
+
+def test_a_damaged_memory_is_no_error(tmp_path: Path) -> None:
+    table = SearchedLaunchTable(H100, "device", tmp_path, lambda run: 1.0)
+    table.file.parent.mkdir(exist_ok=True)
+    table.file.write_text("{")
+    again = SearchedLaunchTable(H100, "device", tmp_path, lambda run: 1.0)
+    assert again.choices == {}

@@ -1,0 +1,59 @@
+"""``python -m effdense``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from effdense.__main__ import main
+
+
+def write_run(path: Path) -> Path:
+    path.mkdir()
+    for name in ("train.csv", "test.csv"):
+        (path / name).write_text("epoch,loss,error\n1,0.5,20.0\n2,0.25,10.0\n")
+    return path
+
+
+def status(*arguments: object) -> object:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    return exit_.value.code
+
+
+def test_plot_draws_into_the_run_s_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run")
+    main(["plot", str(run)])
+    written = [run / "loss.png", run / "error.png"]
+    assert capsys.readouterr().out.split() == [str(path) for path in written]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_plot_overlays_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    assert status("plot", *runs) == 2
+    assert capsys.readouterr().err.startswith("error: several runs")
+    main(["plot", *map(str, runs), "-o", str(tmp_path / "both")])
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"loss.png", "error.png"}
+    for run in runs:
+        assert not list(run.glob("*.png"))
+
+
+def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("plot", tmp_path / "nothing") == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {tmp_path}/nothing holds no run: there is no train.csv\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["plot"], ["paint"]])
+def test_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(*arguments) == 2
+    assert "usage: python -m effdense" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("--help") == 0
+    assert "plot" in capsys.readouterr().out

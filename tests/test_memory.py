@@ -1,0 +1,53 @@
+"""Memory of one training step, each measurement in a fresh process."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+from measure_memory import measure
+
+
+@functools.cache
+def _measured(depth: int, batch: int, save: str | None) -> dict[str, int]:
+    model = "naive" if save is None else "effdense"
+    return measure(model=model, save=save, depth=depth, growth_rate=12, batch=batch)
+
+
+def _growth_exponent(save: str | None) -> float:
+    """Of activations' memory with the number of layers, from depth 100 to 250."""
+    shallow, deep = (_measured(depth, 8, save) for depth in (100, 250))
+    activations = [m["peak"] - m["state"] for m in (shallow, deep)]
+    return math.log(activations[1] / activations[0]) / math.log(246 / 96)
+
+
+def test_features_take_at_most_a_fifth_of_the_naive_networks_memory() -> None:
+    assert _measured(100, 64, "features")["peak"] <= _measured(100, 64, None)["peak"] / 5
+
+
+def test_memory_grows_linearly_with_depth_where_the_naive_networks_grows_quadratically() -> None:
+    assert _growth_exponent("features") <= 1.2
+    assert _growth_exponent(None) > 1.6
+
+
+def test_less_is_kept_from_mode_to_mode() -> None:
+    modes = ("input", "features", "bottlenecks", "all")
+    saved = [_measured(100, 8, save)["saved"] for save in modes]
+    assert saved == sorted(saved)
+    # The first block's features and their gradient are the peak of "input" and "features".
+    peaks = [_measured(100, 8, save)["peak"] for save in modes[1:]]
+    assert peaks == sorted(peaks)
+
+
+@pytest.mark.parametrize("save", ["features", "bottlenecks"])
+def test_saved_tensors_are_the_features_and_the_kept_bottlenecks(save: str) -> None:
+    growth, batch, layers = 12, 8, 16
+    width, size, expected = 2 * growth, 32, 0
+    for _ in range(3):
+        positions = batch * size * size
+        kept = layers * (4 * growth) if save == "bottlenecks" else 0
+        expected += 4 * positions * (width + layers * growth + kept)
+        width, size = (width + layers * growth) // 2, size // 2
+    # besides: the images, statistics, the classifier's input
+    assert expected <= _measured(100, batch, save)["saved"] <= 1.03 * expected
