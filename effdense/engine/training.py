@@ -237,14 +237,16 @@ class Progress:
         if self._bar is not None and self._bars:
             self._bar.set_postfix(loss=f"{score.loss:.4f}", error=f"{score.error:.2f} %")
 
-    def end(self, train: Score, test: Score, images_per_second: float) -> None:
-        """Print the epoch's line."""
+    def end(self, train: Score, test: Score, seconds: float) -> None:
+        """Print the line of an epoch whose training took ``seconds``."""
+        # A small epoch can be shorter than a tick of the clock.
+        speed = f"{train.samples / seconds:,.0f} images/s  " if seconds > 0 else ""
         width = len(str(self._epochs))
         self.say(
             f"epoch {self._epoch:{width}}/{self._epochs}  "
             f"train loss {train.loss:.4f} error {train.error:5.2f} %  "
             f"test loss {test.loss:.4f} error {test.error:5.2f} %  "
-            f"{images_per_second:,.0f} images/s  {time.monotonic() - self._began:.1f} s"
+            f"{speed}{time.monotonic() - self._began:.1f} s"
         )
 
 
@@ -303,7 +305,7 @@ def _run(config: ResolvedConfig, world: World) -> Score:
                 epoch=epoch, step=step, loss=test.loss, error=test.error, samples=test.samples
             )
             plots.draw([work_dir.path], work_dir.path)
-        progress.end(train, test, train.samples / seconds)
+        progress.end(train, test, seconds)
     if work_dir is not None:
         path = work_dir.save_model(network)
         progress.say(f"test error {test.error:.2f} % on {test.samples} images; weights in {path}")
