@@ -32,12 +32,15 @@ check: $(STAMP)
 audit: $(STAMP)
 	$(BIN)/python -m effdense.kernels.audit $(ARGS)
 
+RACE := --providers naive naive-channels-last checkpoint effdense-bottlenecks effdense-features
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/memory.py --depth 250
-	$(BIN)/python benchmarks/throughput.py --depth 100 --growth-rate 12 --batch-size 64
-	$(BIN)/python benchmarks/throughput.py --depth 250 --growth-rate 24 --batch-size 16
-	$(BIN)/python benchmarks/throughput.py --arch densenet121 --image-size 224 --batch-size 8
+	$(BIN)/python benchmarks/throughput.py --depth 100 --growth-rate 12 --batch-size 64 $(RACE)
+	$(BIN)/python benchmarks/throughput.py --depth 250 --growth-rate 24 --batch-size 16 $(RACE)
+	$(BIN)/python benchmarks/throughput.py --arch densenet121 --image-size 224 --batch-size 8 $(RACE)
 	$(BIN)/python benchmarks/scaling.py --processes 1 2 4
+	$(BIN)/python benchmarks/memory.py --sweep depth --growth-rate 12 --batch-size 8
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -33,8 +33,9 @@ from harness.case import (
 )
 from harness.measure import Memory, memory, predicted_peak
 from harness.report import Recorder, mebibytes, table
-from harness.timeline import ROLES
 from tqdm import tqdm
+
+from effdense.timeline import ROLES
 
 SWEEPS = {
     "depth": (40, 64, 100, 160, 250),

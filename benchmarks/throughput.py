@@ -107,7 +107,10 @@ def make_parser() -> Parser:
         help="shortest sample; clocks of virtual machines tick in 20 ms (default 0.5)",
     )
     parser.add_argument(
-        "--strict", action="store_true", help="also compare gradients in float64, <= 4 images"
+        "--strict",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also compare gradients in float64, <= 4 images (default: yes)",
     )
     parser.add_argument("--force", action="store_true", help="attempt what should not fit")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """effdense: DenseNets in linear memory, exact, and faster than the naive network."""
 
 from .dense_block import SAVE_MODES, Save
+from .estimation import BlockEstimate, Estimate, estimate
 from .models import (
     DenseNet,
     densenet121,
@@ -10,18 +11,28 @@ from .models import (
     densenet_bc,
 )
 from .modules import DenseBlock, Transition
+from .planning import BudgetError, Plan, budget_bytes, deepest, largest_batch, plan
 from .version import __version__
 
 __all__ = [
     "SAVE_MODES",
+    "BlockEstimate",
+    "BudgetError",
     "DenseBlock",
     "DenseNet",
+    "Estimate",
+    "Plan",
     "Save",
     "Transition",
     "__version__",
+    "budget_bytes",
+    "deepest",
     "densenet121",
     "densenet161",
     "densenet169",
     "densenet201",
     "densenet_bc",
+    "estimate",
+    "largest_batch",
+    "plan",
 ]

@@ -14,6 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m effdense")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_plot(commands)
+    _add_plan(commands)
     options = parser.parse_args(arguments)
     with one_line_errors():
         options.run(options)
@@ -51,6 +52,62 @@ def _plot(options: argparse.Namespace) -> None:
         output = options.work_dirs[0]
     for path in plots.draw(options.work_dirs, output):
         print(path)
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="choose what each dense block saves, so that training fits a memory budget",
+        description="Choose what each dense block of a network saves for backward: the fastest "
+        "choice whose predicted peak fits a budget of memory. Nothing is allocated or trained.",
+    )
+    parser.add_argument(
+        "arch",
+        choices=("densenet_bc", "densenet121", "densenet161", "densenet169", "densenet201"),
+        metavar="ARCH",
+        help="densenet_bc, densenet121, densenet161, densenet169 or densenet201",
+    )
+    parser.add_argument("--depth", type=int, default=100, help="of densenet_bc (default 100)")
+    parser.add_argument("--growth-rate", type=int, default=12, help="of densenet_bc (default 12)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images (default 64)")
+    parser.add_argument(
+        "--image-size", type=int, help="pixels (default 32 for densenet_bc, else 224)"
+    )
+    parser.add_argument(
+        "--budget", default="auto", help='such as "8GiB"; "auto" (default): what is free'
+    )
+    parser.add_argument("--optimizer", default="sgd-momentum", help="default sgd-momentum")
+    parser.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none")
+    parser.add_argument("--ddp", action="store_true", help="count DDP's gradient buckets")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import torch
+
+    import effdense
+
+    amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.amp]
+    size = options.image_size or (32 if options.arch == "densenet_bc" else 224)
+    try:
+        with torch.device("meta"):
+            if options.arch == "densenet_bc":
+                model = effdense.densenet_bc(options.depth, options.growth_rate)
+            else:
+                model = getattr(effdense, options.arch)()
+        found = effdense.plan(
+            model,
+            (options.batch_size, 3, size, size),
+            options.budget,
+            optimizer=options.optimizer,
+            amp=amp,
+            ddp=options.ddp,
+            device=options.device,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    print(found)
 
 
 if __name__ == "__main__":

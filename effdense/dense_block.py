@@ -53,9 +53,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import without_autocast
 from .backends.base import Backend, Normalization, PendingNorm, Rebuild, accumulate_dtype
 from .convolution import convolve, convolve_backward
-from .layout import channels_first
+from .layout import channels_first, pieces
 from .layout import rows as rows_of
 from .norm_sums import ALL_CHANNELS, Channels, direct_channels, second_sum
 from .norms import NormSpec, normalization
@@ -137,7 +138,7 @@ class DenseStage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: StageSpec, x: Tensor, *tensors: Tensor | None) -> Any:
         # Autocast is resolved into spec.compute_dtype by the caller; inside, every cast is ours.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             stage = _Stage(spec, x.shape, x.device, tensors)
             output = stage.forward(x)
         ctx.spec, ctx.input_shape, ctx.input_dtype = spec, x.shape, x.dtype
@@ -158,7 +159,7 @@ class DenseStage(torch.autograd.Function):
         kept, *rest = ctx.saved_tensors
         statistics, rest = rest[:4], rest[4:]
         bottlenecks, tensors = rest[: ctx.num_kept], rest[ctx.num_kept :]
-        with torch.autocast(kept.device.type, enabled=False):
+        with without_autocast(kept.device):
             stage = _Stage(ctx.spec, ctx.input_shape, kept.device, tensors)
             stage.load(kept, statistics, bottlenecks)
             grad_x, grads = stage.backward(grad_output, ctx.needs_input_grad[1:])
@@ -360,7 +361,7 @@ class _Stage:
         per_image = self.positions // self.images
         bytes_per_image = per_image * channels * self.x.element_size()
         step = self.ops.images_per_step(self.images, bytes_per_image)
-        for first in range(0, self.images, step):
+        for first in pieces(self.x, range(0, self.images, step)):
             n = min(step, self.images - first)
             yield n, slice(first * per_image, (first + n) * per_image)
 
@@ -613,7 +614,7 @@ class _Stage:
         step = self.ops.images_per_step(self.images * pairs, 4 * pair_bytes)
         if step >= pairs:
             n = step // pairs
-            for first in range(0, self.images, n):
+            for first in pieces(self.x, range(0, self.images, n)):
                 last = min(self.images, first + n)
                 yield (
                     slice(first * lines * line, last * lines * line),
@@ -621,8 +622,8 @@ class _Stage:
                     (last - first, *self.spatial),
                 )
             return
-        for image in range(self.images):
-            for pair in range(0, pairs, step):
+        for image in pieces(self.x, range(self.images)):
+            for pair in pieces(self.x, range(0, pairs, step)):
                 stop = min(pairs, pair + step)
                 top, bottom = 2 * pair, lines if stop == pairs else 2 * stop
                 yield (
@@ -647,6 +648,8 @@ def dropout_mask(
     A function of its arguments only (rows in (image, pixel) order), so that backward can
     make it again instead of keeping it.
     """
+    if device.type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
     generator = torch.Generator(device)
     # Knuth's multiplicative constant spreads consecutive layers over the seed space.
     generator.manual_seed((seed + (layer + 1) * 2654435761) % (1 << 63))

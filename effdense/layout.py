@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TypeVar
+
 from torch import Tensor
+
+_Piece = TypeVar("_Piece")
 
 
 def rows(x: Tensor) -> Tensor:
@@ -13,3 +19,12 @@ def rows(x: Tensor) -> Tensor:
 def channels_first(matrix: Tensor, images: int, spatial: list[int] | tuple[int, ...]) -> Tensor:
     """A dense (P, c) matrix as an (images, c, *spatial) channels-last view."""
     return matrix.view(images, *spatial, matrix.shape[1]).movedim(-1, 1)
+
+
+def pieces(of: Tensor, cuts: Iterable[_Piece]) -> Iterator[_Piece]:
+    """The pieces in which work on ``of`` is done, one after the other.
+
+    On meta tensors, which have shapes and no values, the first stands for all: none is
+    larger, and each takes its memory after the one before has given it back.
+    """
+    return islice(cuts, 1) if of.is_meta else iter(cuts)

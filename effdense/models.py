@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
 from . import reference
+from .autocast import autocast_dtype
 from .dense_block import Save, check_save
 from .eligibility import graph_is_recorded, has_hooks, refuse_replica
 from .modules import DenseBlock, Features, Transition
@@ -73,10 +74,11 @@ class DenseNet(reference.DenseNet):
         in_channels: int = 3,
         spatial_dims: int = 2,
         init: Init = "paper",
-        save: Save = "features",
+        save: Save | Sequence[Save] = "features",
         backend: str = "auto",
     ) -> None:
-        check_save(save)
+        for mode in [save] if isinstance(save, str) else save:
+            check_save(mode)
         if backend not in ("auto", "torch", "triton"):
             raise ValueError(f'backend must be "auto", "torch" or "triton", got {backend!r}')
         super().__init__(
@@ -151,7 +153,7 @@ class DenseNet(reference.DenseNet):
             raise ValueError(
                 f"input is on {x.device}, the model on {weight.device}; move one of them"
             )
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = autocast_dtype(x.device) is not None
         castable = autocast and x.is_floating_point() and x.dtype != torch.float64
         if x.dtype != weight.dtype and not castable:
             raise ValueError(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
+from .autocast import autocast_dtype
 from .backends.select import get_backend
 from .dense_block import DenseStage, LayerSpec, Save, StageSpec, check_save
 from .eligibility import (
@@ -253,9 +254,10 @@ def _check_input(x: Tensor, norm: nn.Module, tensors: Sequence[Tensor]) -> torch
         raise ValueError(
             f"expected input with {norm.num_features} channels, got shape {tuple(x.shape)}"
         )
-    if torch.is_autocast_enabled(x.device.type):
+    autocast = autocast_dtype(x.device)
+    if autocast is not None:
         # As torch's own operations: autocast leaves double alone.
-        return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+        return x.dtype if x.dtype == torch.float64 else autocast
     for weight in weights:
         if weight.dtype != x.dtype:
             raise ValueError(

@@ -27,6 +27,9 @@ ALL_CHANNELS = slice(None)
 
 def direct_channels(norm: Normalization) -> Channels:
     """The channels for which T from the product would lose accuracy."""
+    if norm.scale.is_meta:
+        # nothing to look at; None is what nearly every norm's channels come to
+        return None
     # |beta| >= ratio |gamma|, both times rstd
     beta = norm.shift.addcmul(norm.mean, norm.scale)
     unstable = beta.mul_(norm.rstd).abs_() >= norm.scale.abs() * STABLE_RATIO

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .autocast import without_autocast
 from .backends.base import Backend, accumulate_dtype
 from .backends.select import get_backend
 from .eligibility import graph_is_recorded, has_hooks, norm_objection, outside_graphs
-from .layout import channels_first
+from .layout import channels_first, pieces
 from .layout import rows as rows_of
 from .norms import NormSpec, count_positions, normalization, read_norm, update_running_statistics
 
@@ -58,7 +59,7 @@ class _NormReluMaxPool(torch.autograd.Function):
         frozen_mean: Tensor | None,
         frozen_var: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             rows = rows_of(x)
             dtype = accumulate_dtype(x.dtype)
             if frozen_mean is None or frozen_var is None:
@@ -80,7 +81,7 @@ class _NormReluMaxPool(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 8
         rows, gamma, beta, mean, var = ctx.saved_tensors
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             stem = _Stem(ctx.ops, ctx.spec, ctx.pool, rows, ctx.shape, gamma, beta, mean, var)
             dx, dgamma, dbeta = stem.backward(grad_output)
         return None, None, None, dx, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), None, None
@@ -109,7 +110,7 @@ class _Stem:
         per_image = math.prod(self.spatial)
         image_bytes = per_image * self.channels * self.rows.element_size()
         step = self.ops.images_per_step(self.images, image_bytes)
-        for first in range(0, self.images, step):
+        for first in pieces(self.rows, range(0, self.images, step)):
             last = min(self.images, first + step)
             yield slice(first, last), slice(first * per_image, last * per_image)
 

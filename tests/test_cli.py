@@ -57,3 +57,31 @@ def test_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert status("--help") == 0
     assert "plot" in capsys.readouterr().out
+
+
+def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--depth", 22, "--growth-rate", 12, "--batch-size", 16]
+    main([*map(str, ["plan", "densenet_bc", *small, "--budget", "1GiB"])])
+    said = capsys.readouterr().out
+    assert "features.denseblock3" in said
+    assert "of a budget of 1.00 GiB" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["densenet_bc", "--budget", "1KiB"], "needs at least"),
+        (["densenet_bc", "--budget", "much"], "size such as"),
+        (["densenet_bc", "--depth", "23"], "nearest valid depths"),
+        (["densenet_bc", "--batch-size", "0"], "positive integers"),
+        (["densenet_bc", "--image-size", "2"], "halves every spatial size"),
+        (["densenet_bc", "--optimizer", "magic"], "sgd-momentum"),
+    ],
+)
+def test_plan_s_mistakes(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status("plan", *arguments[:1], "--depth", 10, "--growth-rate", 4, *arguments[1:]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1

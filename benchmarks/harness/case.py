@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from effdense.memory_sizes import parse_size
 from effdense.reference import densenet_bc_config
 
 CIFAR_FAMILY = "densenet-bc"
@@ -194,19 +195,10 @@ def positive_int(text: str) -> int:
 
 def byte_size(text: str) -> int:
     """An argparse type: "12GiB", "500MB" or plain bytes."""
-    units = {"": 1, "b": 1}
-    for power, letter in enumerate("kmgt", start=1):
-        units[f"{letter}ib"] = 1024**power
-        units[f"{letter}b"] = 1000**power
-    number = text.strip().lower()
-    unit = number.lstrip("0123456789.")
     try:
-        value = float(number[: len(number) - len(unit)]) * units[unit.strip()]
-    except (KeyError, ValueError):
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'must be a size such as "12GiB" or "500MB", got {text!r}')
-    return int(value)
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def provider_name(text: str) -> str:

@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 
-from . import machine, providers, timeline
+from effdense import timeline
+
+from . import machine, providers
 from .case import CIFAR_FAMILY, Case
 
 
@@ -88,7 +90,8 @@ def _live(request: dict[str, Any], case: Case) -> dict[str, Any]:
     """Peak live tensor bytes of a step, by role."""
     _warm_up(request, case)
     _limit(request)
-    return timeline.record_step(lambda: providers.setup(request["provider"], case))
+    peak = timeline.record_step(lambda: providers.setup(request["provider"], case))
+    return peak.parts | {"total": peak.total}
 
 
 def _cuda(request: dict[str, Any], case: Case) -> dict[str, Any]:

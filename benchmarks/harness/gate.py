@@ -9,10 +9,11 @@ from torch import Tensor
 
 # Relative error of the loss and of all gradients as one vector, between two orders of
 # summation of one network. In float32 a ReLU here and there falls the other way: between
-# naive and naive-channels-last, depths 40 to 250, single parameters differed by up to
-# 2.3e-2, so one parameter alone may be off by ten times as much as all together. What the
-# gate is there for is of the order of 1; --strict compares in float64.
-_TOLERANCE = {"float64": 1e-9, "float32": 1e-2, "bfloat16": 1e-2, "float16": 1e-2}
+# naive and naive-channels-last all gradients together differed by 0.8e-2 at depth 100 and
+# by 1.6e-2 in densenet121, single parameters by up to 3.2e-2; so all together may be off by
+# three times that, and one alone by ten times as much. What this catches is of the order
+# of 1. An error of a term that small shows in float64, where the gate is 1e-9.
+_TOLERANCE = {"float64": 1e-9, "float32": 5e-2, "bfloat16": 5e-2, "float16": 5e-2}
 
 
 class Disagreement(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 import platform
 import resource
 import shlex
@@ -13,6 +12,9 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from effdense.memory_sizes import available_bytes as available_bytes
+from effdense.memory_sizes import total_bytes
 
 from .case import usable_cores
 
@@ -70,89 +72,6 @@ def _status_bytes(field: str) -> int | None:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     return None
-
-
-def available_bytes(device: str = "cpu") -> int:
-    """What a new process can take of a device's memory now, control groups respected."""
-    if device != "cpu":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    return min([_available_of_machine(), *_available_ofgroups()])
-
-
-def total_bytes(device: str = "cpu") -> int:
-    """All memory of a device that this machine or control group has."""
-    if device != "cpu":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[1]
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([total, *(limit for limit, _ in groups())])
-
-
-def _available_of_machine() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _available_ofgroups() -> list[int]:
-    return [max(0, limit - used) for limit, used in groups()]
-
-
-def groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Any:
-    """(limit, use) in bytes of every control group this process is in that has a limit.
-
-    File cache that the kernel would give back is not counted as used.
-    """
-    found = []
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, names = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        group = base / path.lstrip("/")
-        # Inside a container the path may be the host's; the group's own files are at the root.
-        for folder in dict.fromkeys([group, *group.parents]):
-            if folder != base and base not in folder.parents:
-                break
-            limit, used = _read_int(folder / names[0]), _read_int(folder / names[1])
-            # v1 writes "no limit" as a number near 2^63
-            if limit is None or used is None or limit > 1 << 60:
-                continue
-            found.append((limit, used - _cache_bytes(folder / "memory.stat", names[2])))
-    return found
-
-
-def _read_int(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _cache_bytes(path: Path, field: str) -> int:
-    try:
-        for line in path.read_text().splitlines():
-            name, _, value = line.partition(" ")
-            if name == field:
-                return int(value)
-    except (OSError, ValueError):
-        pass
-    return 0
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:

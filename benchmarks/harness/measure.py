@@ -13,9 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from . import counts, machine, providers
+from effdense.timeline import record_step
+
+from . import machine, providers
 from .case import Case
-from .timeline import record_step
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 
@@ -135,23 +136,12 @@ def predicted_peak(provider: str, case: Case) -> int:
 def predicted_live(provider: str, case: Case) -> int:
     """Peak live tensor bytes of a step.
 
-    Providers of plain torch operations run once on meta tensors, which hold no data, under
-    the same timeline that measures live bytes: the figures are equal. effdense's are
-    its floor plus the temporaries below, an upper bound; compiled ones count as naive.
+    A step runs on meta tensors, which hold no data, under the same timeline that measures
+    live bytes. Compiled providers count as naive.
     """
     found, _ = providers.find(provider)
-    name = "naive" if found.compiled or provider == "effdense-all" else provider
-    if not name.startswith("effdense"):
-        meta = dataclasses.replace(case, device="meta")
-        found_live = record_step(lambda: providers.setup(name, meta))["total"]
-        # on meta the parameters have autocast's dtype
-        narrower = case.parameter_size - case.element_size if case.autocast else 0
-        return found_live + 3 * narrower * counts.parameter_count(case)
-    floor = counts.floor(case)
-    widest = max(block.positions * block.bottleneck for block in counts.blocks(case))
-    # Y and its gradient, and once more in pieces; see dense_block.py
-    total = floor.total + 3 * widest * case.element_size
-    if name.startswith("effdense-bottlenecks"):
-        total += counts.bottleneck_bytes(case)
-    # save="input" keeps less than "features" does, but rebuilds the largest block.
-    return total
+    name = "naive" if found.compiled else provider
+    meta = dataclasses.replace(case, device="meta")
+    # on meta the parameters have autocast's dtype
+    scale = case.parameter_size // case.element_size if case.autocast else 1
+    return record_step(lambda: providers.setup(name, meta), parameter_scale=scale).total

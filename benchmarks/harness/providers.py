@@ -183,13 +183,9 @@ class Job:
         ):
             return F.cross_entropy(self.model(self.x), self.target)
 
-    def step(self, phase: Callable[[str], None] = lambda name: None) -> None:
-        """One training step; ``phase`` is told as forward, backward and update begin."""
-        phase("forward")
-        loss = self.loss()
-        phase("backward")
-        loss.backward()
-        phase("update")
+    def step(self) -> None:
+        """One training step."""
+        self.loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -16,6 +16,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+KERNEL_STEP_BYTES = 128 << 20
+"""Bytes of a step's temporaries up to which the kernels' backend takes all images at once."""
+
 
 class Normalization(NamedTuple):
     """One batch norm as a map of its c input channels.

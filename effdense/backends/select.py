@@ -15,11 +15,12 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-from .base import Backend, Normalization
+from .base import KERNEL_STEP_BYTES, Backend, Normalization
 from .torch_backend import TorchBackend
 
 BACKENDS = ("auto", "torch", "triton")
@@ -29,6 +30,10 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # operands over 37 channels, in the type's precision (TF32's for float32 where allowed).
 _TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-4}
 _TF32_TOLERANCE = 5e-3
+
+
+# The kind of device that meta tensors stand for: it decides how large temporaries are.
+meta_stands_for: ContextVar[str] = ContextVar("meta_stands_for", default="cpu")
 
 
 def get_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -46,6 +51,10 @@ def get_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         _check_name(override, "EFFDENSE_BACKEND")
         name = override
     _check_name(name, "backend")
+    if device.type == "meta":
+        stands_for = meta_stands_for.get()
+        kernels = name == "triton" or (name == "auto" and stands_for == "cuda")
+        return _KernelShapes() if kernels else TorchBackend(stands_for)
     if name == "torch":
         return TorchBackend(device)
     if name == "triton":
@@ -62,6 +71,17 @@ def get_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     if _fault(device, dtype) is not None:
         return TorchBackend(device)
     return _triton_backend()
+
+
+class _KernelShapes(TorchBackend):
+    """The Triton backend on meta tensors: its kernels have no tiles in memory."""
+
+    def __init__(self) -> None:
+        super().__init__("cuda")
+        self._tile_bytes, self._step_bytes = 0, KERNEL_STEP_BYTES
+
+    def sums_from_products(self, dtype: torch.dtype) -> bool:
+        return False
 
 
 def _check_name(name: str, where: str) -> None:

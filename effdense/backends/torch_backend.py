@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import channels_first
+from ..layout import channels_first, pieces
 from ..layout import rows as rows_of
 from ..norm_sums import ALL_CHANNELS, Channels, direct_channels, second_sum
 from .base import Normalization, PendingNorm, Rebuild, accumulate_dtype
@@ -57,6 +57,9 @@ class TorchBackend:
     def _tiles(self, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The same row tiles of several matrices, sized for x, the widest."""
         step = self._tile_rows(x)
+        if x.is_meta:
+            # see layout.pieces; not even cut, for hundreds of views take their time
+            return iter([tuple(matrix[:step] for matrix in (x, *others))])
         return zip(x.split(step), *(other.split(step) for other in others), strict=True)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,14 +144,12 @@ class TorchBackend:
         from_product = self.sums_from_products(x.dtype)
         channels = direct_channels(norm) if from_product else ALL_CHANNELS
         sums = _GradientSums(norm, step, -(-x.shape[0] // step), channels)
-        apply, y_tiles = None, dy.split(step)
+        apply, y = None, dy
         if pending is not None:
             apply = _ImmediateGradient(pending.norm, pending.correction, step)
-            y_tiles = pending.y.split(step)
+            y = pending.y
         again = None if rebuild is None else _Rebuilder(rebuild, step)
-        for i, (x_tile, d_tile, dy_tile, y_tile) in enumerate(
-            zip(x.split(step), d.split(step), dy.split(step), y_tiles, strict=True)
-        ):
+        for i, (x_tile, d_tile, dy_tile, y_tile) in enumerate(self._tiles(x, d, dy, y)):
             n = x_tile.shape[0]
             z, dz = (z_full, dz_full) if n == step else (z_full[:n], dz_full[:n])
             if apply is not None:
@@ -201,7 +202,7 @@ class TorchBackend:
     def bn_relu_global_pool(self, x: Tensor, norm: Normalization, images: int, out: Tensor) -> None:
         positions = x.shape[0] // images
         total = torch.zeros(out.shape, dtype=norm.scale.dtype, device=x.device)
-        for group, rows in self._image_tiles(x, images):
+        for group, rows in pieces(x, self._image_tiles(x, images)):
             z = torch.empty(x[rows].shape, dtype=x.dtype, device=x.device)
             _normalize_rectify(x[rows], norm, z)
             n = group.stop - group.start
@@ -214,7 +215,7 @@ class TorchBackend:
         positions = x.shape[0] // images
         tiles = list(self._image_tiles(x, images))
         sums = _GradientSums(norm, max(rows.stop - rows.start for _, rows in tiles), len(tiles))
-        for group, rows in tiles:
+        for group, rows in pieces(x, tiles):
             z = torch.empty(x[rows].shape, dtype=x.dtype, device=x.device)
             _normalize_rectify(x[rows], norm, z)
             n = group.stop - group.start
@@ -328,7 +329,7 @@ class _Rebuilder:
         self.norm, weight, out = rebuild
         self.width = weight.shape[1]
         self.weight_t = weight.t().contiguous()
-        self.out = out.split(tile_rows)
+        self.out = out[:tile_rows].split(tile_rows) if out.is_meta else out.split(tile_rows)
         self.z = out.new_empty((tile_rows, self.width))
 
     def __call__(self, i: int, x: Tensor) -> None:
@@ -368,7 +369,7 @@ class _GradientSums:
 
     def result(self) -> tuple[Tensor, Tensor]:
         s = self.s.sum(0)
-        assert self.tiles == len(self.s)
+        assert self.tiles == len(self.s) or s.is_meta
         return s, s.new_empty(0) if self.channels is None else self.t.sum(0) * self.rstd
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdense.backends.base import Normalization, PendingNorm, Rebuild
+from effdense.backends.base import KERNEL_STEP_BYTES, Normalization, PendingNorm, Rebuild
 from effdense.kernels import (
     bn_relu,
     bn_relu_conv1x1,
@@ -27,9 +27,6 @@ from effdense.kernels import (
 
 INTERPRETED: bool = launch.interpreted(statistics.statistics_fwd_kernel)
 """Whether this process runs the kernels in Triton's interpreter, on any device."""
-
-STEP_BYTES = 128 << 20
-"""Bytes of a step's temporaries up to which a GPU takes all images at once."""
 
 
 class TritonBackend:
@@ -90,7 +87,7 @@ class TritonBackend:
         return False
 
     def images_per_step(self, images: int, bytes_per_image: int) -> int:
-        return max(1, min(images, STEP_BYTES // max(1, bytes_per_image)))
+        return max(1, min(images, KERNEL_STEP_BYTES // max(1, bytes_per_image)))
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._run("reduce", statistics.statistics, x)

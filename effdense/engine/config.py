@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
+from ..memory_sizes import parse_size
 from .errors import UserError, speaks_for_all
 
 DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagefolder", "fake"]
@@ -118,6 +119,8 @@ class TrainConfig:
     """Dropout probability of each layer's new features, in [0, 1)."""
     save: Literal["all", "bottlenecks", "features", "input"] = "features"
     """What a dense block keeps for backward, from most memory to least."""
+    memory_budget: Annotated[str | None, _recipe_default("SIZE", "none")] = None
+    """Choose each block's --save so that a step fits, such as 8GiB; auto: what is free."""
     backend: Literal["auto", "torch", "triton"] = "auto"
     """What computes the dense blocks."""
 
@@ -210,6 +213,7 @@ class ResolvedConfig:
     growth_rate: int
     drop_rate: float
     save: str
+    memory_budget: str | None
     backend: str
     epochs: int
     batch_size: int
@@ -247,6 +251,11 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
     for option in ("epochs", "batch_size", "image_size", "depth", "growth_rate", "threads"):
         require(getattr(config, option) >= 1, option, "at least 1")
     require(config.num_workers >= 0, "num_workers", "at least 0")
+    if config.memory_budget not in (None, "auto"):
+        try:
+            parse_size(config.memory_budget)
+        except ValueError as error:
+            raise UserError(f"--memory-budget {error}") from None
     require(config.seed >= 0, "seed", "at least 0")
     require(0 < config.lr < math.inf, "lr", "a positive number")
     require(0 <= config.momentum < 1, "momentum", "in [0, 1)")

@@ -198,6 +198,37 @@ def make_network(config: ResolvedConfig, data: ImageData) -> nn.Module:
         raise UserError(str(error)) from None
 
 
+def fit_to_budget(network: nn.Module, config: ResolvedConfig, world: World, channels: int) -> str:
+    """Set each block's save mode by --memory-budget; returns the plan to be shown.
+
+    Raises:
+        UserError: where no choice fits.
+    """
+    assert isinstance(network, effdense.DenseNet)
+    assert config.memory_budget is not None
+    images = -(-config.batch_size // world.world_size)
+    amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
+    momentum = config.opt == "sgd" and config.momentum > 0
+    budget = config.memory_budget
+    if budget == "auto" and world.device.type == "cpu":
+        # the machine's processes share its memory
+        budget = str(effdense.budget_bytes("auto", "cpu") // world.local_world_size)
+    try:
+        plan = effdense.plan(
+            network,
+            (images, channels, config.image_size, config.image_size),
+            budget,
+            optimizer="sgd-momentum" if momentum else config.opt,
+            amp=amp,
+            ddp=world.world_size > 1,
+            device=world.device.type,
+        )
+    except ValueError as error:
+        raise UserError(f"--memory-budget: {error}") from None
+    plan.apply(network)
+    return str(plan)
+
+
 class Progress:
     """What rank 0 shows: a bar on a terminal, else one line per epoch; other ranks nothing."""
 
@@ -270,8 +301,10 @@ def _run(config: ResolvedConfig, world: World) -> Score:
     data = _load_together(config, world)
     network = make_network(config, data).to(world.device)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    work_dir = None
+    work_dir = plan = None
     with all_or_none():
+        if config.memory_budget is not None:
+            plan = fit_to_budget(network, config, world, data.in_channels)
         if config.batch_size > len(data.train):
             raise UserError(
                 f"--batch-size must be at most {len(data.train)}, the number of training images, "
@@ -289,6 +322,8 @@ def _run(config: ResolvedConfig, world: World) -> Score:
 
     progress = Progress(config, world)
     progress.say(_headline(config, world, data, num_parameters))
+    if plan is not None:
+        progress.say(plan)
     trainer = Trainer(network, config, world)
     steps_per_epoch = len(data.train) // config.batch_size
     for epoch in range(1, config.epochs + 1):

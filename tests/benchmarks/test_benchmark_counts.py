@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from harness import counts, roofline, timeline
+from harness import counts, roofline
 from harness.case import Case
 from harness.devices import DEVICES
 from harness.providers import setup
+
+from effdense import timeline
 
 SMALL = Case("densenet-bc", depth=22, growth_rate=6, batch_size=2, image_size=8)
 IMAGENET = Case("densenet121", 0, 0, batch_size=2, image_size=64)
@@ -101,7 +103,9 @@ def test_synchronised_statistics_grow_linearly_where_they_are_shared():
     assert shared < 1.1 < 1.6 < naive
 
 
-@pytest.mark.parametrize("provider", ["naive", "checkpoint"])
+@pytest.mark.parametrize(
+    "provider", ["naive", "checkpoint", "effdense-features", "effdense-bottlenecks"]
+)
 def test_meta_tensors_predict_live_bytes_exactly(provider):
     real, meta = (
         timeline.record_step(lambda c=c: setup(provider, c))
@@ -112,12 +116,12 @@ def test_meta_tensors_predict_live_bytes_exactly(provider):
 
 def test_live_bytes_of_effdense_are_split_as_the_floor_is():
     case = Case("densenet-bc", depth=40, growth_rate=12, batch_size=2, image_size=32)
-    split = timeline.record_step(lambda: setup("effdense-features", case))
-    floor = counts.floor(case)
-    assert split["total"] == sum(split[role] for role in timeline.ROLES)
+    peak = timeline.record_step(lambda: setup("effdense-features", case))
+    split, floor = peak.parts, counts.floor(case)
+    assert peak.total == sum(split[role] for role in timeline.ROLES)
     assert split["optimizer"] == floor.optimizer
     # features, and small vectors: statistics, the input, the loss
     assert floor.features <= split["features"] < 1.2 * floor.features
     assert split["gradient buffer"] >= floor.gradient_buffer
-    naive = timeline.record_step(lambda: setup("naive", case))
+    naive = timeline.record_step(lambda: setup("naive", case)).parts
     assert naive["features"] > 10 * split["features"]

@@ -16,6 +16,8 @@ from harness import machine, measure, report
 from harness.case import Case
 from harness.speed import Race
 
+from effdense import memory_sizes
+
 SMALL = Case("densenet-bc", depth=22, growth_rate=6, batch_size=2, image_size=8)
 # some hundred MiB in a second
 MIDDLE = Case("densenet-bc", depth=40, growth_rate=12, batch_size=32, image_size=32)
@@ -139,4 +141,4 @@ def test_available_memory_respects_control_groups(tmp_path):
     (outer / "memory.max").write_text("4000\n")
     (outer / "memory.current").write_text("1500\n")
     (outer / "memory.stat").write_text("anon 1000\ninactive_file 500\n")
-    assert machine.groups(tmp_path / "root", own) == [(4000, 1000)]
+    assert memory_sizes.groups(tmp_path / "root", own) == [(4000, 1000)]

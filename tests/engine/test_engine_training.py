@@ -318,3 +318,36 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 0
     assert b"epoch 1/1" in shown
     assert b"step/s" in shown
+
+
+def test_a_memory_budget_chooses_what_the_blocks_save(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = small_run(tmp_path / "run", depth=22, memory_budget="2GiB", batch_size=32)
+    assert "predicted peak" in capsys.readouterr().out
+    assert (path / "model.pt").exists()
+    with pytest.raises(UserError, match="--memory-budget: no choice of save modes fits"):
+        small_run(tmp_path / "none", memory_budget="1MiB", batch_size=32)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(UserError, match="--memory-budget must be a size"):
+        small_run(tmp_path / "none", memory_budget="much")
+
+
+def test_a_budget_makes_a_run_fit_where_the_naive_network_dies(tmp_path: Path) -> None:
+    """Under a limit on the process's memory that plain autograd exceeds."""
+    options = {**SMALL, "depth": 40, "growth_rate": 12, "image_size": 32, "batch_size": 64}
+    common = flags(**options, epochs=1, threads=1)
+    limited = "import resource, runpy, sys; import torch, effdense.engine; "
+    limited += "used = int(open('/proc/self/statm').read().split()[5]) * 4096; "
+    limited += "resource.setrlimit(resource.RLIMIT_DATA, (used + (400 << 20),) * 2); "
+    limited += f"sys.argv[0] = {str(SCRIPT)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    outcomes = {}
+    for name, choice in {"naive": flags(save="all"), "fits": flags(memory_budget="200MiB")}.items():
+        arguments = [*common, *choice, "--work-dir", tmp_path / name]
+        outcomes[name] = subprocess.run(
+            [sys.executable, "-c", limited, *map(str, arguments)], capture_output=True, text=True
+        )
+    assert outcomes["naive"].returncode != 0
+    assert "allocate" in outcomes["naive"].stderr or "memory" in outcomes["naive"].stderr.lower()
+    assert outcomes["fits"].returncode == 0, outcomes["fits"].stderr
+    assert (tmp_path / "fits" / "model.pt").exists()

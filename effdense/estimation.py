@@ -1,0 +1,267 @@
+"""How much memory a training step will take, before anything runs.
+
+NOTE [ how it is known ]
+A copy of the model whose tensors are on the meta device, which have shapes and no
+storage, takes one training step while every tensor it makes is recorded (timeline.py).
+Nothing is modelled a second time: the step runs the code that the real one will run,
+but for the work inside a tile, of which the first stands for all (layout.pieces).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backends.select import meta_stands_for
+from .reference import DenseBlock
+from .timeline import Peak, record_step
+
+DeviceType = Literal["cpu", "cuda"]
+
+# By name: the optimizers that estimate and train_ddp.py know.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda p, **k: torch.optim.SGD(p, lr=0.0, **k),
+    "sgd-momentum": lambda p, **k: torch.optim.SGD(p, lr=0.0, momentum=0.9, **k),
+    "adam": lambda p, **k: torch.optim.Adam(p, lr=0.0, **k),
+    "adamw": lambda p, **k: torch.optim.AdamW(p, lr=0.0, **k),
+    "rmsprop": lambda p, **k: torch.optim.RMSprop(p, lr=0.0, **k),
+}
+
+
+@dataclass(frozen=True)
+class BlockEstimate:
+    """One dense block: what it saves, and the bytes it keeps for backward."""
+
+    name: str
+    save: str
+    kept: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one training step at the moment of its peak.
+
+    ``parts`` splits the peak: parameters (with buffers), gradients, optimizer, input,
+    features, bottlenecks, gradient buffer, temporaries, and "ddp buckets" where there are.
+    ``moment`` says when the peak is. ``reserved`` is what CUDA's caching allocator takes
+    from the device for them, on "cuda" only: not in it are the CUDA context and the
+    libraries' workspaces (some hundred MiB, by driver and device).
+    """
+
+    peak: int
+    parts: dict[str, int]
+    moment: str
+    blocks: tuple[BlockEstimate, ...]
+    reserved: int | None = None
+
+    def __str__(self) -> str:
+        rows = [(name, size) for name, size in self.parts.items() if size]
+        lines = [f"{name:<16}{size / 2**20:>12,.1f} MiB" for name, size in rows]
+        lines.append(f"{'peak':<16}{self.peak / 2**20:>12,.1f} MiB  ({self.moment})")
+        if self.reserved is not None:
+            lines.append(
+                f"{'reserved':<16}{self.reserved / 2**20:>12,.1f} MiB  "
+                "(by the caching allocator; CUDA context and library workspaces not counted)"
+            )
+        for block in self.blocks:
+            name = f"{block.name} keeps"
+            lines.append(f'{name:<32}{block.kept / 2**20:>12,.1f} MiB  (save="{block.save}")')
+        return "\n".join(lines)
+
+
+def estimate(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    optimizer: str = "sgd-momentum",
+    dtype: torch.dtype | None = None,
+    amp: torch.dtype | None = None,
+    ddp: bool = False,
+    device: DeviceType = "cpu",
+) -> Estimate:
+    """Predict the peak memory of a training step; allocates none of it.
+
+    The step is forward in training mode, cross-entropy, backward and the optimizer's
+    update, with optimizer state in place, as in every step but a training's first.
+
+    Args:
+        model: effdense's, in any mixture of save modes, or a naive one; on any device.
+        input_shape: of a batch, (N, channels, *spatial).
+        optimizer: one of ``OPTIMIZERS``.
+        dtype: of parameters and input; None for the model's own.
+        amp: torch.bfloat16 or torch.float16 for a step under autocast.
+        ddp: whether DistributedDataParallel's buckets hold the gradients, once more.
+        device: "cpu" or "cuda": which backend's temporaries are counted.
+
+    Raises:
+        ValueError: for an argument outside its range, or an input that the model refuses.
+    """
+    found = take_step(model, input_shape, optimizer=optimizer, dtype=dtype, amp=amp, device=device)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model, ddp = model.module, True
+    return as_estimate(model, found, bucket_bytes(model, dtype) if ddp else 0, device)
+
+
+def take_step(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    optimizer: str = "sgd-momentum",
+    dtype: torch.dtype | None = None,
+    amp: torch.dtype | None = None,
+    device: DeviceType = "cpu",
+    save: Any = None,
+) -> Peak:
+    """The peak of a step of a copy on meta tensors; arguments as of :func:`estimate`.
+
+    ``save`` is set in the copy where it is given.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
+    if amp not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"amp must be torch.bfloat16, torch.float16 or None, got {amp!r}")
+    shape = tuple(input_shape)
+    if len(shape) < 3 or any(not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(
+            f"input_shape must be (N, channels, *spatial) of positive integers, got {input_shape!r}"
+        )
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = own if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    # Under autocast the tensors on meta have its type, and parameters count as what they are.
+    twin = meta_copy(model).to(amp or dtype)
+    if not model.training:
+        twin.train()
+    if save is not None:
+        twin.save = save
+    token = meta_stands_for.set(device)
+    try:
+        return record_step(
+            lambda: _Training(twin, shape, amp or dtype, OPTIMIZERS[optimizer]),
+            places=places,
+            parameter_scale=1 if amp is None else max(1, dtype.itemsize // amp.itemsize),
+        )
+    except (RuntimeError, IndexError, NotImplementedError) as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"the model refuses input of shape {shape}: {line}") from error
+    finally:
+        meta_stands_for.reset(token)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model without its values: same modules, parameters and buffers on meta."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = empty
+    return copy.deepcopy(model, memo)
+
+
+class _Training:
+    """A step on meta tensors; satisfies :class:`effdense.timeline.Training`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        make_optimizer: Callable[..., torch.optim.Optimizer],
+    ) -> None:
+        self.model = model
+        self.optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
+        self.x = torch.empty(shape, dtype=dtype, device="meta")
+        self.target = torch.empty(shape[:1], dtype=torch.int64, device="meta")
+
+    def make_optimizer_state(self) -> None:
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.grad = torch.empty_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def loss(self) -> Tensor:
+        output = self.model(self.x)
+        return F.cross_entropy(output, self.target)
+
+
+def places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter with the dense block that it is in or behind; "stem" before the first.
+
+    A block and what reads it compute together: see dense_block.py.
+    """
+    blocks = block_names(model)
+    place = "stem"
+    for name, parameter in model.named_parameters():
+        place = next((block for block in blocks if name.startswith(f"{block}.")), place)
+        yield place, parameter
+
+
+def block_names(model: nn.Module) -> tuple[str, ...]:
+    """The dense blocks' names, first to last."""
+    return tuple(name for name, m in model.named_modules() if isinstance(m, DenseBlock))
+
+
+def as_estimate(
+    model: nn.Module,
+    found: Peak,
+    buckets: int,
+    device: DeviceType,
+    save: Sequence[str] | None = None,
+) -> Estimate:
+    """What :func:`take_step` found, with so many bytes of DDP's buckets.
+
+    ``save`` are the blocks' modes where they aren't the model's own.
+    """
+    parts, sizes = dict(found.parts), list(found.sizes)
+    if buckets:
+        parts["ddp buckets"] = buckets
+        sizes.append(buckets)
+    names = block_names(model)
+    if save is None:
+        save = [getattr(model.get_submodule(name), "save", "all") for name in names]
+    blocks = tuple(
+        BlockEstimate(name, mode, found.kept.get(name, 0))
+        for name, mode in zip(names, save, strict=True)
+    )
+    moment = found.phase if found.phase in ("setup", "update") else f"{found.phase}, {found.place}"
+    reserved = reserved_bytes(sizes) if device == "cuda" else None
+    return Estimate(sum(parts.values()), parts, moment, blocks, reserved)
+
+
+def bucket_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """DDP's buckets, which hold every gradient a second time."""
+    return sum(
+        p.numel() * (dtype or p.dtype).itemsize for p in model.parameters() if p.requires_grad
+    )
+
+
+def reserved_bytes(sizes: Sequence[int]) -> int:
+    """What CUDA's caching allocator takes from the device for tensors of these sizes.
+
+    Its rules: up to 1 MiB in multiples of 512 bytes out of segments of 2 MiB; up to 10 MiB
+    out of segments of 20 MiB; larger ones in multiples of 2 MiB. Fragmentation, which
+    depends on the order of events, is not in it.
+    """
+    mib = 1 << 20
+    small = sum(_round_up(size, 512) for size in sizes if size <= mib)
+    middle = sum(_round_up(size, 512) for size in sizes if mib < size < 10 * mib)
+    large = sum(_round_up(size, 2 * mib) for size in sizes if size >= 10 * mib)
+    return _round_up(small, 2 * mib) + _round_up(middle, 20 * mib) + large
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,118 @@
+"""Sizes of memory: read from text, and asked of the machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS[f"{_letter}ib"] = 1024**_power
+    _UNITS[f"{_letter}b"] = 1000**_power
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "12GiB", "500 MB" or "1048576".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    number = text.strip().lower()
+    unit = number.lstrip("0123456789.")
+    try:
+        value = float(number[: len(number) - len(unit)]) * _UNITS[unit.strip()]
+    except (KeyError, ValueError):
+        value = 0
+    if value < 1:
+        raise ValueError(f'must be a size such as "12GiB" or "500MB", got {text!r}')
+    return int(value)
+
+
+def show_size(size: float) -> str:
+    """Such as "1.5 GiB" or "33 MiB"."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:,.0f} MiB"
+
+
+def available_bytes(device: str = "cpu") -> int:
+    """What a new process can take of a device's memory now, control groups respected."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    return min([_available_of_machine(), *_available_of_groups()])
+
+
+def total_bytes(device: str = "cpu") -> int:
+    """All memory of a device that this machine or control group has."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[1]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([total, *(limit for limit, _ in groups())])
+
+
+def _available_of_machine() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _available_of_groups() -> list[int]:
+    return [max(0, limit - used) for limit, used in groups()]
+
+
+def groups(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[tuple[int, int]]:
+    """(limit, use) in bytes of every control group this process is in that has a limit.
+
+    File cache that the kernel would give back is not counted as used.
+    """
+    found: list[tuple[int, int]] = []
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = base / path.lstrip("/")
+        # Inside a container the path may be the host's; the group's own files are at the root.
+        for folder in dict.fromkeys([group, *group.parents]):
+            if folder != base and base not in folder.parents:
+                break
+            limit, used = _read_int(folder / names[0]), _read_int(folder / names[1])
+            # v1 writes "no limit" as a number near 2^63
+            if limit is None or used is None or limit > 1 << 60:
+                continue
+            found.append((limit, used - _cache_bytes(folder / "memory.stat", names[2])))
+    return found
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _cache_bytes(path: Path, field: str) -> int:
+    try:
+        for line in path.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == field:
+                return int(value)
+    except (OSError, ValueError):
+        pass
+    return 0

@@ -1,0 +1,270 @@
+"""Every tensor storage of a training step: how large, when it was made, when it died.
+
+NOTE [ the split at the peak ]
+At the moment of most live bytes each storage has one role:
+    parameters       the model's parameters and buffers
+    gradients        what became some parameter's .grad
+    optimizer        the optimizer's state
+    input            the batch and its targets
+    features         whatever forward left alive for backward, but for the
+    bottlenecks      that save="bottlenecks" keeps
+    gradient buffer  the largest storage that backward made
+    temporaries      everything else
+
+NOTE [ meta tensors ]
+A step of a network on the meta device allocates nothing and computes nothing, and makes
+the same tensors in the same order: its timeline is the prediction of the real one's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .dense_block import DenseStage
+
+ROLES = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "input",
+    "features",
+    "bottlenecks",
+    "gradient buffer",
+    "temporaries",
+)
+
+
+@dataclass
+class _Storage:
+    nbytes: int
+    phase: str
+    born: int
+    born_at: str
+    # the place in use when it was made, and the one it belongs to
+    place: str
+    died: int | None = None
+    role: str | None = None
+
+
+class Training(Protocol):
+    """What :func:`record_step` needs to know of a training."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    x: Tensor
+    target: Tensor
+
+    def make_optimizer_state(self) -> None:
+        """Give the optimizer the state it has after a first step."""
+
+    def loss(self) -> Tensor:
+        """Forward, to a scalar."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment of most live bytes.
+
+    Bytes by role (their sum is ``total``), the phase, and the place: the group of
+    parameters that was in use. ``kept`` is what forward left alive for backward, by place;
+    ``sizes`` are the bytes of each storage alive at the peak; ``highs`` are the most live
+    bytes by phase and place; ``positions`` are those of each dense block in linear memory.
+    """
+
+    parts: dict[str, int]
+    total: int
+    phase: str
+    place: str
+    kept: dict[str, int]
+    sizes: tuple[int, ...]
+    highs: dict[tuple[str, str], int]
+    positions: dict[str, int]
+
+
+class Timeline(TorchDispatchMode):
+    """Records storages made while it is active; ``peak`` analyses them afterwards.
+
+    Sees what operators return, not scratch memory inside one (a library's workspace).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: list[_Storage] = []
+        self._alive: dict[int, _Storage] = {}
+        self._places: dict[int, str] = {}
+        self._clock = 0
+        self._phase, self._place = "setup", ""
+        self._kept: dict[str, int] = {}
+        self._positions: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self._places:
+            for argument in args:
+                if isinstance(argument, Tensor):
+                    key = argument.untyped_storage()._cdata
+                    self._place = self._places.get(key, self._place)
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self._see(out)
+        elif out is not None:
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, torch.Tensor):
+                    self._see(leaf)
+        return out
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        # the address of the C++ object: views share it, and it is ours until the storage dies
+        key = storage._cdata
+        if key in self._alive:
+            return
+        self._clock += 1
+        record = _Storage(storage.nbytes(), self._phase, self._clock, self._place, self._place)
+        self._storages.append(record)
+        self._alive[key] = record
+        weakref.finalize(storage, self._bury, key).atexit = False
+
+    def _bury(self, key: int) -> None:
+        self._clock += 1
+        self._alive.pop(key).died = self._clock
+
+    def enter_phase(self, phase: str) -> None:
+        """What follows belongs to this phase: setup, forward, backward or update."""
+        if phase == "backward":
+            for record in self._alive.values():
+                if record.phase == "forward":
+                    self._kept[record.place] = self._kept.get(record.place, 0) + record.nbytes
+                if record.role is None:
+                    record.role = "features"
+        self._phase = phase
+
+    def name_places(self, places: Iterable[tuple[str, Tensor]]) -> None:
+        """From now on an operation on one of these tensors is at the place of that name."""
+        self._places = {tensor.untyped_storage()._cdata: name for name, tensor in places}
+
+    def assign(self, role: str, tensors: Iterable[Tensor], scale: int = 1) -> None:
+        """Give tensors a role, and ``scale`` times their size: of the type they stand for."""
+        for tensor in tensors:
+            self._see(tensor)
+            record = self._alive[tensor.untyped_storage()._cdata]
+            if record.role in (None, "features"):
+                record.role = role
+                record.nbytes *= scale
+
+    def locate(self, stage: KeptByStage) -> None:
+        """Say of what a dense block keeps where it belongs: it is made before it is used."""
+        here = (self._places.get(t.untyped_storage()._cdata) for t in stage.parameters)
+        place = next((name for name in here if name is not None), "")
+        for tensor in (stage.features, *stage.bottlenecks):
+            self._alive[tensor.untyped_storage()._cdata].place = place
+        self._positions[place] = stage.features.numel() // stage.features.shape[1]
+
+    def peak(self) -> Peak:
+        """The moment of most live bytes; see NOTE [ the split at the peak ]."""
+        births = [(s.born, s.nbytes, s) for s in self._storages]
+        deaths = [(s.died, -s.nbytes, s) for s in self._storages if s.died is not None]
+        live = most = when = 0
+        highs: dict[tuple[str, str], int] = {}
+        last = None
+        for time, change, storage in sorted(births + deaths, key=lambda event: event[0]):
+            live += change
+            if change > 0:
+                moment = storage.phase, storage.born_at
+                highs[moment] = max(live, highs.get(moment, 0))
+            if live > most:
+                most, when, last = live, time, storage
+        at_peak = [
+            s for s in self._storages if s.born <= when and (s.died is None or s.died > when)
+        ]
+        # See NOTE [ the split at the peak ].
+        split = dict.fromkeys(ROLES, 0)
+        loose = [s for s in at_peak if s.role is None]
+        made_in_backward = [s.nbytes for s in loose if s.phase == "backward"]
+        split["gradient buffer"] = max(made_in_backward, default=0)
+        split["temporaries"] = sum(s.nbytes for s in loose) - split["gradient buffer"]
+        for s in at_peak:
+            if s.role is not None:
+                split[s.role] += s.nbytes
+        sizes = tuple(s.nbytes for s in at_peak)
+        phase, place = ("", "") if last is None else (last.phase, last.born_at)
+        return Peak(split, most, phase, place, self._kept, sizes, highs, self._positions)
+
+
+def record_step(
+    build: Callable[[], Training],
+    *,
+    places: Callable[[nn.Module], Iterable[tuple[str, Tensor]]] = nn.Module.named_parameters,
+    parameter_scale: int = 1,
+) -> Peak:
+    """The peak of one training step with optimizer state in place.
+
+    Args:
+        build: makes the training; its tensors count too.
+        places: (name, tensor) pairs of a model; see :class:`Peak`.
+        parameter_scale: how many times larger parameters, gradients and optimizer state
+            are than the tensors that stand for them (float32 ones under autocast); the
+            input too.
+    """
+    timeline = Timeline()
+    with timeline:
+        job = build()
+        model, optimizer = job.model, job.optimizer
+        timeline.assign("parameters", [*model.parameters(), *model.buffers()], parameter_scale)
+        timeline.assign("input", [job.x], parameter_scale)
+        timeline.assign("input", [job.target])
+        job.make_optimizer_state()
+        states = [v for s in optimizer.state.values() for v in s.values()]
+        timeline.assign("optimizer", [v for v in states if torch.is_tensor(v)], parameter_scale)
+        timeline.name_places(places(model))
+        timeline.enter_phase("forward")
+        loss = job.loss()
+        for stage in stages(loss):
+            timeline.assign("bottlenecks", stage.bottlenecks)
+            timeline.locate(stage)
+        timeline.enter_phase("backward")
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        timeline.assign("gradients", gradients, parameter_scale)
+        timeline.enter_phase("update")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        del gradients
+    return timeline.peak()
+
+
+_STAGE: Any = DenseStage._backward_cls
+
+
+class KeptByStage(NamedTuple):
+    """What one :class:`~effdense.dense_block.DenseStage` keeps for backward."""
+
+    features: Tensor
+    bottlenecks: Sequence[Tensor]
+    parameters: Sequence[Tensor]
+
+
+def stages(output: Tensor) -> Iterator[KeptByStage]:
+    """The dense blocks in linear memory behind ``output``, as autograd's graph knows them."""
+    waiting: list[Any] = [output.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [parent for parent, _ in node.next_functions]
+        if isinstance(node, _STAGE):
+            # in the order of DenseStage.forward: X, statistics, bottlenecks, tensors
+            kept, first = node.saved_tensors, 5 + node.num_kept
+            tensors = [t for t in kept[first:] if t is not None]
+            yield KeptByStage(kept[0], kept[5:first], tensors)

@@ -1,0 +1,266 @@
+"""Predicted memory of a training step against the real one's, byte by byte and resident."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from measure_memory import measure
+from torch import Tensor, nn
+
+import effdense
+from effdense import reference
+from effdense.estimation import OPTIMIZERS, places, reserved_bytes, take_step
+from effdense.planning import CANDIDATES, BudgetError
+from effdense.timeline import Peak, record_step
+
+TINY: dict[str, Any] = {
+    "growth_rate": 6,
+    "block_config": (3, 4),
+    "num_init_features": 10,
+    "num_classes": 7,
+    "small_inputs": True,
+}
+
+
+class Training:
+    """A real step; satisfies effdense.timeline.Training."""
+
+    def __init__(
+        self, model: nn.Module, shape: tuple[int, ...], optimizer: str, amp: torch.dtype | None
+    ) -> None:
+        self.model, self.amp = model, amp
+        self.optimizer = OPTIMIZERS[optimizer](list(model.parameters()))
+        dtype = next(model.parameters()).dtype
+        self.x = torch.randn(shape, dtype=dtype)
+        self.target = torch.zeros(shape[0], dtype=torch.int64)
+
+    def make_optimizer_state(self) -> None:
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def loss(self) -> Tensor:
+        with torch.autocast("cpu", self.amp or torch.bfloat16, enabled=self.amp is not None):
+            return nn.functional.cross_entropy(self.model(self.x), self.target)
+
+
+def real_step(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    optimizer: str = "sgd-momentum",
+    amp: torch.dtype | None = None,
+) -> Peak:
+    return record_step(lambda: Training(model, shape, optimizer, amp), places=places)
+
+
+@pytest.mark.parametrize("save", [*effdense.SAVE_MODES, ("features", "bottlenecks")], ids=str)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("bn_size", [4, None])
+def test_live_bytes_are_predicted_within_a_hundredth(
+    save: Any, dims: int, bn_size: int | None
+) -> None:
+    model = effdense.DenseNet(**TINY, bn_size=bn_size, spatial_dims=dims, save=save)
+    shape = (5, 3, *(96, 14, 8)[dims - 1 : dims] * dims)
+    found = effdense.estimate(model, shape)
+    assert found.peak == pytest.approx(real_step(model, shape).total, rel=0.01)
+    assert found.peak == sum(found.parts.values())
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (lambda: effdense.densenet_bc(40, 12), (8, 3, 32, 32)),
+        (lambda: effdense.densenet_bc(40, 12, save="bottlenecks"), (8, 3, 32, 32)),
+        (lambda: effdense.densenet_bc(22, 24, save="input"), (33, 3, 16, 16)),
+        (lambda: effdense.densenet_bc(22, 12).double(), (17, 3, 32, 32)),
+        (lambda: effdense.densenet_bc(40, 12, drop_rate=0.2), (8, 3, 32, 32)),
+        (lambda: reference.densenet_bc(40, 12), (8, 3, 32, 32)),
+        (lambda: effdense.densenet121(), (2, 3, 96, 96)),
+        (lambda: effdense.densenet121(save="bottlenecks"), (1, 3, 224, 224)),
+    ],
+    ids=str,
+)
+def test_live_bytes_of_larger_networks(model: Any, shape: tuple[int, ...]) -> None:
+    network = model()
+    assert effdense.estimate(network, shape).peak == pytest.approx(
+        real_step(network, shape).total, rel=0.03
+    )
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizer_state_is_counted(optimizer: str) -> None:
+    model = effdense.DenseNet(**TINY)
+    found = effdense.estimate(model, (4, 3, 8, 8), optimizer=optimizer)
+    real = real_step(model, (4, 3, 8, 8), optimizer)
+    assert found.parts["optimizer"] == real.parts["optimizer"]
+    assert found.peak == pytest.approx(real.total, rel=0.01)
+
+
+@pytest.mark.parametrize("save", ["features", "bottlenecks"])
+def test_autocast(save: Any) -> None:
+    model = effdense.densenet_bc(22, 12, save=save)
+    found = effdense.estimate(model, (16, 3, 32, 32), amp=torch.bfloat16)
+    real = real_step(model, (16, 3, 32, 32), amp=torch.bfloat16)
+    assert found.peak == pytest.approx(real.total, rel=0.03)
+    assert found.peak < 0.9 * effdense.estimate(model, (16, 3, 32, 32)).peak
+
+
+def test_resident_memory_is_predicted() -> None:
+    found = effdense.estimate(effdense.densenet_bc(100, 12), (64, 3, 32, 32))
+    resident = measure(model="effdense", save="features", depth=100, growth_rate=12, batch=64)
+    assert resident["peak"] == pytest.approx(found.peak, rel=0.05, abs=30 << 20)
+
+
+def test_what_each_block_keeps_is_its_features_and_bottlenecks() -> None:
+    model = effdense.DenseNet(**TINY, save=("features", "bottlenecks"))
+    found = effdense.estimate(model, (4, 3, 8, 8))
+    first, second = found.blocks
+    features = 4 * 64 * (10 + 3 * 6) * 4
+    assert features <= first.kept <= 1.1 * features
+    # the second block reads half of 28 channels at a quarter of the positions
+    features, bottlenecks = 4 * 16 * (14 + 4 * 6) * 4, 4 * 16 * 4 * 24 * 4
+    assert features + bottlenecks <= second.kept <= 1.1 * (features + bottlenecks)
+    assert (first.save, second.save) == ("features", "bottlenecks")
+    assert found.blocks[0].name == "features.denseblock1"
+    assert "features.denseblock2" in str(found)
+
+
+def test_nothing_is_allocated_and_nothing_changes() -> None:
+    with torch.device("meta"):
+        model = effdense.densenet_bc(40, 48)
+    images = 1 << 20  # some TiB
+    found = effdense.estimate(model, (images, 3, 32, 32))
+    assert found.peak > 1 << 40
+    model = effdense.DenseNet(**TINY)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    effdense.estimate(model, (4, 3, 8, 8))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_ddp_holds_every_gradient_twice() -> None:
+    model = effdense.DenseNet(**TINY)
+    alone, together = (effdense.estimate(model, (4, 3, 8, 8), ddp=ddp) for ddp in (False, True))
+    gradients = 4 * sum(p.numel() for p in model.parameters())
+    assert together.peak - alone.peak == together.parts["ddp buckets"] == gradients
+
+
+def test_reserved_memory_follows_the_caching_allocator_s_rules() -> None:
+    mib = 1 << 20
+    assert reserved_bytes([1]) == 2 * mib
+    assert reserved_bytes([2 * mib, 3 * mib]) == 20 * mib
+    assert reserved_bytes([11 * mib, 13 * mib - 1]) == 12 * mib + 14 * mib
+    found = effdense.estimate(effdense.DenseNet(**TINY), (4, 3, 8, 8), device="cuda")
+    assert found.reserved is not None
+    assert found.peak <= found.reserved
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"optimizer": "magic"}, "sgd-momentum"),
+        ({"device": "tpu"}, "cpu"),
+        ({"amp": torch.float64}, "bfloat16"),
+        ({"dtype": torch.int32}, "floating-point"),
+        ({"input_shape": (4, 3)}, "spatial"),
+        ({"input_shape": (0, 3, 8, 8)}, "positive"),
+        ({"input_shape": (4, 5, 8, 8)}, "expected input of shape"),
+        ({"input_shape": (4, 3, 1, 1)}, "halves every spatial size"),
+    ],
+    ids=str,
+)
+def test_mistakes(change: dict[str, Any], says: str) -> None:
+    arguments = {"input_shape": (4, 3, 8, 8)} | change
+    with pytest.raises(ValueError, match=says):
+        effdense.estimate(effdense.DenseNet(**TINY), **arguments)
+
+
+# ------------------------------------------------------------------------- plans
+
+
+@pytest.fixture(scope="module")
+def network() -> effdense.DenseNet:
+    return effdense.densenet_bc(22, 12)
+
+
+SHAPE = (32, 3, 32, 32)
+
+
+def test_a_plan_keeps_more_the_more_it_may(network: effdense.DenseNet) -> None:
+    least = effdense.estimate(effdense.densenet_bc(22, 12), SHAPE).peak
+    rich = effdense.plan(network, SHAPE, "64GiB")
+    assert set(rich.save) == {"bottlenecks"}
+    assert rich.slowdown == 1
+    poor = effdense.plan(network, SHAPE, least)
+    assert poor.peak <= least < rich.peak < poor.naive
+    assert poor.slowdown > 1
+    between = effdense.plan(network, SHAPE, (least + rich.peak) // 2)
+    assert poor.slowdown >= between.slowdown >= 1
+
+
+def test_the_chosen_mixture_is_the_fastest_that_fits(network: effdense.DenseNet) -> None:
+    """Every mixture's peak by itself, against those that the plan composes."""
+    modes = [(a, b, c) for a in CANDIDATES for b in CANDIDATES for c in CANDIDATES]
+    peaks = {save: take_step(network, SHAPE, save=save).total for save in modes}
+    for limit in sorted(set(peaks.values()))[:: max(1, len(set(peaks.values())) // 4)]:
+        chosen = effdense.plan(network, SHAPE, limit)
+        assert peaks[chosen.save] == chosen.peak <= limit
+        if all(mode in ("features", "bottlenecks") for mode in chosen.save):
+            # nothing that keeps strictly more would have fitted
+            for i, mode in enumerate(chosen.save):
+                if mode == "features":
+                    more = (*chosen.save[:i], "bottlenecks", *chosen.save[i + 1 :])
+                    assert peaks[more] > limit
+
+
+def test_a_plan_is_applied_and_trains_within_its_peak(network: effdense.DenseNet) -> None:
+    most = effdense.plan(network, SHAPE, "64GiB").peak
+    chosen = effdense.plan(network, SHAPE, most - 1)
+    assert set(chosen.save) != {"bottlenecks"}
+    model = chosen.apply(effdense.densenet_bc(22, 12))
+    assert model.save == chosen.save
+    assert real_step(model, SHAPE).total == pytest.approx(chosen.peak, rel=0.01)
+    table = str(chosen)
+    assert all(save in table for save in chosen.save)
+    assert "naive network needs" in table
+
+
+def test_a_budget_that_cannot_be_met_says_what_would_do(network: effdense.DenseNet) -> None:
+    with pytest.raises(BudgetError, match="needs at least") as caught:
+        effdense.plan(network, SHAPE, "5MiB")
+    assert effdense.plan(network, SHAPE, caught.value.least).peak <= caught.value.least
+    with pytest.raises(BudgetError):
+        effdense.plan(network, SHAPE, caught.value.least * 9 // 10)
+
+
+@pytest.mark.parametrize("budget", ["a lot", "-3GiB", "0", 0, -1, True, 1.5])
+def test_budgets_that_are_none(budget: Any, network: effdense.DenseNet) -> None:
+    with pytest.raises(ValueError, match="size such as"):
+        effdense.plan(network, SHAPE, budget)
+
+
+def test_a_plan_needs_an_effdense_network() -> None:
+    with pytest.raises(ValueError, match=r"effdense\.DenseNet"):
+        effdense.plan(reference.densenet_bc(22, 12), SHAPE)  # type: ignore[arg-type]
+
+
+def test_the_device_s_free_memory_is_a_budget(network: effdense.DenseNet) -> None:
+    assert effdense.plan(network, (2, 3, 32, 32)).save == ("bottlenecks",) * 3
+
+
+def test_largest_batch_and_deepest_network_just_fit(network: effdense.DenseNet) -> None:
+    limit = 60 << 20
+    images = effdense.largest_batch(network, (1, 3, 32, 32), limit)
+    peaks = [effdense.estimate(network, (n, 3, 32, 32)).peak for n in (images, images + 1)]
+    assert peaks[0] <= limit < peaks[1]
+    depth = effdense.deepest(12, 4, limit)
+    peaks = [
+        effdense.estimate(effdense.densenet_bc(d, 12), (4, 3, 32, 32)).peak
+        for d in (depth, depth + 6)
+    ]
+    assert peaks[0] <= limit < peaks[1]
+    with pytest.raises(BudgetError):
+        effdense.largest_batch(network, (1, 3, 32, 32), "1MiB")
