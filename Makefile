@@ -40,7 +40,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/throughput.py --depth 250 --growth-rate 24 --batch-size 16 $(RACE)
 	$(BIN)/python benchmarks/throughput.py --arch densenet121 --image-size 224 --batch-size 8 $(RACE)
 	$(BIN)/python benchmarks/scaling.py --processes 1 2 4
-	$(BIN)/python benchmarks/memory.py --sweep depth --growth-rate 12 --batch-size 8
+	$(BIN)/python benchmarks/memory.py --sweep depth --growth-rate 12 --batch-size 8 --providers naive checkpoint effdense-bottlenecks effdense-features
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -7,13 +7,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# Relative error of the loss and of all gradients as one vector, between two orders of
-# summation of one network. In float32 a ReLU here and there falls the other way: between
+# Relative error of the loss and of all gradients as one vector, and of one parameter's
+# gradient, between two orders of summation of one network. In float32 a ReLU here and there falls the other way: between
 # naive and naive-channels-last all gradients together differed by 0.8e-2 at depth 100 and
-# by 1.6e-2 in densenet121, single parameters by up to 3.2e-2; so all together may be off by
-# three times that, and one alone by ten times as much. What this catches is of the order
-# of 1. An error of a term that small shows in float64, where the gate is 1e-9.
-_TOLERANCE = {"float64": 1e-9, "float32": 5e-2, "bfloat16": 5e-2, "float16": 5e-2}
+# by 1.6e-2 in densenet121, single parameters by up to 3.2e-2. What this catches is of the
+# order of 1; a smaller error shows in float64.
+_TOLERANCE = {
+    "float64": (1e-9, 1e-8),
+    "float32": (3e-2, 1e-1),
+    "bfloat16": (3e-2, 1e-1),
+    "float16": (3e-2, 1e-1),
+}
 
 
 class Disagreement(NamedTuple):
@@ -75,6 +79,6 @@ def disagreement(
             worst, worst_parameter = error, name
         if math.isnan(error):
             break
-    allowed = _TOLERANCE[dtype]
+    allowed, allowed_worst = _TOLERANCE[dtype]
     whole = math.sqrt(squares) / max(total, 1e-300)
-    return Disagreement(loss_error, whole, worst, worst_parameter, allowed, 10 * allowed)
+    return Disagreement(loss_error, whole, worst, worst_parameter, allowed, allowed_worst)
