@@ -8,10 +8,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 # Relative error of the loss and of all gradients as one vector, and of one parameter's
-# gradient, between two orders of summation of one network. In float32 a ReLU here and there falls the other way: between
-# naive and naive-channels-last all gradients together differed by 0.8e-2 at depth 100 and
-# by 1.6e-2 in densenet121, single parameters by up to 3.2e-2. What this catches is of the
-# order of 1; a smaller error shows in float64.
+# gradient, between two orders of summation of one network. In float32 a ReLU here and
+# there falls the other way: between naive and naive-channels-last all gradients together
+# differed by 0.8e-2 at depth 100 and by 1.6e-2 in densenet121, single parameters by up to
+# 3.2e-2. What this catches is of the order of 1; a smaller error shows in float64.
 _TOLERANCE = {
     "float64": (1e-9, 1e-8),
     "float32": (3e-2, 1e-1),
