@@ -54,7 +54,7 @@ def test_cosine_goes_from_the_rate_to_zero() -> None:
 def test_every_option_is_resolved_and_given_ones_are_kept() -> None:
     for data in RECIPES:
         resolved = dataclasses.asdict(TrainConfig(data=data).resolved())  # type: ignore[arg-type]
-        assert [k for k, v in resolved.items() if v is None] == ["work_dir"]
+        assert [k for k, v in resolved.items() if v is None] == ["memory_budget", "work_dir"]
         assert set(resolved) == {field.name for field in dataclasses.fields(TrainConfig)}
     given = TrainConfig(data="cifar10", epochs=7, milestones=(0.1,), growth_rate=3, seed=5)
     resolved = given.resolved()  # type: ignore[assignment]
