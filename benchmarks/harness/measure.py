@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from effdense.timeline import record_step
 
-from . import machine, providers
+from . import counts, machine, providers
 from .case import Case
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
@@ -136,11 +136,22 @@ def predicted_peak(provider: str, case: Case) -> int:
 def predicted_live(provider: str, case: Case) -> int:
     """Peak live tensor bytes of a step.
 
-    A step runs on meta tensors, which hold no data, under the same timeline that measures
-    live bytes. Compiled providers count as naive.
+    Providers of plain torch operations run once on meta tensors, which hold no data, under
+    the same timeline that measures live bytes; compiled ones count as naive. effdense's are
+    its floor plus the temporaries below, an upper bound: searches over depth ask for
+    networks of thousands of layers, and effdense.estimate would take minutes for each.
     """
     found, _ = providers.find(provider)
-    name = "naive" if found.compiled else provider
+    name = "naive" if found.compiled or provider == "effdense-all" else provider
+    if name.startswith("effdense"):
+        floor = counts.floor(case)
+        widest = max(block.positions * block.bottleneck for block in counts.blocks(case))
+        # Y and its gradient, and once more in pieces; see dense_block.py
+        total = floor.total + 3 * widest * case.element_size
+        if name.startswith("effdense-bottlenecks"):
+            total += counts.bottleneck_bytes(case)
+        # save="input" keeps less than "features" does, but rebuilds the largest block.
+        return total
     meta = dataclasses.replace(case, device="meta")
     # on meta the parameters have autocast's dtype
     scale = case.parameter_size // case.element_size if case.autocast else 1
