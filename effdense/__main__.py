@@ -87,8 +87,8 @@ def _plan(options: argparse.Namespace) -> None:
     import torch
 
     import effdense
+    from effdense.estimation import AMP_DTYPES
 
-    amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.amp]
     size = options.image_size or (32 if options.arch == "densenet_bc" else 224)
     try:
         with torch.device("meta"):
@@ -101,7 +101,7 @@ def _plan(options: argparse.Namespace) -> None:
             (options.batch_size, 3, size, size),
             options.budget,
             optimizer=options.optimizer,
-            amp=amp,
+            amp=AMP_DTYPES[options.amp],
             ddp=options.ddp,
             device=options.device,
         )

@@ -34,6 +34,14 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
+# By the names that command lines use: what autocast computes in, None for no autocast.
+AMP_DTYPES: dict[str, torch.dtype | None] = {
+    "none": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
 @dataclass(frozen=True)
 class BlockEstimate:
     """One dense block: what it saves, and the bytes it keeps for backward."""

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import effdense
 
+from ..estimation import AMP_DTYPES
 from . import plots
 from .config import ResolvedConfig, TrainConfig
 from .data import Batch, ImageData, Split, global_batches, load, random_key, share
@@ -33,7 +34,6 @@ from .records import WorkDir
 
 # How often the processes add up their losses, which makes them wait for each other and the GPU.
 _STEPS_BETWEEN_CHECKS = 20
-_AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Trainer:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of ``--amp`` for forward passes."""
-        dtype = _AMP_DTYPES[self.config.amp]
-        return torch.autocast(self.world.device.type, dtype, enabled=self.config.amp != "none")
+        dtype = AMP_DTYPES[self.config.amp]
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
 
     def step(
         self, images: Tensor, labels: Tensor, batch_size: int, lr: float
@@ -207,7 +207,6 @@ def fit_to_budget(network: nn.Module, config: ResolvedConfig, world: World, chan
     assert isinstance(network, effdense.DenseNet)
     assert config.memory_budget is not None
     images = -(-config.batch_size // world.world_size)
-    amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
     momentum = config.opt == "sgd" and config.momentum > 0
     budget = config.memory_budget
     if budget == "auto" and world.device.type == "cpu":
@@ -219,7 +218,7 @@ def fit_to_budget(network: nn.Module, config: ResolvedConfig, world: World, chan
             (images, channels, config.image_size, config.image_size),
             budget,
             optimizer="sgd-momentum" if momentum else config.opt,
-            amp=amp,
+            amp=AMP_DTYPES[config.amp],
             ddp=world.world_size > 1,
             device=world.device.type,
         )
