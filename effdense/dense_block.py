@@ -55,7 +55,7 @@ from torch.autograd.function import once_differentiable
 
 from .autocast import without_autocast
 from .backends.base import Backend, Normalization, PendingNorm, Rebuild, accumulate_dtype
-from .convolution import convolve, convolve_backward
+from .backends.convolution import zero_sums
 from .layout import channels_first, pieces
 from .layout import rows as rows_of
 from .norm_sums import ALL_CHANNELS, Channels, direct_channels, second_sum
@@ -327,18 +327,14 @@ class _Stage:
         return self.layers[index].weight1.to(self.dtype).flatten(1)
 
     def _new_features(self, index: int, y: Tensor | None) -> None:
-        """X[:, c:c+k] of layer ``index``, a few images at a time."""
+        """X[:, c:c+k] of layer ``index``."""
         source, norm, weight = self._convolution(index, y)
         c = self._width_before(index)
-        target = self.x[:, c : c + self.k]
+        new = self.x[:, c : c + self.k]
+        self.ops.bn_relu_conv3(source, norm, weight, (self.images, *self.spatial), new)
         mask = self._dropout_mask(index)
-        for images, rows in self._image_steps(source.shape[1]):
-            h = self.x.new_empty((rows.stop - rows.start, source.shape[1]))
-            self.ops.bn_relu(source[rows], norm, h)
-            new = rows_of(convolve(channels_first(h, images, self.spatial), weight))
-            if mask is not None:
-                new = new * mask[rows]
-            target[rows] = new
+        if mask is not None:
+            new *= mask
 
     def _convolution(self, index: int, y: Tensor | None) -> tuple[Tensor, Normalization, Tensor]:
         """What the layer's 3x3 convolution reads: (source, its norm, the weight)."""
@@ -355,15 +351,6 @@ class _Stage:
             return None
         shape = (self.positions, self.k)
         return dropout_mask(self.spec.seed, index, shape, p, self.dtype, self.device)
-
-    def _image_steps(self, channels: int) -> Iterator[tuple[int, slice]]:
-        """(number of images, their rows): (P, channels)-wide work is cut at image boundaries."""
-        per_image = self.positions // self.images
-        bytes_per_image = per_image * channels * self.x.element_size()
-        step = self.ops.images_per_step(self.images, bytes_per_image)
-        for first in pieces(self.x, range(0, self.images, step)):
-            n = min(step, self.images - first)
-            yield n, slice(first * per_image, (first + n) * per_image)
 
     # --------------------------------------------------------------- backward
 
@@ -490,35 +477,15 @@ class _Stage:
         need_weight: bool,
         d: Tensor | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Back through conv3x3(relu(norm(source))), a few images at a time: dW, S, T.
+        """Back through conv3x3(relu(norm(source))): dW, S, T.
 
         Writes the (masked) gradient after the ReLU to ``dz``, or adds the input's to ``d``.
         """
-        dw = torch.zeros_like(weight, dtype=self.sum_dtype) if need_weight else None
         channels = self._direct_channels(norm, need_weight and dz is not None)
-        s, t = _zero_sums(norm, channels)
-        for images, rows in self._image_steps(source.shape[1]):
-            h = self.x.new_empty((rows.stop - rows.start, source.shape[1]))
-            self.ops.bn_relu(source[rows], norm, h)
-            dh, dw_step = convolve_backward(
-                channels_first(do[rows], images, self.spatial),
-                channels_first(h, images, self.spatial),
-                weight,
-                need_weight,
-            )
-            if dw is not None and dw_step is not None:
-                dw += dw_step
-            if dz is not None:
-                sums = self.ops.bn_relu_backward_reduce(
-                    source[rows], norm, rows_of(dh), h, dz[rows], channels
-                )
-            else:
-                assert d is not None
-                sums = self.ops.bn_relu_backward_accumulate(
-                    source[rows], norm, rows_of(dh), d[rows], h
-                )
-            s += sums[0]
-            t += sums[1]
+        shape = (self.images, *self.spatial)
+        dw, s, t = self.ops.bn_relu_conv3_backward(
+            source, norm, weight, do, shape, need_weight, dz, d, channels
+        )
         if dw is not None:
             product = (weight * dw).transpose(0, 1).flatten(1).sum(1)
             t = second_sum(norm, product, s, t, channels)
@@ -578,7 +545,7 @@ class _Stage:
             need_weight = needs[TailTensors._fields.index("weight")]
             dw = torch.zeros_like(weight, dtype=self.sum_dtype) if need_weight else None
             channels = self._direct_channels(norm, need_weight)
-            s, t = _zero_sums(norm, channels)
+            s, t = zero_sums(norm, channels)
             for rows, pooled_rows, shape in self._pool_steps():
                 dpooled = dout[pooled_rows] @ weight
                 pooled = None if dw is None else torch.empty_like(dpooled)
@@ -655,12 +622,6 @@ def dropout_mask(
     generator.manual_seed((seed + (layer + 1) * 2654435761) % (1 << 63))
     mask = torch.empty(shape, dtype=dtype, device=device)
     return mask.bernoulli_(1 - p, generator=generator).div_(1 - p)
-
-
-def _zero_sums(norm: Normalization, channels: Channels) -> tuple[Tensor, Tensor]:
-    """S of all channels and T of ``channels``, to be added to."""
-    s = torch.zeros_like(norm.mean)
-    return s, s.new_zeros(0) if channels is None else torch.zeros_like(s[channels])
 
 
 def _growth(layer: LayerTensors) -> int:

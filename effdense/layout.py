@@ -13,7 +13,9 @@ _Piece = TypeVar("_Piece")
 
 def rows(x: Tensor) -> Tensor:
     """(N, c, *spatial) as a (P, c) matrix: a view of a channels-last tensor, else a copy."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1])
+    matrix = x.movedim(1, -1).reshape(-1, x.shape[1])
+    # One image's pixels can be viewed as columns, which no backend expects.
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def channels_first(matrix: Tensor, images: int, spatial: list[int] | tuple[int, ...]) -> Tensor:

@@ -15,3 +15,10 @@ def nan_filled_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["cpu", "torch"])
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every backend that computes in float64 here, in place of "auto"."""
+    monkeypatch.setenv("EFFDENSE_BACKEND", request.param)
+    return str(request.param)

@@ -10,7 +10,8 @@ from compare import assert_same_step, images, norms_of, step, twins
 from torch import nn
 
 from effdense import norm_sums
-from effdense.backends import torch_backend
+from effdense.backends import cpu_backend, torch_backend
+from effdense.backends.base import Normalization
 
 WAYS = {"none": type(None), "few": torch.Tensor, "all": slice}
 
@@ -30,15 +31,16 @@ def set_norms(way: str, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("save", ["features", "bottlenecks"])
-def test_every_way_equals_naive(way: str, save: str) -> None:
+def test_every_way_equals_naive(way: str, save: str, each_backend: str) -> None:
     ours, naive = twins(save, prepare=lambda model: set_norms(way, model))
     taken = []
 
-    def watch(norm: torch_backend.Normalization) -> norm_sums.Channels:
+    def watch(norm: Normalization) -> norm_sums.Channels:
         taken.append(norm_sums.direct_channels(norm))
         return taken[-1]
 
     x = images(3, 3, 9, 11)
-    with mock.patch.object(torch_backend, "direct_channels", watch):
+    module = {"cpu": cpu_backend, "torch": torch_backend}[each_backend]
+    with mock.patch.object(module, "direct_channels", watch):
         assert_same_step(step(ours, x), step(naive, x))
     assert {type(channels) for channels in taken} == {WAYS[way]}

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import effdense
 from effdense import SAVE_MODES, reference
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+pytestmark = pytest.mark.usefixtures("nan_filled_memory", "each_backend")
 
 saves = pytest.mark.parametrize("save", SAVE_MODES)
 fused_saves = pytest.mark.parametrize("save", [s for s in SAVE_MODES if s != "all"])

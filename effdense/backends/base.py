@@ -70,8 +70,8 @@ class Backend(Protocol):
     def images_per_step(self, images: int, bytes_per_image: int) -> int:
         """How many images to treat at a time where a step's temporaries grow with them.
 
-        The block cuts (P, B)-wide work at image boundaries: a CPU stays in its cache,
-        a GPU bounds temporaries without starving its cores.
+        Such work is cut at image boundaries: a CPU stays in its cache, a GPU bounds
+        temporaries without starving its cores.
         """
         ...
 
@@ -151,6 +151,41 @@ class Backend(Protocol):
         dW (B, c) in the accumulate type, None unless ``need_weight``. With ``pending``, dy
         is first put through its bn_relu_backward_apply (and may be overwritten); with
         ``rebuild``, another layer's product is made from the same rows of x.
+        """
+        ...
+
+    def bn_relu_conv3(
+        self,
+        source: Tensor,
+        norm: Normalization,
+        weight: Tensor,
+        shape: tuple[int, ...],
+        out: Tensor,
+    ) -> None:
+        """Out = conv(relu(norm(source))), 3 wide in every spatial dimension, zero-padded.
+
+        ``shape`` = (n, *spatial) with n * prod(spatial) = P; source (P, B), weight
+        (k, B, 3, ...), out (P, k).
+        """
+        ...
+
+    def bn_relu_conv3_backward(
+        self,
+        source: Tensor,
+        norm: Normalization,
+        weight: Tensor,
+        dout: Tensor,
+        shape: tuple[int, ...],
+        need_weight: bool,
+        dz: Tensor | None,
+        d: Tensor | None,
+        channels: slice | Tensor | None = slice(None),
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Back through bn_relu_conv3 for dout (P, k) dense; returns dW, S, T.
+
+        The gradient after the ReLU goes to ``dz`` (P, B) for bn_relu_backward_apply, or,
+        where that is None, times ``scale`` onto ``d`` (P, B). dW in the accumulate type,
+        None unless ``need_weight``; T of ``channels`` as in bn_relu_backward_reduce.
         """
         ...
 

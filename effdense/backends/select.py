@@ -2,11 +2,12 @@
 
 NOTE [ self-check ]
 Kernels are proven on machines without a GPU: by interpreter and by cross-compilation.
-Neither shows a driver that miscompiles, nor a race. So before "auto" uses them, every
-operation is run once on the actual device and dtype, on a small odd-sized case, and
-compared with torch operations in float32 on the same numbers. What fails, or is wrong
-beyond the type's rounding, leaves the device to the torch backend for the whole process,
-with one warning that names the operation.
+Neither shows a driver that miscompiles, nor a race; and the loops for CPUs are compiled by
+whatever compiler the user has. So before "auto" uses either, every operation is run once
+on the actual device and dtype, on a small odd-sized case, and compared with torch
+operations on the same numbers. What fails, or is wrong beyond the type's rounding, leaves
+the device to the torch backend for the whole process, with one warning that names the
+operation.
 """
 
 from __future__ import annotations
@@ -20,15 +21,23 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from .base import KERNEL_STEP_BYTES, Backend, Normalization
+from .base import KERNEL_STEP_BYTES, Backend, Normalization, accumulate_dtype
+from .cpu_backend import CpuBackend
+from .cpu_library import DTYPES as LOOP_DTYPES
+from .cpu_library import CannotLoad
 from .torch_backend import TorchBackend
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "cpu", "triton")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Largest accepted difference in units of the largest value: products of rounded
 # operands over 37 channels, in the type's precision (TF32's for float32 where allowed).
-_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-4}
+_TOLERANCE = {
+    torch.float16: 5e-3,
+    torch.bfloat16: 4e-2,
+    torch.float32: 1e-4,
+    torch.float64: 1e-12,
+}
 _TF32_TOLERANCE = 5e-3
 
 
@@ -39,12 +48,13 @@ meta_stands_for: ContextVar[str] = ContextVar("meta_stands_for", default="cpu")
 def get_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend called ``name`` for matrices of ``dtype`` on ``device``.
 
-    "auto" is Triton on a GPU and dtype where the self-check passes, else torch. The
-    environment variable EFFDENSE_BACKEND, where set, replaces ``name``.
+    "auto" is Triton on a GPU and the compiled loops on a CPU, where there are any for the
+    dtype and the self-check passes, else torch. The environment variable EFFDENSE_BACKEND,
+    where set, replaces ``name``.
 
     Raises:
-        ValueError: for another name; for "triton" on a device or dtype without kernels,
-            or without an importable Triton.
+        ValueError: for another name; for "triton" or "cpu" on a device or dtype they have
+            nothing for, or without an importable Triton or a C compiler.
     """
     override = os.environ.get("EFFDENSE_BACKEND")
     if override is not None:
@@ -52,9 +62,7 @@ def get_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         name = override
     _check_name(name, "backend")
     if device.type == "meta":
-        stands_for = meta_stands_for.get()
-        kernels = name == "triton" or (name == "auto" and stands_for == "cuda")
-        return _KernelShapes() if kernels else TorchBackend(stands_for)
+        return _on_meta(name, dtype)
     if name == "torch":
         return TorchBackend(device)
     if name == "triton":
@@ -64,13 +72,35 @@ def get_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
                 'use backend="torch" or "auto"'
             )
         return _triton_for(device)
-    if device.type != "cuda" or dtype not in TRITON_DTYPES:
+    if name == "cpu":
+        if device.type != "cpu" or dtype not in LOOP_DTYPES:
+            raise ValueError(
+                f'backend="cpu" computes in float32 or float64 on a CPU, got {dtype} on '
+                f'{device.type!r}; use backend="torch" or "auto"'
+            )
+        try:
+            return CpuBackend(dtype)
+        except CannotLoad as error:
+            raise ValueError(f'backend="cpu" needs a C compiler with OpenMP: {error}') from error
+    kind = device.type
+    if dtype not in {"cuda": TRITON_DTYPES, "cpu": LOOP_DTYPES}.get(kind, ()):
         return TorchBackend(device)
-    if torch.cuda.is_available() and device.index is None:
+    if kind == "cuda" and torch.cuda.is_available() and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if _fault(device, dtype) is not None:
         return TorchBackend(device)
-    return _triton_backend()
+    return _compiled_backend(kind, dtype)
+
+
+def _on_meta(name: str, dtype: torch.dtype) -> Backend:
+    """What takes the memory, at least, that ``name`` takes on the device meta stands for."""
+    stands_for = meta_stands_for.get()
+    if name == "triton" or (name == "auto" and stands_for == "cuda"):
+        return _KernelShapes()
+    loops = name in ("auto", "cpu") and stands_for == "cpu" and dtype in LOOP_DTYPES
+    if loops and _fault(torch.device("cpu"), dtype) is None:
+        return CpuBackend(dtype)
+    return TorchBackend(stands_for)
 
 
 class _KernelShapes(TorchBackend):
@@ -116,17 +146,24 @@ def _triton_for(device: torch.device) -> Backend:
     return backend
 
 
+def _compiled_backend(kind: str, dtype: torch.dtype) -> Backend:
+    return _triton_backend() if kind == "cuda" else CpuBackend(dtype)
+
+
 @functools.cache
 def _fault(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with the kernels here, None if nothing; warns when first asked."""
+    """What is wrong with the kernels or loops here, None if nothing; warns when first asked."""
     # See NOTE [ self-check ].
     try:
-        fault = self_check(_triton_backend(), device, dtype)
+        fault = self_check(_compiled_backend(device.type, dtype), device, dtype)
+    except CannotLoad as error:
+        fault = str(error)
     except Exception as error:
         fault = f"importing Triton: {_describe(error)}"
     if fault is not None:
+        what = "Triton kernels" if device.type == "cuda" else "compiled loops"
         warnings.warn(
-            f"effdense: the Triton kernels failed their self-check on {device} with {dtype} and "
+            f"effdense: the {what} failed their self-check on {device} with {dtype} and "
             f"torch operations are used instead. {fault}",
             RuntimeWarning,
             stacklevel=3,
@@ -150,14 +187,14 @@ def self_check(backend: Backend, device: torch.device, dtype: torch.dtype) -> st
     exact = TorchBackend("cpu")
     with torch.no_grad():
         for operation, run in _cases(dtype):
-            expected = run(exact, torch.device("cpu"), torch.float32)
+            expected = run(exact, torch.device("cpu"), accumulate_dtype(dtype))
             try:
                 found = [t.cpu() for t in run(backend, device, dtype)]
             except Exception as error:
                 return f"{operation}: {_describe(error)}"
             for ours, theirs in zip(found, expected, strict=True):
                 scale = max(1.0, theirs.abs().max().item())
-                difference = (ours.float() - theirs).abs().max().item() / scale
+                difference = (ours.to(theirs.dtype) - theirs).abs().max().item() / scale
                 # not "difference > tolerance": a NaN has to fail
                 if not difference <= tolerance:
                     return (
@@ -172,17 +209,18 @@ Run = Callable[[Backend, torch.device, torch.dtype], list[Tensor]]
 
 def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Run]]:
     """Every operation on the same numbers, which ``dtype`` holds exactly."""
-    shape, c, width, b = (2, 5, 7), 37, 51, 19
+    shape, c, width, b, k = (2, 5, 7), 37, 51, 19, 5
     rows, windows = 70, 12
     # a generator of its own: the caller's random state is not touched
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(dtype).float()
+        return torch.randn(size, generator=generator).to(dtype)
 
     x_values, d_values = normal(rows, width), normal(rows, width)
     dz_values, dy_values = normal(rows, c), normal(rows, b)
     dpooled_values, weight_values = normal(windows, c), normal(b, c) / 8
+    taps_values, dout_values = normal(k, c, 3, 3) / 16, normal(rows, k)
     gamma, beta, s_values, t_values = torch.randn(4, c, generator=generator)
     x64 = x_values[:, :c].double()
     mean64, var64 = x64.mean(0), x64.var(0, unbiased=False)
@@ -200,9 +238,10 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Run]]:
             self.x, self.d = put(x_values)[:, :c], put(d_values)[:, :c]
             self.dz, self.dy = put(dz_values), put(dy_values)
             self.dpooled, self.weight = put(dpooled_values), put(weight_values)
-            vectors = (v.to(device=device, dtype=torch.float32) for v in norm64)
-            self.norm = Normalization(*vectors)
-            self.s, self.t = s_values.to(device), t_values.to(device)
+            self.taps, self.dout = put(taps_values), put(dout_values)
+            sums = accumulate_dtype(store)
+            self.norm = Normalization(*(v.to(device=device, dtype=sums) for v in norm64))
+            self.s, self.t = (v.to(device=device, dtype=sums) for v in (s_values, t_values))
 
         def like(self, n: int, columns: int) -> Tensor:
             return torch.full_like(self.x[:1, :1].expand(n, columns), float("nan")).contiguous()
@@ -238,6 +277,21 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Run]]:
         dw, s, t = o.bn_relu_conv1x1_backward(i.x, i.norm, i.weight, i.dy, i.d, True)
         assert dw is not None
         return [dw, s, t, i.d]
+
+    def conv3(o: Backend, device: torch.device, store: torch.dtype) -> list[Tensor]:
+        i = Inputs(device, store)
+        out = i.like(rows, k)
+        o.bn_relu_conv3(i.x, i.norm, i.taps, shape, out)
+        return [out]
+
+    def conv3_backward(o: Backend, device: torch.device, store: torch.dtype) -> list[Tensor]:
+        i = Inputs(device, store)
+        given = (i.x, i.norm, i.taps, i.dout, shape, True)
+        dw, s, t = o.bn_relu_conv3_backward(*given, i.dz, None)
+        o.bn_relu_backward_apply(i.x, i.norm, i.dz, (s, t, float(rows)))
+        _, s_again, t_again = o.bn_relu_conv3_backward(*given, None, i.d)
+        assert dw is not None
+        return [dw, s, t, i.dz, s_again, t_again, i.d]
 
     def avg_pool(o: Backend, device: torch.device, store: torch.dtype) -> list[Tensor]:
         i = Inputs(device, store)
@@ -275,6 +329,8 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Run]]:
     yield "bn_relu_backward_accumulate", accumulate
     yield "bn_relu_conv1x1", conv1x1
     yield "bn_relu_conv1x1_backward", conv1x1_backward
+    yield "bn_relu_conv3", conv3
+    yield "bn_relu_conv3_backward", conv3_backward
     yield "bn_relu_avg_pool", avg_pool
     yield "bn_relu_avg_pool_backward", avg_pool_backward
     yield "bn_relu_global_pool", global_pool

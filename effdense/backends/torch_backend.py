@@ -17,6 +17,7 @@ from ..layout import channels_first, pieces
 from ..layout import rows as rows_of
 from ..norm_sums import ALL_CHANNELS, Channels, direct_channels, second_sum
 from .base import Normalization, PendingNorm, Rebuild, accumulate_dtype
+from .convolution import StepwiseConvolution
 
 # Measured on a 2-core CPU with 1 MiB of L2 per core, whole steps at (100, k12, batch 64):
 # 2 and 8 MiB are 5 to 8 % faster than 1 and 4 MiB, half as many tiles 2 % slower to no faster.
@@ -30,7 +31,7 @@ _threshold_backward = torch.ops.aten.threshold_backward.grad_input
 _AVG_POOL = (F.avg_pool2d, F.avg_pool3d)
 
 
-class TorchBackend:
+class TorchBackend(StepwiseConvolution):
     """Implements :class:`effdense.backends.base.Backend`; its docstrings define each operation."""
 
     name = "torch"

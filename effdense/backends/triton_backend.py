@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from effdense.backends.base import KERNEL_STEP_BYTES, Normalization, PendingNorm, Rebuild
+from effdense.backends.convolution import StepwiseConvolution
 from effdense.kernels import (
     bn_relu,
     bn_relu_conv1x1,
@@ -29,7 +30,7 @@ INTERPRETED: bool = launch.interpreted(statistics.statistics_fwd_kernel)
 """Whether this process runs the kernels in Triton's interpreter, on any device."""
 
 
-class TritonBackend:
+class TritonBackend(StepwiseConvolution):
     """The :class:`effdense.backends.base.Backend` of the kernels in :mod:`effdense.kernels`.
 
     Args:

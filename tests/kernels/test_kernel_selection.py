@@ -19,6 +19,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 OPERATIONS = [
     *("statistics", "bn_relu", "bn_relu_backward_reduce", "bn_relu_backward_apply"),
     *("bn_relu_backward_accumulate", "bn_relu_conv1x1", "bn_relu_conv1x1_backward"),
+    *("bn_relu_conv3", "bn_relu_conv3_backward"),
     *("bn_relu_avg_pool", "bn_relu_avg_pool_backward", "bn_relu_global_pool"),
     *("bn_relu_global_pool_backward", "finish_gradient"),
 ]
@@ -56,11 +57,12 @@ class Broken(TorchBackend):
         setattr(self, operation, wrong)
 
 
-def test_auto_is_torch_on_a_cpu_without_a_word() -> None:
+def test_auto_is_the_compiled_loops_on_a_cpu_where_they_have_the_type() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert get_backend("auto", CPU, torch.float32).name == "torch"
-        assert get_backend("auto", CPU, torch.float64).name == "torch"
+        assert get_backend("auto", CPU, torch.float32).name == "cpu"
+        assert get_backend("auto", CPU, torch.float64).name == "cpu"
+        assert get_backend("auto", CPU, torch.bfloat16).name == "torch"
 
 
 def test_importing_effdense_does_not_import_the_kernels() -> None:
@@ -92,7 +94,7 @@ def test_an_import_failure_is_no_failure_of_effdense() -> None:
 
 @pytest.mark.parametrize("name", ["", "cuda", "Triton"])
 def test_unknown_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match='backend must be one of "auto", "torch", "triton"'):
+    with pytest.raises(ValueError, match='backend must be one of "auto", "torch", "cpu", "triton"'):
         get_backend(name, CPU, torch.float32)
     monkeypatch.setenv("EFFDENSE_BACKEND", name)
     with pytest.raises(ValueError, match='EFFDENSE_BACKEND must be one of "auto", "torch"'):

@@ -1,0 +1,420 @@
+"""The dense block's operations on CPUs in compiled loops (cpu_loops.c).
+
+Where the torch backend makes several passes of torch operations over a row tile, each
+split over all threads, here every thread takes its own tiles through all of an
+operation's steps: nothing but the tile's own rows moves between memory and cache. The
+pools, and types narrower than float32, are the torch backend's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..norm_sums import ALL_CHANNELS, Channels, direct_channels, second_sum
+from .base import Normalization, PendingNorm, Rebuild
+from .cpu_library import Library, load
+from .torch_backend import TorchBackend
+
+# A thread's tile of x, z, dz and d together should stay in its cache.
+_TILE_BYTES = 256 << 10
+# (P, B)-wide loops stream: their tiles only bound the rows summed in single precision.
+_SUM_ROWS = 256
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in Normalization._fields]
+
+    def __init__(self, norm: Normalization) -> None:
+        super().__init__(*(vector.data_ptr() for vector in norm))
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        ("f", _Norm),
+        ("c", ctypes.c_int64),
+        ("b", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+    ]
+
+    def __init__(self, norm: Normalization, weight: Tensor, y: Tensor | None) -> None:
+        b, c = weight.shape
+        super().__init__(_Norm(norm), c, b, weight.data_ptr(), 0 if y is None else y.data_ptr())
+
+
+class _Pending(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("y", "scale", "slope", "offset")]
+
+
+class _Convolution(ctypes.Structure):
+    _fields_ = [
+        ("f", _Norm),
+        ("source", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("lds", "b", "k")),
+        *((name, ctypes.c_int64) for name in ("images", "depth", "height", "width", "dz", "dy")),
+        ("weight", ctypes.c_void_p),
+    ]
+
+    def __init__(
+        self, source: Tensor, norm: Normalization, taps: Tensor, k: int, shape: tuple[int, ...]
+    ) -> None:
+        images, *spatial = shape
+        absent = 3 - len(spatial)
+        reach = [0] * absent + [1] * len(spatial)
+        super().__init__(
+            _Norm(norm),
+            source.data_ptr(),
+            source.stride(0),
+            source.shape[1],
+            k,
+            images,
+            *([1] * absent + spatial),
+            *reach[:2],
+            taps.data_ptr(),
+        )
+
+
+class _Channels(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_int64), ("index", ctypes.c_void_p)]
+
+    def __init__(self, channels: Channels, c: int) -> None:
+        if isinstance(channels, Tensor):
+            super().__init__(len(channels), channels.data_ptr())
+        else:
+            super().__init__(0 if channels is None else c, None)
+
+
+class CpuBackend(TorchBackend):
+    """The :class:`effdense.backends.base.Backend` of cpu_loops.c, for matrices of one type.
+
+    Raises:
+        CannotLoad: where the loops can't be compiled.
+    """
+
+    name = "cpu"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__("cpu")
+        self._library = load(dtype)
+
+    def _loops(self, x: Tensor) -> Library | None:
+        """None on meta, where memory is taken as ever and nothing computed."""
+        return None if x.is_meta else self._library
+
+    def _tile_rows(self, x: Tensor) -> int:
+        rows = _TILE_BYTES // (max(x.shape[1], 32) * x.element_size())
+        return max(1, min(x.shape[0], max(32, rows // 16 * 16)))
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, c = x.shape
+        threads = torch.get_num_threads()
+        mean, var = x.new_empty(c), x.new_empty(c)
+        partial = x.new_empty((threads, 2 * c))
+        sums = x.new_empty((threads, 4 * c), dtype=torch.float64)
+        if loops := self._loops(x):
+            loops.call(
+                "statistics", threads, rows, c, x, x.stride(0), _SUM_ROWS, partial, sums, mean, var
+            )
+        return mean, var
+
+    def bn_relu(self, x: Tensor, norm: Normalization, out: Tensor) -> None:
+        if loops := self._loops(x):
+            strides = x.stride(0), out.stride(0)
+            loops.call(
+                "bn_relu",
+                torch.get_num_threads(),
+                *x.shape,
+                x,
+                strides[0],
+                _Norm(norm),
+                out,
+                strides[1],
+            )
+
+    def bn_relu_backward_reduce(
+        self,
+        x: Tensor,
+        norm: Normalization,
+        dz: Tensor,
+        z: Tensor | None = None,
+        out: Tensor | None = None,
+        channels: Channels = ALL_CHANNELS,
+    ) -> tuple[Tensor, Tensor]:
+        return self._reduce(x, norm, dz, z, dz if out is None else out, None, channels)
+
+    def bn_relu_backward_accumulate(
+        self, x: Tensor, norm: Normalization, dz: Tensor, d: Tensor, z: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._reduce(x, norm, dz, z, dz, d, ALL_CHANNELS)
+
+    def _reduce(
+        self,
+        x: Tensor,
+        norm: Normalization,
+        dz: Tensor,
+        z: Tensor | None,
+        out: Tensor,
+        d: Tensor | None,
+        channels: Channels,
+    ) -> tuple[Tensor, Tensor]:
+        if z is None:
+            z = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            self.bn_relu(x, norm, z)
+        rows, c = x.shape
+        threads = torch.get_num_threads()
+        direct = _Channels(channels, c)
+        s, t = x.new_empty(c), x.new_empty(direct.count)
+        partial = x.new_empty((threads, 2 * c))
+        sums = x.new_empty((threads, 2 * c), dtype=torch.float64)
+        if loops := self._loops(x):
+            loops.call(
+                "bn_relu_backward_reduce",
+                threads,
+                rows,
+                c,
+                x,
+                x.stride(0),
+                _Norm(norm),
+                z,
+                z.stride(0),
+                dz,
+                dz.stride(0),
+                out,
+                out.stride(0),
+                d,
+                0 if d is None else d.stride(0),
+                direct,
+                _SUM_ROWS,
+                partial,
+                sums,
+                s,
+                t,
+            )
+        return s, t
+
+    def bn_relu_backward_apply(
+        self,
+        x: Tensor,
+        norm: Normalization,
+        dz: Tensor,
+        correction: tuple[Tensor, Tensor, float] | None,
+    ) -> None:
+        slope, offset = _affine(norm, correction)
+        if loops := self._loops(x):
+            loops.call(
+                "bn_relu_backward_apply",
+                torch.get_num_threads(),
+                *x.shape,
+                x,
+                x.stride(0),
+                norm.scale,
+                slope,
+                offset,
+                dz,
+                dz.stride(0),
+            )
+
+    def bn_relu_conv1x1(
+        self, x: Tensor, norm: Normalization, weight: Tensor, out: Tensor, statistics: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        step, threads, b = self._tile_rows(x), torch.get_num_threads(), weight.shape[0]
+        z = x.new_empty((threads, step, x.shape[1]))
+        partial = x.new_empty((threads, 2 * b))
+        sums = x.new_empty((threads, 4 * b), dtype=torch.float64)
+        found = (x.new_empty(b), x.new_empty(b)) if statistics else None
+        if loops := self._loops(x):
+            loops.call(
+                "bn_relu_conv1x1",
+                threads,
+                loops.gemm,
+                x.shape[0],
+                x,
+                x.stride(0),
+                _Product(norm, weight, out),
+                step,
+                z,
+                partial,
+                sums,
+                *(found or (None, None)),
+            )
+        return found
+
+    def bn_relu_conv1x1_backward(
+        self,
+        x: Tensor,
+        norm: Normalization,
+        weight: Tensor,
+        dy: Tensor,
+        d: Tensor,
+        need_weight: bool,
+        pending: PendingNorm | None = None,
+        rebuild: Rebuild | None = None,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        (rows, c), b = x.shape, weight.shape[0]
+        step, threads = self._tile_rows(x), torch.get_num_threads()
+        channels = direct_channels(norm)
+        direct = _Channels(channels, c)
+        s, t = x.new_empty(c), x.new_empty(direct.count)
+        z, dz = x.new_empty((2, threads, step, c))
+        dw = x.new_empty((threads, b, c))
+        partial = x.new_empty((threads, 2 * c))
+        sums = x.new_empty((threads, 2 * c), dtype=torch.float64)
+        before = again = None
+        if pending is not None:
+            slope, offset = _affine(pending.norm, pending.correction)
+            vectors = (pending.y, pending.norm.scale, slope, offset)
+            before = _Pending(*(None if v is None else v.data_ptr() for v in vectors))
+        if rebuild is not None:
+            again = _Product(rebuild.norm, rebuild.weight, rebuild.out)
+        if loops := self._loops(x):
+            loops.call(
+                "bn_relu_conv1x1_backward",
+                threads,
+                loops.gemm,
+                rows,
+                x,
+                x.stride(0),
+                _Product(norm, weight, None),
+                dy,
+                before,
+                again,
+                d,
+                d.stride(0),
+                direct,
+                step,
+                z,
+                dz,
+                dw,
+                partial,
+                sums,
+                s,
+                t,
+            )
+        t = second_sum(norm, (weight * dw[0]).sum(0), s, t, channels)
+        return (dw[0] if need_weight else None), s, t
+
+    def bn_relu_conv3(
+        self,
+        source: Tensor,
+        norm: Normalization,
+        weight: Tensor,
+        shape: tuple[int, ...],
+        out: Tensor,
+    ) -> None:
+        taps, threads = _taps(weight), torch.get_num_threads()
+        lines = self._tile_lines(shape, len(taps))
+        h, g = self._line_scratch(source, threads, lines * shape[-1], source.shape[1], len(taps))
+        if loops := self._loops(source):
+            window = _Convolution(source, norm, taps, weight.shape[0], shape)
+            loops.call(
+                "bn_relu_conv3", threads, loops.gemm, window, lines, h, g, out, out.stride(0)
+            )
+
+    def bn_relu_conv3_backward(
+        self,
+        source: Tensor,
+        norm: Normalization,
+        weight: Tensor,
+        dout: Tensor,
+        shape: tuple[int, ...],
+        need_weight: bool,
+        dz: Tensor | None,
+        d: Tensor | None,
+        channels: Channels = ALL_CHANNELS,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        (k, b), threads = weight.shape[:2], torch.get_num_threads()
+        taps = _taps(weight)
+        lines = self._tile_lines(shape, len(taps))
+        widths = [b, len(taps)] + ([b] if dz is None else [])
+        h, g, *dh = self._line_scratch(source, threads, lines * shape[-1], *widths)
+        dw = source.new_empty((threads, *taps.shape)) if need_weight else None
+        direct = _Channels(channels, b)
+        s, t = source.new_empty(b), source.new_empty(direct.count)
+        partial = source.new_empty((threads, 2 * b))
+        sums = source.new_empty((threads, 2 * b), dtype=torch.float64)
+        if loops := self._loops(source):
+            loops.call(
+                "bn_relu_conv3_backward",
+                threads,
+                loops.gemm,
+                _Convolution(source, norm, taps, k, shape),
+                dout,
+                dz,
+                d,
+                0 if d is None else d.stride(0),
+                direct,
+                lines,
+                h,
+                dh[0] if dh else None,
+                g,
+                dw,
+                partial,
+                sums,
+                s,
+                t,
+            )
+        return (None if dw is None else _from_taps(dw[0], weight)), s, t
+
+    def _tile_lines(self, shape: tuple[int, ...], columns: int) -> int:
+        """Lines of pixels whose gathered columns take about one tile."""
+        rows = max(32, _TILE_BYTES // (4 * columns))
+        return max(1, min(math.prod(shape[:-1]), rows // shape[-1]))
+
+    def _line_scratch(
+        self, source: Tensor, threads: int, rows: int, *widths: int
+    ) -> Sequence[Tensor]:
+        return [source.new_empty((threads, rows, width)) for width in widths]
+
+    def finish_gradient(
+        self,
+        d: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        s: Tensor,
+        t: Tensor,
+        count: float,
+        out: Tensor,
+    ) -> None:
+        slope = t / -count
+        offset = s / -count - slope * mean
+        if loops := self._loops(x):
+            loops.call(
+                "add_affine",
+                torch.get_num_threads(),
+                *x.shape,
+                d,
+                d.stride(0),
+                x,
+                x.stride(0),
+                slope,
+                offset,
+                out,
+                out.stride(0),
+            )
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """(k, b, 3, ...) as (taps k, b), the last dimension's taps from +1 to -1."""
+    return weight.flip(-1).movedim((0, 1), (-2, -1)).contiguous().view(-1, weight.shape[1])
+
+
+def _from_taps(taps: Tensor, weight: Tensor) -> Tensor:
+    """The inverse of :func:`_taps`, for a tensor shaped like ``weight``."""
+    k, b, *window = weight.shape
+    return taps.view(*window, k, b).movedim((-2, -1), (0, 1)).flip(-1)
+
+
+def _affine(
+    norm: Normalization, correction: tuple[Tensor, Tensor, float] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(slope, offset) of the part of the gradient that is affine in x; Nones if there is none."""
+    if correction is None:
+        return None, None
+    s, t, count = correction
+    slope = norm.scale * norm.rstd * t / -count
+    return slope, norm.scale * s / -count - slope * norm.mean

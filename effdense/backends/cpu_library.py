@@ -1,0 +1,123 @@
+"""cpu_loops.c as a loaded library: compiled on this machine at first use, then cached.
+
+The compiler is ``$CC``, else cc, gcc or clang, with ``-march=native``; the cache is
+"effdense/loops" in the user's cache directory (``$XDG_CACHE_HOME``, else ~/.cache), one
+file per source, compiler command and processor, written whole or not at all. Where
+there is no compiler, or torch's BLAS cannot be found, :func:`load` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SOURCE = Path(__file__).with_name("cpu_loops.c")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+# Neither changes a result: nobody reads errno or traps, and loops vectorise without them.
+_MATH = ("-fno-math-errno", "-fno-trapping-math")
+_REAL = {torch.float32: ("float", "sgemm_"), torch.float64: ("double", "dgemm_")}
+
+DTYPES = tuple(_REAL)
+"""The matrices there are loops for."""
+
+
+class CannotLoad(Exception):
+    """Why there are no compiled loops on this machine."""
+
+
+class Library:
+    """The functions of cpu_loops.c for one type; ``gemm`` is the BLAS's product for them."""
+
+    def __init__(self, functions: ctypes.CDLL, gemm: ctypes.c_void_p) -> None:
+        self.functions, self.gemm = functions, gemm
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function; tensors, structures and None are pointers, numbers 64-bit integers."""
+        getattr(self.functions, name)(*map(_argument, arguments))
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value
+
+
+@functools.cache
+def load(dtype: torch.dtype) -> Library:
+    """The library for matrices of ``dtype``.
+
+    Raises:
+        CannotLoad: without a working C compiler with OpenMP, or a BLAS to call.
+    """
+    real, gemm = _REAL[dtype]
+    blas = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        address = ctypes.cast(getattr(ctypes.CDLL(str(blas)), gemm), ctypes.c_void_p)
+    except (OSError, AttributeError) as error:
+        raise CannotLoad(f"torch's BLAS has no {gemm}: {error}") from error
+    try:
+        return Library(ctypes.CDLL(str(_compiled(real))), address)
+    except OSError as error:
+        raise CannotLoad(f"the compiled loops can't be loaded: {error}") from error
+
+
+def _compiled(real: str) -> Path:
+    compiler = next(filter(None, map(shutil.which, _compilers())), None)
+    if compiler is None:
+        raise CannotLoad("there is no C compiler (cc, gcc or clang on PATH, or $CC)")
+    command = [compiler, *_FLAGS, *_MATH, f"-DREAL={real}"]
+    identity = [_SOURCE.read_text(), *command, _processor()]
+    key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = f"{real}-{key}.so"
+    target = cache / "effdense" / "loops" / name
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        directory = tempfile.mkdtemp(dir=target.parent)
+    except OSError:
+        # Nothing can be kept: compiled for this process, and left to the system's cleaning.
+        directory = tempfile.mkdtemp(prefix="effdense-")
+        target = Path(directory) / name
+    made = Path(directory) / "made.so"
+    try:
+        subprocess.run([*command, "-o", made, _SOURCE], check=True, capture_output=True, text=True)
+        made.replace(target)
+    except subprocess.CalledProcessError as error:
+        first_line = (error.stderr.splitlines() or ["no message"])[0]
+        raise CannotLoad(f"{compiler} failed: {first_line}") from error
+    except OSError as error:
+        raise CannotLoad(f"{compiler} or the cache failed: {error}") from error
+    finally:
+        if Path(directory) != target.parent:
+            shutil.rmtree(directory, ignore_errors=True)
+    return target
+
+
+def _compilers() -> list[str]:
+    chosen = os.environ.get("CC")
+    return [chosen] if chosen else ["cc", "gcc", "clang"]
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on, for caches that several machines share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    fields = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    seen = {line.partition(":")[0].strip(): line for line in lines if line.startswith(fields)}
+    return platform.machine() + "".join(seen.values())

@@ -1,0 +1,590 @@
+/* The dense block's operations on CPUs: the Backend protocol's, on row tiles, in C.
+ *
+ * Compiled once for REAL = float and once for REAL = double by cpu_library.py, on the user's
+ * machine. Operands, symbols and conventions are those of base.py: matrices of P rows with any
+ * row stride (ld...), inner stride 1, and dense vectors of c channels.
+ *
+ * A thread takes a contiguous range of row tiles and keeps a tile's temporaries in its own
+ * cache, where the products and all elementwise work on that tile happen. Sums over rows are
+ * taken in REAL within a tile and in double across tiles, thread by thread, and the threads'
+ * sums are added in the order of the threads: the same bits for the same number of threads.
+ * The matrix product is the BLAS that torch itself uses, handed in as a pointer; inside a
+ * parallel region it runs in the calling thread alone. Nothing here allocates: `work` holds
+ * what a thread needs, at the stride the caller chose.
+ *
+ * NaN passes through relu and its mask as in torch: comparisons are written so that they are
+ * false for NaN in the branch that clears.
+ */
+
+#include <omp.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifndef REAL
+#define REAL float
+#endif
+
+typedef int64_t idx;
+
+/* Fortran BLAS, column major. Integers are passed as 64 bits: a BLAS of 32-bit integers reads
+ * the low half, which is all of a small number on a little-endian machine. */
+typedef void gemm_function(const char *trans_a, const char *trans_b, const idx *m, const idx *n,
+                           const idx *k, const REAL *alpha, const REAL *a, const idx *lda,
+                           const REAL *b, const idx *ldb, const REAL *beta, REAL *c,
+                           const idx *ldc);
+
+typedef struct {
+    const REAL *mean, *rstd, *scale, *shift;
+} norm;
+
+/* Which channels take T from its definition: `count` of them, listed in `index` unless all. */
+typedef struct {
+    idx count;
+    const idx *index;
+} channels;
+
+static idx smaller(idx a, idx b) { return a < b ? a : b; }
+
+/* Tiles [first, last) of thread `t` out of `threads`. */
+static void share(idx tiles, idx t, idx threads, idx *first, idx *last) {
+    *first = tiles * t / threads;
+    *last = tiles * (t + 1) / threads;
+}
+
+static void normalize_rectify(idx n, idx c, const REAL *x, idx ldx, const norm *f, REAL *z,
+                              idx ldz) {
+    const REAL *restrict scale = f->scale, *restrict shift = f->shift;
+    for (idx i = 0; i < n; i++) {
+        const REAL *restrict xi = x + i * ldx;
+        REAL *restrict zi = z + i * ldz;
+        for (idx j = 0; j < c; j++) {
+            REAL v = xi[j] * scale[j] + shift[j];
+            zi[j] = v < 0 ? 0 : v;
+        }
+    }
+}
+
+/* T of a tile from its definition, g already masked; centred first, so that nothing cancels. */
+static void add_second_sum(idx n, const REAL *x, idx ldx, const REAL *g, idx ldg, const norm *f,
+                           channels direct, REAL *restrict partial, double *restrict t) {
+    if (direct.count == 0)
+        return;
+    memset(partial, 0, direct.count * sizeof(REAL));
+    if (direct.index == NULL) {
+        const REAL *restrict mean = f->mean;
+        for (idx i = 0; i < n; i++) {
+            const REAL *restrict xi = x + i * ldx, *restrict gi = g + i * ldg;
+            for (idx j = 0; j < direct.count; j++)
+                partial[j] += gi[j] * (xi[j] - mean[j]);
+        }
+    } else {
+        for (idx i = 0; i < n; i++)
+            for (idx j = 0; j < direct.count; j++) {
+                idx q = direct.index[j];
+                partial[j] += g[i * ldg + q] * (x[i * ldx + q] - f->mean[q]);
+            }
+    }
+    for (idx j = 0; j < direct.count; j++)
+        t[j] += partial[j];
+}
+
+static void add_partial(idx c, const REAL *restrict partial, double *restrict sum) {
+    for (idx j = 0; j < c; j++)
+        sum[j] += partial[j];
+}
+
+/* out = sums of all threads, each (c,) at `stride`. */
+static void add_threads(idx c, const double *sums, idx stride, idx threads, REAL *out) {
+    for (idx j = 0; j < c; j++) {
+        double total = 0;
+        for (idx t = 0; t < threads; t++)
+            total += sums[t * stride + j];
+        out[j] = (REAL)total;
+    }
+}
+
+/* T of the direct channels in units of xhat. */
+static void finish_second_sum(channels direct, const norm *f, REAL *t) {
+    for (idx j = 0; j < direct.count; j++)
+        t[j] *= f->rstd[direct.index == NULL ? j : direct.index[j]];
+}
+
+/* ------------------------------------------------------------------ mean and variance
+ *
+ * Per thread: mean and centred squares of the rows seen, merged tile by tile (Chan, Golub,
+ * LeVeque 1979), so that a mean much larger than the deviation costs no accuracy. */
+
+static void merge(idx c, double *mean, double *m2, idx seen, const double *mean_b,
+                  const double *m2_b, idx n) {
+    double fraction = (double)n / (double)(seen + n);
+    for (idx j = 0; j < c; j++) {
+        double delta = mean_b[j] - mean[j];
+        mean[j] += delta * fraction;
+        m2[j] += m2_b[j] + delta * delta * (double)seen * fraction;
+    }
+}
+
+/* One tile into (mean, m2); `partial` (2c) REAL and `tile` (2c) double are scratch. */
+static void add_statistics(idx n, idx c, const REAL *y, idx ldy, REAL *partial, double *tile,
+                           double *mean, double *m2, idx seen) {
+    REAL *restrict sum = partial, *restrict squares = partial + c;
+    memset(partial, 0, 2 * c * sizeof(REAL));
+    for (idx i = 0; i < n; i++) {
+        const REAL *restrict yi = y + i * ldy;
+        for (idx j = 0; j < c; j++)
+            sum[j] += yi[j];
+    }
+    for (idx j = 0; j < c; j++)
+        sum[j] /= (REAL)n;
+    for (idx i = 0; i < n; i++) {
+        const REAL *restrict yi = y + i * ldy;
+        for (idx j = 0; j < c; j++) {
+            REAL centred = yi[j] - sum[j];
+            squares[j] += centred * centred;
+        }
+    }
+    for (idx j = 0; j < c; j++) {
+        tile[j] = sum[j];
+        tile[c + j] = squares[j];
+    }
+    merge(c, mean, m2, seen, tile, tile + c, n);
+}
+
+/* Mean and biased variance from the threads' (mean, m2), each 2c at `stride`. */
+static void finish_statistics(idx c, double *sums, idx stride, const idx *seen, idx threads,
+                              REAL *mean, REAL *var) {
+    idx total = seen[0];
+    for (idx t = 1; t < threads; t++) {
+        double *own = sums + t * stride;
+        if (seen[t] > 0)
+            merge(c, sums, sums + c, total, own, own + c, seen[t]);
+        total += seen[t];
+    }
+    for (idx j = 0; j < c; j++) {
+        mean[j] = (REAL)sums[j];
+        var[j] = (REAL)(sums[c + j] / (double)total);
+    }
+}
+
+enum { MOST_THREADS = 1024 };
+
+/* sums (threads, 4c) double, partial (threads, 2c) REAL: scratch. */
+void statistics(idx threads, idx rows, idx c, const REAL *x, idx ldx, idx tile_rows, REAL *partial,
+                double *sums, REAL *mean, REAL *var) {
+    idx tiles = (rows + tile_rows - 1) / tile_rows, seen[MOST_THREADS];
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (idx t = 0; t < threads; t++) {
+        double *own = sums + t * 4 * c;
+        idx first, last;
+        share(tiles, t, threads, &first, &last);
+        memset(own, 0, 2 * c * sizeof(double));
+        seen[t] = 0;
+        for (idx i = first; i < last; i++) {
+            idx row = i * tile_rows, n = smaller(tile_rows, rows - row);
+            add_statistics(n, c, x + row * ldx, ldx, partial + t * 2 * c, own + 2 * c, own,
+                           own + c, seen[t]);
+            seen[t] += n;
+        }
+    }
+    finish_statistics(c, sums, 4 * c, seen, threads, mean, var);
+}
+
+/* --------------------------------------------------------------------- elementwise */
+
+void bn_relu(idx threads, idx rows, idx c, const REAL *x, idx ldx, const norm *f, REAL *out,
+             idx ldo) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (idx t = 0; t < threads; t++) {
+        idx first, last;
+        share(rows, t, threads, &first, &last);
+        normalize_rectify(last - first, c, x + first * ldx, ldx, f, out + first * ldo, ldo);
+    }
+}
+
+/* out = d + x * slope + offset */
+void add_affine(idx threads, idx rows, idx c, const REAL *d, idx ldd, const REAL *x, idx ldx,
+                const REAL *slope, const REAL *offset, REAL *out, idx ldo) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (idx t = 0; t < threads; t++) {
+        idx first, last;
+        share(rows, t, threads, &first, &last);
+        for (idx i = first; i < last; i++) {
+            const REAL *restrict di = d + i * ldd, *restrict xi = x + i * ldx;
+            REAL *restrict oi = out + i * ldo;
+            for (idx j = 0; j < c; j++)
+                oi[j] = di[j] + (xi[j] * slope[j] + offset[j]);
+        }
+    }
+}
+
+/* dz = scale dz, plus slope x + offset where slope is given. */
+static void apply_gradient(idx n, idx c, const REAL *x, idx ldx, const REAL *restrict scale,
+                           const REAL *restrict slope, const REAL *restrict offset, REAL *dz,
+                           idx ldz) {
+    for (idx i = 0; i < n; i++) {
+        const REAL *restrict xi = x + i * ldx;
+        REAL *restrict gi = dz + i * ldz;
+        if (slope == NULL)
+            for (idx j = 0; j < c; j++)
+                gi[j] *= scale[j];
+        else
+            for (idx j = 0; j < c; j++)
+                gi[j] = scale[j] * gi[j] + (xi[j] * slope[j] + offset[j]);
+    }
+}
+
+void bn_relu_backward_apply(idx threads, idx rows, idx c, const REAL *x, idx ldx,
+                            const REAL *scale, const REAL *slope, const REAL *offset, REAL *dz,
+                            idx ldz) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (idx t = 0; t < threads; t++) {
+        idx first, last;
+        share(rows, t, threads, &first, &last);
+        apply_gradient(last - first, c, x + first * ldx, ldx, scale, slope, offset,
+                       dz + first * ldz, ldz);
+    }
+}
+
+/* out = dz where z > 0, its sums into s and t; d += scale out where d is given.
+ * partial (threads, 2c) REAL, sums (threads, 2c) double: scratch. */
+void bn_relu_backward_reduce(idx threads, idx rows, idx c, const REAL *x, idx ldx, const norm *f,
+                             const REAL *z, idx ldz, const REAL *dz, idx lddz, REAL *out, idx ldo,
+                             REAL *d, idx ldd, channels *direct, idx tile_rows, REAL *partial,
+                             double *sums, REAL *s, REAL *t_out) {
+    idx tiles = (rows + tile_rows - 1) / tile_rows;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (idx t = 0; t < threads; t++) {
+        double *own = sums + t * 2 * c;
+        REAL *restrict sum = partial + t * 2 * c;
+        idx first, last;
+        share(tiles, t, threads, &first, &last);
+        memset(own, 0, 2 * c * sizeof(double));
+        for (idx tile = first; tile < last; tile++) {
+            idx row = tile * tile_rows, n = smaller(tile_rows, rows - row);
+            memset(sum, 0, c * sizeof(REAL));
+            for (idx i = row; i < row + n; i++) {
+                const REAL *restrict zi = z + i * ldz;
+                const REAL *gi = dz + i * lddz;
+                REAL *oi = out + i * ldo;
+#pragma omp simd
+                for (idx j = 0; j < c; j++) {
+                    REAL g = zi[j] <= 0 ? 0 : gi[j];
+                    oi[j] = g;
+                    sum[j] += g;
+                }
+                if (d != NULL) {
+                    REAL *restrict di = d + i * ldd;
+                    for (idx j = 0; j < c; j++)
+                        di[j] += f->scale[j] * oi[j];
+                }
+            }
+            add_partial(c, sum, own);
+            add_second_sum(n, x + row * ldx, ldx, out + row * ldo, ldo, f, *direct, sum + c,
+                           own + c);
+        }
+    }
+    add_threads(c, sums, 2 * c, threads, s);
+    add_threads(direct->count, sums + c, 2 * c, threads, t_out);
+    finish_second_sum(*direct, f, t_out);
+}
+
+/* ------------------------------------------------------------------------ products */
+
+typedef struct {
+    norm f;
+    idx c, b;
+    const REAL *weight; /* (b, c) */
+    REAL *y;            /* (rows, b), dense */
+} product;
+
+/* A tile's relu(norm(x)) @ weight^T; `z` (n, c) is left behind. */
+static void tile_product(gemm_function *gemm, idx n, const REAL *x, idx ldx, const product *p,
+                         REAL *z, REAL *y) {
+    const REAL one = 1, zero = 0;
+    normalize_rectify(n, p->c, x, ldx, &p->f, z, p->c);
+    gemm("T", "N", &p->b, &n, &p->c, &one, p->weight, &p->c, z, &p->c, &zero, y, &p->b);
+}
+
+/* y = relu(norm(x)) @ weight^T and, where `mean` is given, y's statistics.
+ * z (threads, tile_rows, c), partial (threads, 2b) REAL and sums (threads, 4b): scratch. */
+void bn_relu_conv1x1(idx threads, gemm_function *gemm, idx rows, const REAL *x, idx ldx,
+                     const product *p, idx tile_rows, REAL *z, REAL *partial, double *sums,
+                     REAL *mean, REAL *var) {
+    idx tiles = (rows + tile_rows - 1) / tile_rows, b = p->b, seen[MOST_THREADS];
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (idx t = 0; t < threads; t++) {
+        idx first, last;
+        share(tiles, t, threads, &first, &last);
+        double *own = sums + t * 4 * b;
+        seen[t] = 0;
+        if (mean != NULL)
+            memset(own, 0, 2 * b * sizeof(double));
+        for (idx i = first; i < last; i++) {
+            idx row = i * tile_rows, n = smaller(tile_rows, rows - row);
+            REAL *y = p->y + row * b;
+            tile_product(gemm, n, x + row * ldx, ldx, p, z + t * tile_rows * p->c, y);
+            if (mean != NULL)
+                add_statistics(n, b, y, b, partial + t * 2 * b, own + 2 * b, own, own + b,
+                               seen[t]);
+            seen[t] += n;
+        }
+    }
+    if (mean != NULL)
+        finish_statistics(b, sums, 4 * b, seen, threads, mean, var);
+}
+
+/* The gradient after norm2's ReLU becomes the one of y, tile by tile: apply_gradient's operands. */
+typedef struct {
+    const REAL *y, *scale, *slope, *offset;
+} pending;
+
+/* One pass over x: dw += dy^T z, d += scale dz, s and t; see base.py.
+ * Scratch: z and dz (threads, tile_rows, c) each, dw (threads, b, c) with the result in the
+ * first, partial (threads, 2c) REAL, sums (threads, 2c) double. */
+void bn_relu_conv1x1_backward(idx threads, gemm_function *gemm, idx rows, const REAL *x, idx ldx,
+                              const product *p, REAL *dy, const pending *before,
+                              const product *again, REAL *d, idx ldd, channels *direct,
+                              idx tile_rows, REAL *z_all, REAL *dz_all, REAL *dw_all,
+                              REAL *partial, double *sums, REAL *s, REAL *t_out) {
+    idx tiles = (rows + tile_rows - 1) / tile_rows, c = p->c, b = p->b;
+    const REAL one = 1, zero = 0;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static, 1)
+        for (idx t = 0; t < threads; t++) {
+            double *own = sums + t * 2 * c;
+            REAL *restrict sum = partial + t * 2 * c;
+            REAL *z = z_all + t * tile_rows * c, *dz = dz_all + t * tile_rows * c;
+            REAL *dw = dw_all == NULL ? NULL : dw_all + t * b * c;
+            const REAL *restrict scale = p->f.scale;
+            idx first, last;
+            share(tiles, t, threads, &first, &last);
+            memset(own, 0, 2 * c * sizeof(double));
+            if (dw != NULL && first == last)
+                memset(dw, 0, b * c * sizeof(REAL));
+            for (idx tile = first; tile < last; tile++) {
+                idx row = tile * tile_rows, n = smaller(tile_rows, rows - row);
+                const REAL *xt = x + row * ldx;
+                REAL *dyt = dy + row * b;
+                if (before != NULL)
+                    apply_gradient(n, b, before->y + row * b, b, before->scale, before->slope,
+                                   before->offset, dyt, b);
+                normalize_rectify(n, c, xt, ldx, &p->f, z, c);
+                if (dw != NULL)
+                    gemm("N", "T", &c, &b, &n, &one, z, &c, dyt, &b,
+                         tile == first ? &zero : &one, dw, &c);
+                gemm("N", "N", &c, &n, &b, &one, p->weight, &c, dyt, &b, &zero, dz, &c);
+                memset(sum, 0, c * sizeof(REAL));
+                for (idx i = 0; i < n; i++) {
+                    const REAL *restrict zi = z + i * c;
+                    REAL *restrict gi = dz + i * c, *restrict di = d + (row + i) * ldd;
+                    for (idx j = 0; j < c; j++) {
+                        REAL g = zi[j] <= 0 ? 0 : gi[j];
+                        sum[j] += g;
+                        di[j] += scale[j] * g;
+                    }
+                }
+                add_partial(c, sum, own);
+                if (direct->count > 0) {
+                    for (idx i = 0; i < n * c; i++)
+                        dz[i] = z[i] <= 0 ? 0 : dz[i];
+                    add_second_sum(n, xt, ldx, dz, c, &p->f, *direct, sum + c, own + c);
+                }
+                if (again != NULL)
+                    tile_product(gemm, n, xt, ldx, again, z, again->y + row * again->b);
+            }
+        }
+        if (dw_all != NULL) {
+#pragma omp for schedule(static)
+            for (idx i = 0; i < b * c; i++)
+                for (idx t = 1; t < threads; t++)
+                    dw_all[i] += dw_all[t * b * c + i];
+        }
+    }
+    add_threads(c, sums, 2 * c, threads, s);
+    add_threads(direct->count, sums + c, 2 * c, threads, t_out);
+    finish_second_sum(*direct, &p->f, t_out);
+}
+
+/* ---------------------------------------------------------------- 3-wide convolution
+ *
+ * Work is cut at lines (rows of pixels along the last dimension) of an (images, depth, height)
+ * grid; spatial dimensions that are not there have size 1 and a window of 1. The weight is
+ * (taps, k, b) with taps ordered by (dz, dy), and along the line from +1 to -1.
+ *
+ * Forward multiplies a tile of h = relu(norm(source)) by all taps at once, (n, b) by
+ * (b, taps k), and adds the taps' columns to the lines they belong to. Backward gathers the
+ * output gradient of all taps, (n, taps k), once, for the products of both gradients. Either
+ * way the products are wide where the convolution itself has few output channels. */
+
+typedef struct {
+    norm f;
+    const REAL *source; /* (rows, b), row stride lds */
+    idx lds, b, k;
+    idx images, depth, height, width;
+    idx dz, dy;         /* reach of the window in lines: 0 or 1 */
+    const REAL *weight;
+} convolution;
+
+static idx lines_of(const convolution *v) { return v->images * v->depth * v->height; }
+
+static idx taps_of(const convolution *v) { return (2 * v->dz + 1) * (2 * v->dy + 1) * 3; }
+
+/* The line (dz, dy) away from `line`, or -1 outside its image. */
+static idx neighbour(const convolution *v, idx line, idx dz, idx dy) {
+    idx y = line % v->height + dy, z = line / v->height % v->depth + dz;
+    if (y < 0 || y >= v->height || z < 0 || z >= v->depth)
+        return -1;
+    return line + dz * v->height + dy;
+}
+
+/* Add one line's columns of one (dz, dy) to the line they belong to. g is at stride ldg and
+ * holds, per position, 3k values: for the positions before, at and after it. */
+static void scatter_line(idx width, idx k, const REAL *g, idx ldg, REAL *out, idx ldo) {
+    for (idx x = 0; x < width; x++) {
+        const REAL *restrict before = g + (x - 1) * ldg + 2 * k;
+        const REAL *restrict at = g + x * ldg + k;
+        const REAL *restrict after = g + (x + 1) * ldg;
+        REAL *restrict o = out + x * ldo;
+        if (x > 0 && x + 1 < width)
+            for (idx j = 0; j < k; j++)
+                o[j] += before[j] + at[j] + after[j];
+        else if (x > 0)
+            for (idx j = 0; j < k; j++)
+                o[j] += before[j] + at[j];
+        else if (x + 1 < width)
+            for (idx j = 0; j < k; j++)
+                o[j] += at[j] + after[j];
+        else
+            for (idx j = 0; j < k; j++)
+                o[j] += at[j];
+    }
+}
+
+/* out = conv3(relu(norm(source))), (rows, k) at stride ldo.
+ * h (threads, tile_lines width, b) and g (threads, tile_lines width, taps k): scratch. */
+void bn_relu_conv3(idx threads, gemm_function *gemm, const convolution *v, idx tile_lines,
+                   REAL *h_all, REAL *g_all, REAL *out, idx ldo) {
+    const idx lines = lines_of(v), width = v->width, b = v->b, k = v->k;
+    const idx columns = taps_of(v) * k, reach = v->dz * v->height + v->dy;
+    const REAL one = 1, zero = 0;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (idx t = 0; t < threads; t++) {
+        REAL *h = h_all + t * tile_lines * width * b, *g = g_all + t * tile_lines * width * columns;
+        idx first, last;
+        share(lines, t, threads, &first, &last);
+        /* Lines of other threads that reach into this thread's are computed once more. */
+        idx from = first < reach ? 0 : first - reach, to = smaller(lines, last + reach);
+        idx cleared = first;
+        if (first == last)
+            to = from;
+        for (idx top = from; top < to; top += tile_lines) {
+            idx bottom = smaller(to, top + tile_lines), n = (bottom - top) * width;
+            for (; cleared < smaller(last, bottom + reach); cleared++)
+                for (idx x = 0; x < width; x++)
+                    memset(out + (cleared * width + x) * ldo, 0, k * sizeof(REAL));
+            normalize_rectify(n, b, v->source + top * width * v->lds, v->lds, &v->f, h, b);
+            gemm("T", "N", &columns, &n, &b, &one, v->weight, &b, h, &b, &zero, g, &columns);
+            for (idx line = top; line < bottom; line++)
+                for (idx dz = -v->dz, tap = 0; dz <= v->dz; dz++)
+                    for (idx dy = -v->dy; dy <= v->dy; dy++, tap += 3) {
+                        idx target = neighbour(v, line, -dz, -dy);
+                        if (target >= first && target < last)
+                            scatter_line(width, k, g + (line - top) * width * columns + tap * k,
+                                         columns, out + target * width * ldo, ldo);
+                    }
+        }
+    }
+}
+
+/* Fill one line of one (dz, dy) of the gathered gradient, 3k values per position, from the
+ * line of dout (dense, k) that it sees; zeros outside the image. */
+static void gather_line(idx width, idx k, const REAL *dout, REAL *g, idx ldg) {
+    for (idx x = 0; x < width; x++) {
+        REAL *gx = g + x * ldg;
+        if (dout == NULL) {
+            memset(gx, 0, 3 * k * sizeof(REAL));
+            continue;
+        }
+        idx left = x == 0 ? k : 0, right = x + 1 == width ? k : 0;
+        memset(gx, 0, left * sizeof(REAL));
+        memcpy(gx + left, dout + (x - 1) * k + left, (3 * k - left - right) * sizeof(REAL));
+        memset(gx + 3 * k - right, 0, right * sizeof(REAL));
+    }
+}
+
+/* Back through it: dz (rows, b) = the masked gradient after the ReLU where given, else
+ * d += scale dz; dw, s and t. dout (rows, k) dense.
+ * Scratch: h and dh (threads, tile_lines width, b), g (threads, tile_lines width, taps k), dw
+ * (threads, taps, k, b) with the result in the first, partial (threads, 2b), sums (threads, 2b). */
+void bn_relu_conv3_backward(idx threads, gemm_function *gemm, const convolution *v,
+                            const REAL *dout, REAL *dz_out, REAL *d, idx ldd, channels *direct,
+                            idx tile_lines, REAL *h_all, REAL *dh_all, REAL *g_all, REAL *dw_all,
+                            REAL *partial, double *sums, REAL *s, REAL *t_out) {
+    const idx lines = lines_of(v), width = v->width, b = v->b, k = v->k;
+    const idx columns = taps_of(v) * k;
+    const REAL one = 1, zero = 0;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static, 1)
+        for (idx t = 0; t < threads; t++) {
+            REAL *h = h_all + t * tile_lines * width * b, *dh = dh_all + t * tile_lines * width * b;
+            REAL *g = g_all + t * tile_lines * width * columns;
+            REAL *dw = dw_all == NULL ? NULL : dw_all + t * columns * b;
+            REAL *restrict sum = partial + t * 2 * b;
+            const REAL *restrict scale = v->f.scale;
+            double *own = sums + t * 2 * b;
+            idx first, last;
+            share(lines, t, threads, &first, &last);
+            memset(own, 0, 2 * b * sizeof(double));
+            if (dw != NULL && first == last)
+                memset(dw, 0, columns * b * sizeof(REAL));
+            for (idx top = first; top < last; top += tile_lines) {
+                idx bottom = smaller(last, top + tile_lines), n = (bottom - top) * width;
+                idx row = top * width;
+                for (idx line = top; line < bottom; line++)
+                    for (idx dz = -v->dz, tap = 0; dz <= v->dz; dz++)
+                        for (idx dy = -v->dy; dy <= v->dy; dy++, tap += 3) {
+                            idx seen = neighbour(v, line, -dz, -dy);
+                            gather_line(width, k, seen < 0 ? NULL : dout + seen * width * k,
+                                        g + (line - top) * width * columns + tap * k, columns);
+                        }
+                normalize_rectify(n, b, v->source + row * v->lds, v->lds, &v->f, h, b);
+                if (dw != NULL)
+                    gemm("N", "T", &b, &columns, &n, &one, h, &b, g, &columns,
+                         top == first ? &zero : &one, dw, &b);
+                REAL *dht = dz_out == NULL ? dh : dz_out + row * b;
+                gemm("N", "N", &b, &n, &columns, &one, v->weight, &b, g, &columns, &zero, dht,
+                     &b);
+                memset(sum, 0, b * sizeof(REAL));
+                for (idx i = 0; i < n; i++) {
+                    const REAL *restrict hi = h + i * b;
+                    REAL *restrict gi = dht + i * b;
+                    for (idx j = 0; j < b; j++) {
+                        REAL masked = hi[j] <= 0 ? 0 : gi[j];
+                        gi[j] = masked;
+                        sum[j] += masked;
+                    }
+                    if (d != NULL) {
+                        REAL *restrict di = d + (row + i) * ldd;
+                        for (idx j = 0; j < b; j++)
+                            di[j] += scale[j] * gi[j];
+                    }
+                }
+                add_partial(b, sum, own);
+                add_second_sum(n, v->source + row * v->lds, v->lds, dht, b, &v->f, *direct,
+                               sum + b, own + b);
+            }
+        }
+        if (dw_all != NULL) {
+#pragma omp for schedule(static)
+            for (idx i = 0; i < columns * b; i++)
+                for (idx t = 1; t < threads; t++)
+                    dw_all[i] += dw_all[t * columns * b + i];
+        }
+    }
+    add_threads(b, sums, 2 * b, threads, s);
+    add_threads(direct->count, sums + b, 2 * b, threads, t_out);
+    finish_second_sum(*direct, &v->f, t_out);
+}
