@@ -105,7 +105,12 @@ def test_autocast(save: Any) -> None:
     found = effdense.estimate(model, (16, 3, 32, 32), amp=torch.bfloat16)
     real = real_step(model, (16, 3, 32, 32), amp=torch.bfloat16)
     assert found.peak == pytest.approx(real.total, rel=0.03)
-    assert found.peak < 0.9 * effdense.estimate(model, (16, 3, 32, 32)).peak
+    # temporaries need not halve: not every backend has every type
+    kept, wide = (
+        sum(block.kept for block in estimate.blocks)
+        for estimate in (found, effdense.estimate(model, (16, 3, 32, 32)))
+    )
+    assert kept < 0.55 * wide
 
 
 def test_resident_memory_is_predicted() -> None:

@@ -22,7 +22,7 @@ from .torch_backend import TorchBackend
 
 # A thread's tile of x, z, dz and d together should stay in its cache.
 _TILE_BYTES = 256 << 10
-# (P, B)-wide loops stream: their tiles only bound the rows summed in single precision.
+# Rows of a tile where nothing but sums depends on it.
 _SUM_ROWS = 256
 
 
@@ -114,7 +114,7 @@ class CpuBackend(TorchBackend):
         rows, c = x.shape
         threads = torch.get_num_threads()
         mean, var = x.new_empty(c), x.new_empty(c)
-        partial = x.new_empty((threads, 2 * c))
+        partial = x.new_empty((threads, 3 * c))
         sums = x.new_empty((threads, 4 * c), dtype=torch.float64)
         if loops := self._loops(x):
             loops.call(
@@ -224,7 +224,7 @@ class CpuBackend(TorchBackend):
     ) -> tuple[Tensor, Tensor] | None:
         step, threads, b = self._tile_rows(x), torch.get_num_threads(), weight.shape[0]
         z = x.new_empty((threads, step, x.shape[1]))
-        partial = x.new_empty((threads, 2 * b))
+        partial = x.new_empty((threads, 3 * b))
         sums = x.new_empty((threads, 4 * b), dtype=torch.float64)
         found = (x.new_empty(b), x.new_empty(b)) if statistics else None
         if loops := self._loops(x):

@@ -6,8 +6,8 @@
  *
  * A thread takes a contiguous range of row tiles and keeps a tile's temporaries in its own
  * cache, where the products and all elementwise work on that tile happen. Sums over rows are
- * taken in REAL within a tile and in double across tiles, thread by thread, and the threads'
- * sums are added in the order of the threads: the same bits for the same number of threads.
+ * taken in REAL over a few rows and in double beyond, thread by thread, and the threads' sums
+ * are added in the order of the threads: the same bits for the same number of threads.
  * The matrix product is the BLAS that torch itself uses, handed in as a pointer; inside a
  * parallel region it runs in the calling thread alone. Nothing here allocates: `work` holds
  * what a thread needs, at the stride the caller chose.
@@ -44,6 +44,9 @@ typedef struct {
     const idx *index;
 } channels;
 
+/* Rows summed in REAL before the sum goes to double. */
+enum { SUM_ROWS = 32 };
+
 static idx smaller(idx a, idx b) { return a < b ? a : b; }
 
 /* Tiles [first, last) of thread `t` out of `threads`. */
@@ -65,33 +68,32 @@ static void normalize_rectify(idx n, idx c, const REAL *x, idx ldx, const norm *
     }
 }
 
+/* sum += partial, which is cleared. */
+static void flush(idx c, REAL *restrict partial, double *restrict sum) {
+    for (idx j = 0; j < c; j++) {
+        sum[j] += partial[j];
+        partial[j] = 0;
+    }
+}
+
 /* T of a tile from its definition, g already masked; centred first, so that nothing cancels. */
 static void add_second_sum(idx n, const REAL *x, idx ldx, const REAL *g, idx ldg, const norm *f,
                            channels direct, REAL *restrict partial, double *restrict t) {
-    if (direct.count == 0)
-        return;
+    const REAL *restrict mean = f->mean;
     memset(partial, 0, direct.count * sizeof(REAL));
-    if (direct.index == NULL) {
-        const REAL *restrict mean = f->mean;
-        for (idx i = 0; i < n; i++) {
-            const REAL *restrict xi = x + i * ldx, *restrict gi = g + i * ldg;
+    for (idx i = 0; i < n && direct.count > 0; i++) {
+        const REAL *restrict xi = x + i * ldx, *restrict gi = g + i * ldg;
+        if (direct.index == NULL)
             for (idx j = 0; j < direct.count; j++)
                 partial[j] += gi[j] * (xi[j] - mean[j]);
-        }
-    } else {
-        for (idx i = 0; i < n; i++)
+        else
             for (idx j = 0; j < direct.count; j++) {
                 idx q = direct.index[j];
-                partial[j] += g[i * ldg + q] * (x[i * ldx + q] - f->mean[q]);
+                partial[j] += gi[q] * (xi[q] - mean[q]);
             }
+        if (i % SUM_ROWS == SUM_ROWS - 1 || i == n - 1)
+            flush(direct.count, partial, t);
     }
-    for (idx j = 0; j < direct.count; j++)
-        t[j] += partial[j];
-}
-
-static void add_partial(idx c, const REAL *restrict partial, double *restrict sum) {
-    for (idx j = 0; j < c; j++)
-        sum[j] += partial[j];
 }
 
 /* out = sums of all threads, each (c,) at `stride`. */
@@ -125,11 +127,12 @@ static void merge(idx c, double *mean, double *m2, idx seen, const double *mean_
     }
 }
 
-/* One tile into (mean, m2); `partial` (2c) REAL and `tile` (2c) double are scratch. */
+/* One tile into (mean, m2); `partial` (3c) REAL and `tile` (2c) double are scratch. The tile's
+ * mean is rounded first and mended by what the centred rows sum to. */
 static void add_statistics(idx n, idx c, const REAL *y, idx ldy, REAL *partial, double *tile,
                            double *mean, double *m2, idx seen) {
-    REAL *restrict sum = partial, *restrict squares = partial + c;
-    memset(partial, 0, 2 * c * sizeof(REAL));
+    REAL *restrict sum = partial, *restrict rest = partial + c, *restrict squares = rest + c;
+    memset(partial, 0, 3 * c * sizeof(REAL));
     for (idx i = 0; i < n; i++) {
         const REAL *restrict yi = y + i * ldy;
         for (idx j = 0; j < c; j++)
@@ -141,12 +144,14 @@ static void add_statistics(idx n, idx c, const REAL *y, idx ldy, REAL *partial, 
         const REAL *restrict yi = y + i * ldy;
         for (idx j = 0; j < c; j++) {
             REAL centred = yi[j] - sum[j];
+            rest[j] += centred;
             squares[j] += centred * centred;
         }
     }
     for (idx j = 0; j < c; j++) {
-        tile[j] = sum[j];
-        tile[c + j] = squares[j];
+        double correction = (double)rest[j] / (double)n;
+        tile[j] = sum[j] + correction;
+        tile[c + j] = squares[j] - correction * rest[j];
     }
     merge(c, mean, m2, seen, tile, tile + c, n);
 }
@@ -169,7 +174,7 @@ static void finish_statistics(idx c, double *sums, idx stride, const idx *seen, 
 
 enum { MOST_THREADS = 1024 };
 
-/* sums (threads, 4c) double, partial (threads, 2c) REAL: scratch. */
+/* sums (threads, 4c) double, partial (threads, 3c) REAL: scratch. */
 void statistics(idx threads, idx rows, idx c, const REAL *x, idx ldx, idx tile_rows, REAL *partial,
                 double *sums, REAL *mean, REAL *var) {
     idx tiles = (rows + tile_rows - 1) / tile_rows, seen[MOST_THREADS];
@@ -182,7 +187,7 @@ void statistics(idx threads, idx rows, idx c, const REAL *x, idx ldx, idx tile_r
         seen[t] = 0;
         for (idx i = first; i < last; i++) {
             idx row = i * tile_rows, n = smaller(tile_rows, rows - row);
-            add_statistics(n, c, x + row * ldx, ldx, partial + t * 2 * c, own + 2 * c, own,
+            add_statistics(n, c, x + row * ldx, ldx, partial + t * 3 * c, own + 2 * c, own,
                            own + c, seen[t]);
             seen[t] += n;
         }
@@ -278,8 +283,9 @@ void bn_relu_backward_reduce(idx threads, idx rows, idx c, const REAL *x, idx ld
                     for (idx j = 0; j < c; j++)
                         di[j] += f->scale[j] * oi[j];
                 }
+                if (i % SUM_ROWS == SUM_ROWS - 1 || i == row + n - 1)
+                    flush(c, sum, own);
             }
-            add_partial(c, sum, own);
             add_second_sum(n, x + row * ldx, ldx, out + row * ldo, ldo, f, *direct, sum + c,
                            own + c);
         }
@@ -307,7 +313,7 @@ static void tile_product(gemm_function *gemm, idx n, const REAL *x, idx ldx, con
 }
 
 /* y = relu(norm(x)) @ weight^T and, where `mean` is given, y's statistics.
- * z (threads, tile_rows, c), partial (threads, 2b) REAL and sums (threads, 4b): scratch. */
+ * z (threads, tile_rows, c), partial (threads, 3b) REAL and sums (threads, 4b): scratch. */
 void bn_relu_conv1x1(idx threads, gemm_function *gemm, idx rows, const REAL *x, idx ldx,
                      const product *p, idx tile_rows, REAL *z, REAL *partial, double *sums,
                      REAL *mean, REAL *var) {
@@ -325,7 +331,7 @@ void bn_relu_conv1x1(idx threads, gemm_function *gemm, idx rows, const REAL *x, 
             REAL *y = p->y + row * b;
             tile_product(gemm, n, x + row * ldx, ldx, p, z + t * tile_rows * p->c, y);
             if (mean != NULL)
-                add_statistics(n, b, y, b, partial + t * 2 * b, own + 2 * b, own, own + b,
+                add_statistics(n, b, y, b, partial + t * 3 * b, own + 2 * b, own, own + b,
                                seen[t]);
             seen[t] += n;
         }
@@ -384,8 +390,9 @@ void bn_relu_conv1x1_backward(idx threads, gemm_function *gemm, idx rows, const 
                         sum[j] += g;
                         di[j] += scale[j] * g;
                     }
+                    if (i % SUM_ROWS == SUM_ROWS - 1 || i == n - 1)
+                        flush(c, sum, own);
                 }
-                add_partial(c, sum, own);
                 if (direct->count > 0) {
                     for (idx i = 0; i < n * c; i++)
                         dz[i] = z[i] <= 0 ? 0 : dz[i];
@@ -571,8 +578,9 @@ void bn_relu_conv3_backward(idx threads, gemm_function *gemm, const convolution 
                         for (idx j = 0; j < b; j++)
                             di[j] += scale[j] * gi[j];
                     }
+                    if (i % SUM_ROWS == SUM_ROWS - 1 || i == n - 1)
+                        flush(b, sum, own);
                 }
-                add_partial(b, sum, own);
                 add_second_sum(n, v->source + row * v->lds, v->lds, dht, b, &v->f, *direct,
                                sum + b, own + b);
             }
