@@ -55,10 +55,9 @@ from torch.autograd.function import once_differentiable
 
 from .autocast import without_autocast
 from .backends.base import Backend, Normalization, PendingNorm, Rebuild, accumulate_dtype
-from .backends.convolution import zero_sums
 from .layout import channels_first, pieces
 from .layout import rows as rows_of
-from .norm_sums import ALL_CHANNELS, Channels, direct_channels, second_sum
+from .norm_sums import ALL_CHANNELS, direct_channels, second_sum, zero_sums
 from .norms import NormSpec, normalization
 
 Save = Literal["all", "bottlenecks", "features", "input"]
@@ -430,8 +429,9 @@ class _Stage:
         assert spec.norm2 is not None
 
         source, norm2, weight2 = self._convolution(index, y)
-        dw2, s2, t2 = self._convolution_backward(
-            source, norm2, weight2, do, dz, bool(need.weight2), None
+        shape = (self.images, *self.spatial)
+        dw2, s2, t2 = self.ops.bn_relu_conv3_backward(
+            source, norm2, weight2, do, shape, bool(need.weight2), dz, None
         )
         correction = (s2, t2, float(self.positions)) if spec.norm2.batch_statistics else None
         y_before, rebuild = None, None
@@ -460,42 +460,13 @@ class _Stage:
         c = self._width_before(index)
         source, norm1, weight = self._convolution(index, None)
         need = LayerTensors(*needs)  # type: ignore[arg-type]
-        dw, s, t = self._convolution_backward(
-            source, norm1, weight, do, None, bool(need.weight1), d[:, :c]
+        shape = (self.images, *self.spatial)
+        dw, s, t = self.ops.bn_relu_conv3_backward(
+            source, norm1, weight, do, shape, bool(need.weight1), None, d[:, :c]
         )
         self._defer(spec.norm1, norm1, s, t)
         found = LayerTensors(t, s, None, None, dw, None, None, None, None, None)  # type: ignore[arg-type]
         return _as_gradients(found, layer, needs)
-
-    def _convolution_backward(
-        self,
-        source: Tensor,
-        norm: Normalization,
-        weight: Tensor,
-        do: Tensor,
-        dz: Tensor | None,
-        need_weight: bool,
-        d: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Back through conv3x3(relu(norm(source))): dW, S, T.
-
-        Writes the (masked) gradient after the ReLU to ``dz``, or adds the input's to ``d``.
-        """
-        channels = self._direct_channels(norm, need_weight and dz is not None)
-        shape = (self.images, *self.spatial)
-        dw, s, t = self.ops.bn_relu_conv3_backward(
-            source, norm, weight, do, shape, need_weight, dz, d, channels
-        )
-        if dw is not None:
-            product = (weight * dw).transpose(0, 1).flatten(1).sum(1)
-            t = second_sum(norm, product, s, t, channels)
-        return dw, s, t
-
-    def _direct_channels(self, norm: Normalization, has_product: bool) -> Channels:
-        """Channels whose T must come from its definition; the others' comes from dW."""
-        if has_product and self.ops.sums_from_products(self.dtype):
-            return direct_channels(norm)
-        return ALL_CHANNELS
 
     def _defer(self, spec: NormSpec, norm: Normalization, s: Tensor, t: Tensor) -> None:
         """Add one reader's correction; a frozen norm makes none."""
@@ -544,7 +515,8 @@ class _Stage:
             weight, dout = self._tail_weight(), rows_of(grad_output)
             need_weight = needs[TailTensors._fields.index("weight")]
             dw = torch.zeros_like(weight, dtype=self.sum_dtype) if need_weight else None
-            channels = self._direct_channels(norm, need_weight)
+            from_product = need_weight and self.ops.sums_from_products(self.dtype)
+            channels = direct_channels(norm) if from_product else ALL_CHANNELS
             s, t = zero_sums(norm, channels)
             for rows, pooled_rows, shape in self._pool_steps():
                 dpooled = dout[pooled_rows] @ weight

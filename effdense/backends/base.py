@@ -179,13 +179,12 @@ class Backend(Protocol):
         need_weight: bool,
         dz: Tensor | None,
         d: Tensor | None,
-        channels: slice | Tensor | None = slice(None),
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Back through bn_relu_conv3 for dout (P, k) dense; returns dW, S, T.
 
         The gradient after the ReLU goes to ``dz`` (P, B) for bn_relu_backward_apply, or,
         where that is None, times ``scale`` onto ``d`` (P, B). dW in the accumulate type,
-        None unless ``need_weight``; T of ``channels`` as in bn_relu_backward_reduce.
+        None unless ``need_weight``.
         """
         ...
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layout import channels_first, pieces
 from ..layout import rows as rows_of
-from ..norm_sums import ALL_CHANNELS, Channels
+from ..norm_sums import ALL_CHANNELS, direct_channels, second_sum, zero_sums
 from .base import Backend, Normalization
 
 
@@ -40,9 +40,10 @@ class StepwiseConvolution:
         need_weight: bool,
         dz: Tensor | None,
         d: Tensor | None,
-        channels: Channels = ALL_CHANNELS,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         dw = torch.zeros_like(weight, dtype=norm.scale.dtype) if need_weight else None
+        from_product = need_weight and dz is not None and self.sums_from_products(source.dtype)
+        channels = direct_channels(norm) if from_product else ALL_CHANNELS
         s, t = zero_sums(norm, channels)
         for images, rows in _image_steps(self, source, shape):
             h = source.new_empty((rows.stop - rows.start, source.shape[1]))
@@ -64,13 +65,10 @@ class StepwiseConvolution:
                 sums = self.bn_relu_backward_accumulate(source[rows], norm, rows_of(dh), d[rows], h)
             s += sums[0]
             t += sums[1]
+        if dw is not None:
+            product = (weight * dw).transpose(0, 1).flatten(1).sum(1)
+            t = second_sum(norm, product, s, t, channels)
         return dw, s, t
-
-
-def zero_sums(norm: Normalization, channels: Channels) -> tuple[Tensor, Tensor]:
-    """S of all channels and T of ``channels``, to be added to."""
-    s = torch.zeros_like(norm.mean)
-    return s, s.new_zeros(0) if channels is None else torch.zeros_like(s[channels])
 
 
 def _image_steps(

@@ -306,7 +306,7 @@ class CpuBackend(TorchBackend):
         shape: tuple[int, ...],
         out: Tensor,
     ) -> None:
-        taps, threads = _taps(weight), torch.get_num_threads()
+        taps, threads = self._taps(weight), torch.get_num_threads()
         lines = self._tile_lines(shape, len(taps))
         h, g = self._line_scratch(source, threads, lines * shape[-1], source.shape[1], len(taps))
         if loops := self._loops(source):
@@ -325,14 +325,14 @@ class CpuBackend(TorchBackend):
         need_weight: bool,
         dz: Tensor | None,
         d: Tensor | None,
-        channels: Channels = ALL_CHANNELS,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         (k, b), threads = weight.shape[:2], torch.get_num_threads()
-        taps = _taps(weight)
+        taps = self._taps(weight)
         lines = self._tile_lines(shape, len(taps))
         widths = [b, len(taps)] + ([b] if dz is None else [])
         h, g, *dh = self._line_scratch(source, threads, lines * shape[-1], *widths)
         dw = source.new_empty((threads, *taps.shape)) if need_weight else None
+        channels = direct_channels(norm) if need_weight else ALL_CHANNELS
         direct = _Channels(channels, b)
         s, t = source.new_empty(b), source.new_empty(direct.count)
         partial = source.new_empty((threads, 2 * b))
@@ -358,7 +358,27 @@ class CpuBackend(TorchBackend):
                 s,
                 t,
             )
-        return (None if dw is None else _from_taps(dw[0], weight)), s, t
+        if dw is None:
+            return None, s, t
+        t = second_sum(norm, (taps * dw[0]).sum(0), s, t, channels)
+        gradient = torch.empty_like(weight)
+        self._copy_taps(gradient, dw[0], True)
+        return gradient, s, t
+
+    def _taps(self, weight: Tensor) -> Tensor:
+        """The weight (k, b, 3, ...) in the order of the loops, (taps k, b)."""
+        taps = weight.new_empty((weight[0, 0].numel() * weight.shape[0], weight.shape[1]))
+        self._copy_taps(weight, taps, False)
+        return taps
+
+    def _copy_taps(self, weight: Tensor, taps: Tensor, to_weight: bool) -> None:
+        k, b, *window = weight.shape
+        absent = 3 - len(window)
+        strides = (*weight.stride()[:2], *[0] * absent, *weight.stride()[2:])
+        if loops := self._loops(weight):
+            sizes = [1] * absent + window
+            strides_in_c = (ctypes.c_int64 * 5)(*strides)
+            loops.call("copy_taps", k, b, *sizes[:2], weight, strides_in_c, taps, int(to_weight))
 
     def _tile_lines(self, shape: tuple[int, ...], columns: int) -> int:
         """Lines of pixels whose gathered columns take about one tile."""
@@ -396,17 +416,6 @@ class CpuBackend(TorchBackend):
                 out,
                 out.stride(0),
             )
-
-
-def _taps(weight: Tensor) -> Tensor:
-    """(k, b, 3, ...) as (taps k, b), the last dimension's taps from +1 to -1."""
-    return weight.flip(-1).movedim((0, 1), (-2, -1)).contiguous().view(-1, weight.shape[1])
-
-
-def _from_taps(taps: Tensor, weight: Tensor) -> Tensor:
-    """The inverse of :func:`_taps`, for a tensor shaped like ``weight``."""
-    k, b, *window = weight.shape
-    return taps.view(*window, k, b).movedim((-2, -1), (0, 1)).flip(-1)
 
 
 def _affine(

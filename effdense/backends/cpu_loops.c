@@ -434,6 +434,24 @@ typedef struct {
     const REAL *weight;
 } convolution;
 
+/* Between a weight (k, b, depth, height, 3) at any strides and its taps. */
+void copy_taps(idx k, idx b, idx depth, idx height, REAL *weight, const idx *stride, REAL *taps,
+               idx to_weight) {
+    for (idx z = 0, tap = 0; z < depth; z++)
+        for (idx y = 0; y < height; y++)
+            for (idx x = 2; x >= 0; x--, tap++)
+                for (idx o = 0; o < k; o++) {
+                    REAL *w = weight + o * stride[0] + z * stride[2] + y * stride[3] + x * stride[4];
+                    REAL *v = taps + (tap * k + o) * b;
+                    if (to_weight)
+                        for (idx i = 0; i < b; i++)
+                            w[i * stride[1]] = v[i];
+                    else
+                        for (idx i = 0; i < b; i++)
+                            v[i] = w[i * stride[1]];
+                }
+}
+
 static idx lines_of(const convolution *v) { return v->images * v->depth * v->height; }
 
 static idx taps_of(const convolution *v) { return (2 * v->dz + 1) * (2 * v->dy + 1) * 3; }
