@@ -156,9 +156,11 @@ class TrainConfig:
     work_dir: Annotated[
         Path | None, _recipe_default("PATH", "the first free one of runs/DATA-1, runs/DATA-2, ...")
     ] = None
-    """Folder for config.yaml, train.csv, test.csv, loss.png, error.png and model.pt."""
+    """Folder for config.yaml, train.csv, test.csv, system.csv, two pictures and model.pt."""
     overwrite: bool = False
     """Replace the run that --work-dir holds; without this it is an error."""
+    system_interval: int = 100
+    """Steps between rows of system.csv, each process's memory and GPU; 0: none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPUs if there are any."""
     num_workers: Annotated[
@@ -228,6 +230,7 @@ class ResolvedConfig:
     seed: int
     work_dir: Path | None
     overwrite: bool
+    system_interval: int
     device: Literal["auto", "cpu", "cuda"]
     num_workers: int
     threads: int
@@ -251,6 +254,7 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
     for option in ("epochs", "batch_size", "image_size", "depth", "growth_rate", "threads"):
         require(getattr(config, option) >= 1, option, "at least 1")
     require(config.num_workers >= 0, "num_workers", "at least 0")
+    require(config.system_interval >= 0, "system_interval", "at least 0")
     if config.memory_budget not in (None, "auto"):
         try:
             parse_size(config.memory_budget)

@@ -31,6 +31,7 @@ from .distributed import (
 )
 from .errors import TrainingError, UserError
 from .records import WorkDir
+from .telemetry import SYSTEM_COLUMNS, Telemetry
 
 # How often the processes add up their losses, which makes them wait for each other and the GPU.
 _STEPS_BETWEEN_CHECKS = 20
@@ -107,7 +108,9 @@ class Trainer:
         self.scaler.update()
         return loss.detach(), logits.detach()
 
-    def train_epoch(self, split: Split, epoch: int, progress: Progress) -> Score:
+    def train_epoch(
+        self, split: Split, epoch: int, progress: Progress, telemetry: Telemetry | None = None
+    ) -> Score:
         """One pass over ``split``; epochs count from 1.
 
         Raises:
@@ -136,6 +139,9 @@ class Trainer:
                     )
                 checked = i + 1
                 progress.show(score)
+            if telemetry is not None:
+                done = i + 1
+                telemetry.after_step(epoch, (epoch - 1) * len(batches) + done, done == len(batches))
         return score
 
     def _losses(self, images: Tensor, labels: Tensor, position: float) -> tuple[Tensor, Tensor]:
@@ -324,11 +330,17 @@ def _run(config: ResolvedConfig, world: World) -> Score:
     if plan is not None:
         progress.say(plan)
     trainer = Trainer(network, config, world)
+    system_log = (
+        work_dir.system_log(SYSTEM_COLUMNS) if work_dir and config.system_interval else None
+    )
+    telemetry = Telemetry(world, config.system_interval, system_log)
+    if telemetry.warning:
+        progress.say(telemetry.warning)
     steps_per_epoch = len(data.train) // config.batch_size
     for epoch in range(1, config.epochs + 1):
         progress.epoch(epoch)
         began = time.monotonic()
-        train = trainer.train_epoch(data.train, epoch, progress)
+        train = trainer.train_epoch(data.train, epoch, progress, telemetry)
         seconds = time.monotonic() - began
         test = trainer.evaluate(data.test)
         if work_dir is not None:
