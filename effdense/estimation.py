@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends.select import meta_stands_for
 from .reference import DenseBlock
-from .timeline import Peak, record_step
+from .timeline import Peak, Training, record_step
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -148,8 +147,7 @@ def take_step(
 
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    # Under autocast the tensors on meta have its type, and parameters count as what they are.
-    twin = meta_copy(model).to(amp or dtype)
+    twin = meta_copy(model).to(dtype)
     if not model.training:
         twin.train()
     if save is not None:
@@ -157,9 +155,15 @@ def take_step(
     token = meta_stands_for.set(device)
     try:
         return record_step(
-            lambda: _Training(twin, shape, amp or dtype, OPTIMIZERS[optimizer]),
+            lambda: Training(
+                twin,
+                OPTIMIZERS[optimizer]([p for p in twin.parameters() if p.requires_grad]),
+                torch.empty(shape, dtype=dtype, device="meta"),
+                torch.empty(shape[:1], dtype=torch.int64, device="meta"),
+                amp,
+                device,
+            ),
             places=places,
-            parameter_scale=1 if amp is None else max(1, dtype.itemsize // amp.itemsize),
         )
     except (RuntimeError, IndexError, NotImplementedError) as error:
         line = str(error).splitlines()[0]
@@ -177,33 +181,6 @@ def meta_copy(model: nn.Module) -> nn.Module:
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
     return copy.deepcopy(model, memo)
-
-
-class _Training:
-    """A step on meta tensors; satisfies :class:`effdense.timeline.Training`."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        make_optimizer: Callable[..., torch.optim.Optimizer],
-    ) -> None:
-        self.model = model
-        self.optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
-        self.x = torch.empty(shape, dtype=dtype, device="meta")
-        self.target = torch.empty(shape[:1], dtype=torch.int64, device="meta")
-
-    def make_optimizer_state(self) -> None:
-        for p in self.model.parameters():
-            if p.requires_grad:
-                p.grad = torch.empty_like(p)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def loss(self) -> Tensor:
-        output = self.model(self.x)
-        return F.cross_entropy(output, self.target)
 
 
 def places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

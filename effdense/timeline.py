@@ -21,13 +21,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .autocast import autocast
 from .dense_block import DenseStage
 
 ROLES = (
@@ -54,19 +56,39 @@ class _Storage:
     role: str | None = None
 
 
-class Training(Protocol):
-    """What :func:`record_step` needs to know of a training."""
+@dataclass
+class Training:
+    """A network ready to be trained on one batch by cross-entropy, on meta tensors or real ones.
+
+    ``amp`` is what autocast computes in, None for no autocast; tensors on meta stand for
+    those of a device of kind ``meta_stands_for``.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     x: Tensor
     target: Tensor
+    amp: torch.dtype | None = None
+    meta_stands_for: str = "cpu"
 
     def make_optimizer_state(self) -> None:
-        """Give the optimizer the state it has after a first step."""
+        """Give the optimizer the state it has after a first step, by one with gradients of 0."""
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def loss(self) -> Tensor:
         """Forward, to a scalar."""
+        with autocast(self.x.device, self.amp, self.meta_stands_for):
+            return F.cross_entropy(self.model(self.x), self.target)
+
+    def step(self) -> None:
+        """One training step."""
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 @dataclass(frozen=True)
@@ -152,14 +174,13 @@ class Timeline(TorchDispatchMode):
         """From now on an operation on one of these tensors is at the place of that name."""
         self._places = {tensor.untyped_storage()._cdata: name for name, tensor in places}
 
-    def assign(self, role: str, tensors: Iterable[Tensor], scale: int = 1) -> None:
-        """Give tensors a role, and ``scale`` times their size: of the type they stand for."""
+    def assign(self, role: str, tensors: Iterable[Tensor]) -> None:
+        """Give tensors a role, those that have none yet."""
         for tensor in tensors:
             self._see(tensor)
             record = self._alive[tensor.untyped_storage()._cdata]
             if record.role in (None, "features"):
                 record.role = role
-                record.nbytes *= scale
 
     def locate(self, stage: KeptByStage) -> None:
         """Say of what a dense block keeps where it belongs: it is made before it is used."""
@@ -204,27 +225,22 @@ def record_step(
     build: Callable[[], Training],
     *,
     places: Callable[[nn.Module], Iterable[tuple[str, Tensor]]] = nn.Module.named_parameters,
-    parameter_scale: int = 1,
 ) -> Peak:
     """The peak of one training step with optimizer state in place.
 
     Args:
         build: makes the training; its tensors count too.
         places: (name, tensor) pairs of a model; see :class:`Peak`.
-        parameter_scale: how many times larger parameters, gradients and optimizer state
-            are than the tensors that stand for them (float32 ones under autocast); the
-            input too.
     """
     timeline = Timeline()
     with timeline:
         job = build()
         model, optimizer = job.model, job.optimizer
-        timeline.assign("parameters", [*model.parameters(), *model.buffers()], parameter_scale)
-        timeline.assign("input", [job.x], parameter_scale)
-        timeline.assign("input", [job.target])
+        timeline.assign("parameters", [*model.parameters(), *model.buffers()])
+        timeline.assign("input", [job.x, job.target])
         job.make_optimizer_state()
         states = [v for s in optimizer.state.values() for v in s.values()]
-        timeline.assign("optimizer", [v for v in states if torch.is_tensor(v)], parameter_scale)
+        timeline.assign("optimizer", [v for v in states if torch.is_tensor(v)])
         timeline.name_places(places(model))
         timeline.enter_phase("forward")
         loss = job.loss()
@@ -234,7 +250,7 @@ def record_step(
         timeline.enter_phase("backward")
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        timeline.assign("gradients", gradients, parameter_scale)
+        timeline.assign("gradients", gradients)
         timeline.enter_phase("update")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from measure_memory import measure
-from torch import Tensor, nn
+from torch import nn
 
 import effdense
 from effdense import reference
 from effdense.estimation import OPTIMIZERS, places, reserved_bytes, take_step
 from effdense.planning import CANDIDATES, BudgetError
-from effdense.timeline import Peak, record_step
+from effdense.timeline import Peak, Training, record_step
 
 TINY: dict[str, Any] = {
     "growth_rate": 6,
@@ -24,36 +24,18 @@ TINY: dict[str, Any] = {
 }
 
 
-class Training:
-    """A real step; satisfies effdense.timeline.Training."""
-
-    def __init__(
-        self, model: nn.Module, shape: tuple[int, ...], optimizer: str, amp: torch.dtype | None
-    ) -> None:
-        self.model, self.amp = model, amp
-        self.optimizer = OPTIMIZERS[optimizer](list(model.parameters()))
-        dtype = next(model.parameters()).dtype
-        self.x = torch.randn(shape, dtype=dtype)
-        self.target = torch.zeros(shape[0], dtype=torch.int64)
-
-    def make_optimizer_state(self) -> None:
-        for p in self.model.parameters():
-            p.grad = torch.zeros_like(p)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def loss(self) -> Tensor:
-        with torch.autocast("cpu", self.amp or torch.bfloat16, enabled=self.amp is not None):
-            return nn.functional.cross_entropy(self.model(self.x), self.target)
-
-
 def real_step(
     model: nn.Module,
     shape: tuple[int, ...],
     optimizer: str = "sgd-momentum",
     amp: torch.dtype | None = None,
 ) -> Peak:
-    return record_step(lambda: Training(model, shape, optimizer, amp), places=places)
+    def build() -> Training:
+        dtype = next(model.parameters()).dtype
+        x, target = torch.randn(shape, dtype=dtype), torch.zeros(shape[0], dtype=torch.int64)
+        return Training(model, OPTIMIZERS[optimizer](list(model.parameters())), x, target, amp)
+
+    return record_step(build, places=places)
 
 
 @pytest.mark.parametrize("save", [*effdense.SAVE_MODES, ("features", "bottlenecks")], ids=str)
