@@ -54,8 +54,16 @@ def _computing_in(dtype: torch.dtype | None) -> Iterator[None]:
         _on_meta.reset(token)
 
 
-_NARROW = {torch.conv1d, torch.conv2d, torch.conv3d, F.linear, torch.matmul, torch.mm, torch.addmm}
-_WIDE = {"cpu": {F.avg_pool3d, F.cross_entropy}, "cuda": {F.cross_entropy}}
+_NARROW: set[Any] = {
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    F.linear,
+    torch.matmul,
+    torch.mm,
+    torch.addmm,
+}
+_WIDE: dict[str, set[Any]] = {"cpu": {F.avg_pool3d, F.cross_entropy}, "cuda": {F.cross_entropy}}
 
 
 class _Rules(TorchFunctionMode):

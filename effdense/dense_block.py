@@ -56,7 +56,7 @@ from torch.autograd.function import once_differentiable
 from .autocast import without_autocast
 from .backends.base import Backend, Normalization, PendingNorm, Rebuild, accumulate_dtype
 from .convolution import convolve, convolve_backward
-from .layout import channels_first, pieces
+from .layout import channels_first, neighbour_stands_for, pieces
 from .layout import rows as rows_of
 from .norm_sums import ALL_CHANNELS, Channels, direct_channels, second_sum
 from .norms import NormSpec, normalization
@@ -214,6 +214,8 @@ class _Stage:
         self.x = self._buffer(kept)
         y = None
         for index in range(len(self.layers)):
+            if self._neighbour_stands_for(index):
+                continue
             y = self._bottleneck(index, y)
             self._new_features(index, y)
 
@@ -242,6 +244,10 @@ class _Stage:
         keep_y = self.spec.keep and self.spec.save == "bottlenecks"
         y = None
         for index in range(len(self.layers)):
+            if self._neighbour_stands_for(index):
+                if keep_y and self.bottleneck[index]:
+                    self.bottlenecks.append(self._bottleneck_like(index, None))
+                continue
             c = self._width_before(index)
             y = self._bottleneck(index, None if keep_y else y, first_time=True)
             if keep_y and y is not None:
@@ -249,6 +255,9 @@ class _Stage:
             self._new_features(index, y)
             self._reduce(slice(c, c + self.k))
         return self._tail_forward()
+
+    def _neighbour_stands_for(self, index: int) -> bool:
+        return neighbour_stands_for(self.x, index, len(self.layers))
 
     def _width_before(self, index: int) -> int:
         return self.c0 + index * self.k
@@ -386,6 +395,10 @@ class _Stage:
         y = dz = None
         for index in reversed(range(first, len(self.layers))):
             own = slice(index * _LAYER, (index + 1) * _LAYER)
+            if self._neighbour_stands_for(index):
+                like = zip(self.layers[index], needs[own], strict=True)
+                grads[own] = [None if p is None or not n else torch.empty_like(p) for p, n in like]
+                continue
             do = self._finish(d, slice(self._width_before(index), self._width_before(index + 1)))
             mask = self._dropout_mask(index)
             if mask is not None:

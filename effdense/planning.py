@@ -26,11 +26,11 @@ import torch
 from .dense_block import Save
 from .estimation import (
     Estimate,
+    Rehearsal,
     as_estimate,
     block_names,
     bucket_bytes,
     estimate,
-    take_step,
 )
 from .memory_sizes import available_bytes, parse_size, show_size
 from .models import DenseNet, densenet_bc
@@ -115,7 +115,8 @@ def plan(
         raise ValueError(f'objective must be "time", got {objective!r}')
     limit = budget_bytes(budget, options.get("device", "cpu"))
     ddp = options.pop("ddp", False)
-    runs = {mode: take_step(model, input_shape, save=mode, **options) for mode in CANDIDATES}
+    rehearse = Rehearsal(model, **options)
+    runs = {mode: rehearse(input_shape, mode) for mode in CANDIDATES}
     names = block_names(model)
     buckets = bucket_bytes(model, options.get("dtype")) if ddp else 0
     modes = [CANDIDATES] * len(names)
@@ -126,10 +127,10 @@ def plan(
     for work, peak, mixture in mixtures:
         if peak > limit:
             continue
-        found = take_step(model, input_shape, save=mixture, **options)
+        found = runs[mixture[0]] if len(set(mixture)) == 1 else rehearse(input_shape, mixture)
         chosen = as_estimate(model, found, buckets, options.get("device", "cpu"), mixture)
         if chosen.peak <= limit:
-            naive = take_step(model, input_shape, save="all", **options).total + buckets
+            naive = rehearse(input_shape, "all").total + buckets
             slowdown = work / mixtures[0][0]
             return Plan(mixture, names, limit, chosen.peak, slowdown, naive, chosen)
     least = min(peak for _, peak, _ in mixtures)
@@ -154,9 +155,11 @@ def largest_batch(
         BudgetError: (a ValueError) where not even two images fit.
     """
     limit = budget_bytes(budget, options.get("device", "cpu"))
+    buckets = bucket_bytes(model, options.get("dtype")) if options.pop("ddp", False) else 0
+    rehearse = Rehearsal(model, **options)
 
     def peak(images: int) -> int:
-        return estimate(model, (images, *input_shape[1:]), **options).peak
+        return rehearse((images, *input_shape[1:])).total + buckets
 
     # the fewest that batch statistics can always be taken of
     return _largest(peak, 2, limit, "a batch of 2")
@@ -243,13 +246,15 @@ def _largest(peak: Callable[[int], int], first: int, limit: int, what: str) -> i
         raise BudgetError(
             f"{what} needs {show_size(least)}, more than the budget of {show_size(limit)}", least
         )
-    fits, too_many = first, 2 * first
-    while peak(too_many) <= limit:
-        fits, too_many = too_many, 2 * too_many
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if peak(middle) <= limit:
-            fits = middle
-        else:
-            too_many = middle
-    return fits
+    return largest(lambda n: peak(n) <= limit, first)
+
+
+def largest(fits: Callable[[int], bool], first: int) -> int:
+    """The largest n for which ``fits``; it does for ``first``, and for all n up to the largest."""
+    low, high = first, 2 * first
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from .autocast import autocast
 from .dense_block import DenseStage
+from .meta_shapes import meta_result
 
 ROLES = (
     "parameters",
@@ -135,7 +136,9 @@ class Timeline(TorchDispatchMode):
                 if isinstance(argument, Tensor):
                     key = argument.untyped_storage()._cdata
                     self._place = self._places.get(key, self._place)
-        out = func(*args, **(kwargs or {}))
+        out = meta_result(func, args, kwargs or {})
+        if out is NotImplemented:
+            out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
             self._see(out)
         elif out is not None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from measure_memory import measure
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import effdense
-from effdense import reference
-from effdense.estimation import OPTIMIZERS, places, reserved_bytes, take_step
+from effdense import dense_block, reference, timeline
+from effdense.estimation import OPTIMIZERS, Rehearsal, places, reserved_bytes
 from effdense.planning import CANDIDATES, BudgetError
 from effdense.timeline import Peak, Training, record_step
 
@@ -81,13 +82,65 @@ def test_optimizer_state_is_counted(optimizer: str) -> None:
     assert found.peak == pytest.approx(real.total, rel=0.01)
 
 
-@pytest.mark.parametrize("save", ["features", "bottlenecks"])
+@pytest.mark.parametrize("save", effdense.SAVE_MODES)
 def test_autocast(save: Any) -> None:
     model = effdense.densenet_bc(22, 12, save=save)
     found = effdense.estimate(model, (16, 3, 32, 32), amp=torch.bfloat16)
     real = real_step(model, (16, 3, 32, 32), amp=torch.bfloat16)
-    assert found.peak == pytest.approx(real.total, rel=0.03)
+    # the naive network's cast weights, one copy each until their layer's backward, included
+    assert found.peak == pytest.approx(real.total, rel=0.001)
     assert found.peak < 0.9 * effdense.estimate(model, (16, 3, 32, 32)).peak
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("naive", [False, True])
+def test_autocast_in_every_dimension(dims: int, naive: bool) -> None:
+    """3-D pooling computes in float32 on a CPU, in the naive network for good."""
+    kind = reference.DenseNet if naive else effdense.DenseNet
+    model, shape = kind(**TINY, spatial_dims=dims), (5, 3, *(96, 14, 8)[dims - 1 : dims] * dims)
+    found = effdense.estimate(model, shape, amp=torch.bfloat16)
+    assert found.peak == pytest.approx(real_step(model, shape, amp=torch.bfloat16).total, rel=0.01)
+
+
+@pytest.mark.parametrize("save", effdense.SAVE_MODES)
+@pytest.mark.parametrize("bn_size", [4, None])
+def test_short_cuts_change_nothing(
+    save: Any, bn_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a block deep enough for layers to be left out: against every layer and torch's rules."""
+    with torch.device("meta"):
+        model = effdense.DenseNet(12, (32, 9), 24, bn_size, small_inputs=True, save=save)
+    short = Rehearsal(model)((8, 3, 32, 32))
+    monkeypatch.setattr(dense_block, "neighbour_stands_for", lambda *_: False)
+    monkeypatch.setattr(timeline, "meta_result", lambda *_: NotImplemented)
+    whole = Rehearsal(model)((8, 3, 32, 32))
+    # tiles are rounded to 16 rows, of which some layers lose more than others
+    assert short.total == pytest.approx(whole.total, rel=0.005)
+    assert short.kept == whole.kept
+    assert (short.phase, short.place) == (whole.phase, whole.place)
+
+
+def test_an_estimate_of_a_deep_network_is_quick() -> None:
+    """Two thirds of a second on the machine of the README; 4 seconds before there were short cuts.
+
+    Held by the operations that torch is asked for, which no other work on the machine changes.
+    """
+    with torch.device("meta"):
+        model = effdense.densenet_bc(250, 24)
+    asked = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal asked
+            asked += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        effdense.estimate(model, (16, 3, 32, 32))
+    # beneath the timeline: what the short cuts didn't answer, and the empty tensors they make
+    assert asked < 16_000
 
 
 def test_resident_memory_is_predicted() -> None:
@@ -186,7 +239,8 @@ def test_a_plan_keeps_more_the_more_it_may(network: effdense.DenseNet) -> None:
 def test_the_chosen_mixture_is_the_fastest_that_fits(network: effdense.DenseNet) -> None:
     """Every mixture's peak by itself, against those that the plan composes."""
     modes = [(a, b, c) for a in CANDIDATES for b in CANDIDATES for c in CANDIDATES]
-    peaks = {save: take_step(network, SHAPE, save=save).total for save in modes}
+    rehearse = Rehearsal(network)
+    peaks = {save: rehearse(SHAPE, save).total for save in modes}
     for limit in sorted(set(peaks.values()))[:: max(1, len(set(peaks.values())) // 4)]:
         chosen = effdense.plan(network, SHAPE, limit)
         assert peaks[chosen.save] == chosen.peak <= limit
