@@ -245,7 +245,7 @@ class _Stage:
         y = None
         for index in range(len(self.layers)):
             if self._neighbour_stands_for(index):
-                if keep_y and self.bottleneck[index]:
+                if keep_y:
                     self.bottlenecks.append(self._bottleneck_like(index, None))
                 continue
             c = self._width_before(index)
@@ -257,7 +257,9 @@ class _Stage:
         return self._tail_forward()
 
     def _neighbour_stands_for(self, index: int) -> bool:
-        return neighbour_stands_for(self.x, index, len(self.layers))
+        # without a bottleneck the convolution's steps, and its temporaries, go by each width
+        has_bottleneck = self.bottleneck[index] > 0
+        return has_bottleneck and neighbour_stands_for(self.x, index, len(self.layers))
 
     def _width_before(self, index: int) -> int:
         return self.c0 + index * self.k
