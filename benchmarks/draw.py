@@ -69,9 +69,9 @@ def draw(results: Sequence[Path], output: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     try:
-        {"memory": _memory, "throughput": _throughput, "scaling": _scaling}[benchmarks.pop()](
-            axes, rows
-        )
+        kinds = {"memory": _memory, "throughput": _throughput, "scaling": _scaling}
+        kinds |= {"estimates": _estimates}
+        kinds[benchmarks.pop()](axes, rows)
         # Where the figures come from, in the picture itself.
         figure.supxlabel(_origin(rows[0]), fontsize=7, color="#666666")
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -212,6 +212,35 @@ def _scaling(axes: Any, rows: list[Row]) -> None:
     axes.set_ylabel("scaling efficiency, %")
     axes.set_title(_describe(rows[0]))
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _estimates(axes: Any, rows: list[Row]) -> None:
+    predicted = {r["arch"]: float(r["value"]) for r in rows if r["metric"] == "predicted peak"}
+    sizes = []
+    for metric, marker, colour in (("peak", "s", "#E69F00"), ("live", "o", "#0072B2")):
+        own = {r["arch"]: float(r["value"]) for r in rows if r["metric"] == metric and r["value"]}
+        errors = [100 * (predicted[arch] / value - 1) for arch, value in own.items()]
+        sizes += [value / 2**20 for value in own.values()]
+        label = {"peak": "peak resident size", "live": "peak live tensor bytes"}[metric]
+        places = [value / 2**20 for value in own.values()]
+        axes.plot(places, errors, marker, color=colour, label=f"against {label}", markersize=5)
+    if not sizes:
+        raise ValueError("no measurement to draw")
+    low, high = min(sizes) / 1.2, max(sizes) * 1.2
+    line = [low * (high / low) ** (i / 200) for i in range(201)]
+    # what is asked for: within 3 % of live bytes, within 5 % or 30 MiB of resident size
+    for sign in (-1, 1):
+        axes.plot([low, high], [3 * sign] * 2, "--", color="#0072B2", linewidth=0.8)
+        allowed = [sign * max(5, 100 * 30 / size) for size in line]
+        axes.plot(line, allowed, "--", color="#E69F00", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.set_ylim(-30, 30)
+    axes.set_xlabel("measured peak of a training step, MiB")
+    axes.set_ylabel("prediction's error, %")
+    axes.set_title(f"effdense.estimate over {len(predicted)} configurations")
+    axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize=8)
 
 

@@ -350,6 +350,7 @@ class _Stage:
             if mask is not None:
                 new = new * mask[rows]
             target[rows] = new
+            del h, new  # before the next step's are made
 
     def _convolution(self, index: int, y: Tensor | None) -> tuple[Tensor, Normalization, Tensor]:
         """What the layer's 3x3 convolution reads: (source, its norm, the weight)."""
@@ -523,6 +524,7 @@ class _Stage:
             )
             if dw is not None and dw_step is not None:
                 dw += dw_step
+            del dw_step
             if dz is not None:
                 sums = self.ops.bn_relu_backward_reduce(
                     source[rows], norm, rows_of(dh), h, dz[rows], channels
@@ -532,6 +534,7 @@ class _Stage:
                 sums = self.ops.bn_relu_backward_accumulate(
                     source[rows], norm, rows_of(dh), d[rows], h
                 )
+            del h, dh  # before the next step's are made
             s += sums[0]
             t += sums[1]
         if dw is not None:
@@ -570,6 +573,7 @@ class _Stage:
             pooled = self.x.new_empty((pooled_rows.stop - pooled_rows.start, self.width))
             self.ops.bn_relu_avg_pool(self.x[rows], norm, shape, pooled)
             torch.mm(pooled, weight.t(), out=out[pooled_rows])
+            del pooled
         return out.view(self.images, *pooled_spatial, -1).movedim(-1, 1)
 
     def _tail_backward(
@@ -602,6 +606,7 @@ class _Stage:
                 )
                 if dw is not None and pooled is not None:
                     dw += dout[pooled_rows].t() @ pooled
+                del dpooled, pooled
                 s += sums[0]
                 t += sums[1]
             if dw is not None:

@@ -23,7 +23,7 @@ import torch
 
 from effdense import timeline
 
-from . import machine, providers
+from . import grid, machine, providers
 from .case import CIFAR_FAMILY, Case
 
 
@@ -31,10 +31,12 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     machine.volunteer_for_the_oom_killer()
     torch.set_num_threads(request["threads"])
-    case = Case(**request["case"])
     try:
-        measure = {"resident": _resident, "live": _live, "cuda": _cuda}[request["mode"]]
-        answer = measure(request, case)
+        if request["mode"] == "grid":
+            answer = _grid(grid.from_request(request["configuration"]))
+        else:
+            measure = {"resident": _resident, "live": _live, "cuda": _cuda}[request["mode"]]
+            answer = measure(request, Case(**request["case"]))
     except (MemoryError, torch.OutOfMemoryError) as error:
         answer = {"error": _first_line(error), "out_of_memory": True}
     except Exception as error:
@@ -92,6 +94,24 @@ def _live(request: dict[str, Any], case: Case) -> dict[str, Any]:
     _limit(request)
     peak = timeline.record_step(lambda: providers.setup(request["provider"], case))
     return peak.parts | {"total": peak.total}
+
+
+def _grid(configuration: grid.Configuration) -> dict[str, int]:
+    """Peak resident bytes over the baseline of one step, then peak live bytes of another."""
+    job = configuration.tiny().training()
+    job.step()
+    torch.randn(1 << 18).add_(1).sum().item()
+    del job
+    gc.collect()
+    machine.reset_peak_resident()
+    baseline = machine.resident_bytes()
+    job = configuration.training()
+    job.make_optimizer_state()
+    job.step()
+    peak = machine.peak_resident_bytes() - baseline
+    del job
+    gc.collect()
+    return {"peak": peak, "live": timeline.record_step(configuration.training).total}
 
 
 def _cuda(request: dict[str, Any], case: Case) -> dict[str, Any]:
