@@ -216,9 +216,11 @@ def _scaling(axes: Any, rows: list[Row]) -> None:
 
 
 def _estimates(axes: Any, rows: list[Row]) -> None:
-    predicted = {r["arch"]: float(r["value"]) for r in rows if r["metric"] == "predicted peak"}
     sizes = []
     for metric, marker, colour in (("peak", "s", "#E69F00"), ("live", "o", "#0072B2")):
+        predicted = {
+            r["arch"]: float(r["value"]) for r in rows if r["metric"] == f"predicted {metric}"
+        }
         own = {r["arch"]: float(r["value"]) for r in rows if r["metric"] == metric and r["value"]}
         errors = [100 * (predicted[arch] / value - 1) for arch, value in own.items()]
         sizes += [value / 2**20 for value in own.values()]

@@ -25,6 +25,8 @@ from harness.grid import GRID, Configuration
 from harness.measure import run_child
 from harness.report import Recorder, mebibytes, table
 
+from effdense import Estimate
+
 # Of live bytes; of resident size, or that many bytes where they are more.
 LIVE, RESIDENT, RESIDENT_BYTES = 0.03, 0.05, 30 << 20
 
@@ -47,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(cells)
             missed += not good
             print(" ".join(cells), file=sys.stderr, flush=True)
-    header = ["configuration", "predicted MiB", "live MiB", "error", "resident MiB", "error", "s"]
+    header = ["configuration", "live MiB: predicted", "measured", "error"]
+    header += ["resident MiB: predicted", "measured", "error"]
     print(f"\n{table([*header, ''], rows)}")
     draw.draw([path], path.with_suffix(".png"))
     print(f"\n{missed} of {len(rows)} missed\n{path}")
@@ -67,35 +70,22 @@ def run(each: Configuration, recorder: Recorder, threads: int) -> tuple[list[str
     start = time.perf_counter()
     predicted = each.predicted()
     seconds = time.perf_counter() - start
-    recorder.add(each.save, each, "predicted peak", predicted, "B", kind="formula")
+    assert predicted.resident is not None
+    by_prediction = {"live": predicted.peak, "peak": predicted.resident}
+    for metric, nbytes in by_prediction.items():
+        recorder.add(each.save, each, f"predicted {metric}", nbytes, "B", kind="formula")
     recorder.add(each.save, each, "prediction time", seconds, "s")
     answer = measured(each, threads)
     if "error" in answer:
         recorder.add(each.save, each, "live", None, "B", status="failed", detail=answer["error"])
-        return [
-            each.label(),
-            mebibytes(predicted),
-            answer["error"],
-            "",
-            "",
-            "",
-            "",
-            "failed",
-        ], False
-    live, resident = answer["live"], answer["peak"]
-    recorder.add(each.save, each, "live", live, "B")
-    recorder.add(each.save, each, "peak", resident, "B")
-    good = within(predicted, live, resident)
-    return [
-        each.label(),
-        mebibytes(predicted),
-        mebibytes(live),
-        f"{100 * (predicted / live - 1):+.2f} %",
-        mebibytes(resident),
-        f"{100 * (predicted / resident - 1):+.1f} %",
-        f"{seconds:.2f}",
-        "" if good else "missed",
-    ], good
+        return [each.label(), answer["error"], *[""] * 5, "failed"], False
+    cells = [each.label()]
+    for metric, nbytes in by_prediction.items():
+        recorder.add(each.save, each, metric, answer[metric], "B")
+        error = 100 * (nbytes / answer[metric] - 1)
+        cells += [mebibytes(nbytes), mebibytes(answer[metric]), f"{error:+.2f} %"]
+    good = within(predicted, answer["live"], answer["peak"])
+    return [*cells, "" if good else "missed"], good
 
 
 def measured(each: Configuration, threads: int) -> dict[str, int]:
@@ -103,10 +93,12 @@ def measured(each: Configuration, threads: int) -> dict[str, int]:
     return run_child({"mode": "grid", "configuration": each.request(), "threads": threads})
 
 
-def within(predicted: int, live: int, resident: int) -> bool:
+def within(predicted: Estimate, live: int, resident: int) -> bool:
     """Whether a prediction is as near as it is to be."""
-    near = abs(predicted - resident) <= max(RESIDENT * resident, RESIDENT_BYTES)
-    return abs(predicted - live) <= LIVE * live and near
+    assert predicted.resident is not None
+    allowed = max(RESIDENT * resident, RESIDENT_BYTES)
+    near = abs(predicted.resident - resident) <= allowed
+    return near and abs(predicted.peak - live) <= LIVE * live
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ class Estimate:
     features, bottlenecks, gradient buffer, temporaries, and "ddp buckets" where there are.
     ``moment`` says when the peak is. ``reserved`` is what CUDA's caching allocator takes
     from the device for them, on "cuda" only: not in it are the CUDA context and the
-    libraries' workspaces (some hundred MiB, by driver and device).
+    libraries' workspaces (some hundred MiB, by driver and device). ``resident`` is what the
+    process grows by on a CPU: more than the peak where torch's convolutions have to lay out
+    their windows (float64, 16 bits on processors without them, volumes in those).
     """
 
     peak: int
@@ -67,11 +69,17 @@ class Estimate:
     moment: str
     blocks: tuple[BlockEstimate, ...]
     reserved: int | None = None
+    resident: int | None = None
 
     def __str__(self) -> str:
         rows = [(name, size) for name, size in self.parts.items() if size]
         lines = [f"{name:<16}{size / 2**20:>12,.1f} MiB" for name, size in rows]
         lines.append(f"{'peak':<16}{self.peak / 2**20:>12,.1f} MiB  ({self.moment})")
+        if self.resident is not None and self.resident > self.peak:
+            lines.append(
+                f"{'resident':<16}{self.resident / 2**20:>12,.1f} MiB  "
+                "(with what convolutions of this type take inside)"
+            )
         if self.reserved is not None:
             lines.append(
                 f"{'reserved':<16}{self.reserved / 2**20:>12,.1f} MiB  "
@@ -148,8 +156,8 @@ class Rehearsal:
         if not model.training:
             self._twin.train()
 
-    def __call__(self, input_shape: Sequence[int], save: Any = None) -> Peak:
-        """The peak of a step; ``save`` is set in the copy where it is given."""
+    def __call__(self, input_shape: Sequence[int], save: Any = None, offload: Any = None) -> Peak:
+        """The peak of a step; ``save`` and ``offload`` are set in the copy where given."""
         shape = tuple(input_shape)
         if len(shape) < 3 or any(not isinstance(n, int) or n < 1 for n in shape):
             raise ValueError(
@@ -158,6 +166,8 @@ class Rehearsal:
             )
         if save is not None:
             self._twin.save = save
+        if offload is not None:
+            self._twin.offload = offload
         token = meta_stands_for.set(self._device)
         try:
             return record_step(lambda: self._training(shape), places=places)
@@ -231,7 +241,8 @@ def as_estimate(
     )
     moment = found.phase if found.phase in ("setup", "update") else f"{found.phase}, {found.place}"
     reserved = reserved_bytes(sizes) if device == "cuda" else None
-    return Estimate(sum(parts.values()), parts, moment, blocks, reserved)
+    resident = found.resident + buckets if device == "cpu" else None
+    return Estimate(sum(parts.values()), parts, moment, blocks, reserved, resident)
 
 
 def bucket_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:

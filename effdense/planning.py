@@ -134,10 +134,20 @@ def plan(
             slowdown = work / mixtures[0][0]
             return Plan(mixture, names, limit, chosen.peak, slowdown, naive, chosen)
     least = min(peak for _, peak, _ in mixtures)
+    offloaded = ""
+    if not all(model.offload):
+        everywhere: tuple[Save, ...] = ("all", *CANDIDATES)
+        away = {mode: rehearse(input_shape, mode, True).total + buckets for mode in everywhere}
+        mode = min(everywhere, key=lambda mode: away[mode])
+        if away[mode] < least:
+            offloaded = (
+                f', or keep tensors outside the device (model.save = "{mode}", model.offload = '
+                f"True: {show_size(away[mode])})"
+            )
     raise BudgetError(
         f"no choice of save modes fits a budget of {show_size(limit)}: a batch of "
         f"{input_shape[0]} needs at least {show_size(least)}. Raise the budget, reduce the batch "
-        "(see effdense.largest_batch), or compute in 16 bits (amp)",
+        f"(see effdense.largest_batch), compute in 16 bits (amp){offloaded}",
         least,
     )
 

@@ -18,6 +18,8 @@ the same tensors in the same order: its timeline is the prediction of the real o
 
 from __future__ import annotations
 
+import functools
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .autocast import autocast
+from .backends.select import meta_stands_for
 from .dense_block import DenseStage
 from .meta_shapes import meta_result
 
@@ -99,7 +102,9 @@ class Peak:
     Bytes by role (their sum is ``total``), the phase, and the place: the group of
     parameters that was in use. ``kept`` is what forward left alive for backward, by place;
     ``sizes`` are the bytes of each storage alive at the peak; ``highs`` are the most live
-    bytes by phase and place; ``positions`` are those of each dense block in linear memory.
+    bytes by phase and place; ``resident`` is the highest sum of live bytes and of what
+    convolutions take inside (on meta tensors that stand for a CPU's); ``positions`` are
+    those of each dense block in linear memory.
     """
 
     parts: dict[str, int]
@@ -109,6 +114,7 @@ class Peak:
     kept: dict[str, int]
     sizes: tuple[int, ...]
     highs: dict[tuple[str, str], int]
+    resident: int
     positions: dict[str, int]
 
 
@@ -127,6 +133,9 @@ class Timeline(TorchDispatchMode):
         self._phase, self._place = "setup", ""
         self._kept: dict[str, int] = {}
         self._positions: dict[str, int] = {}
+        # (when, bytes) of what convolutions take inside
+        self._scratch: list[tuple[int, int]] = []
+        self._stands_for_cpu = meta_stands_for.get() == "cpu"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -145,6 +154,8 @@ class Timeline(TorchDispatchMode):
             for leaf in tree_leaves(out):
                 if isinstance(leaf, torch.Tensor):
                     self._see(leaf)
+        if func in _CONVOLUTIONS and args[0].is_meta and self._stands_for_cpu:
+            self._scratch.append((self._clock, _columns_bytes(func, args, out)))
         return out
 
     def _see(self, tensor: torch.Tensor) -> None:
@@ -199,9 +210,13 @@ class Timeline(TorchDispatchMode):
         deaths = [(s.died, -s.nbytes, s) for s in self._storages if s.died is not None]
         live = most = when = 0
         highs: dict[tuple[str, str], int] = {}
-        last = None
+        last, resident = None, 0
+        scratch: dict[int, int] = {}
+        for at, nbytes in self._scratch:
+            scratch[at] = max(nbytes, scratch.get(at, 0))
         for time, change, storage in sorted(births + deaths, key=lambda event: event[0]):
             live += change
+            resident = max(resident, live + scratch.get(time, 0))
             if change > 0:
                 moment = storage.phase, storage.born_at
                 highs[moment] = max(live, highs.get(moment, 0))
@@ -221,7 +236,40 @@ class Timeline(TorchDispatchMode):
                 split[s.role] += s.nbytes
         sizes = tuple(s.nbytes for s in at_peak)
         phase, place = ("", "") if last is None else (last.phase, last.born_at)
-        return Peak(split, most, phase, place, self._kept, sizes, highs, self._positions)
+        return Peak(split, most, phase, place, self._kept, sizes, highs, resident, self._positions)
+
+
+_CONVOLUTIONS = (
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.convolution_backward.default,
+)
+
+
+def _columns_bytes(func: Any, args: tuple[Any, ...], out: Any) -> int:
+    """What a convolution on a CPU takes inside, where oneDNN doesn't have the type.
+
+    torch then lays out each output position's window as a column (im2col) of the whole batch.
+    Measured: one such matrix, three in backward in 3-D; none for 1x1.
+    """
+    forward = func is _CONVOLUTIONS[0]
+    (x, weight), y = (args[:2], out) if forward else (args[1:3], args[0])
+    taps = math.prod(weight.shape[2:])
+    if taps == 1 or _is_onednn_s(x.dtype):
+        return 0
+    columns = x.shape[1] * taps * y.shape[0] * math.prod(y.shape[2:]) * x.element_size()
+    return columns * (1 if forward or weight.dim() < 5 else 3)
+
+
+@functools.cache
+def _is_onednn_s(dtype: torch.dtype) -> bool:
+    """Whether torch computes convolutions of this type by oneDNN, on this machine's CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
 
 
 def record_step(
@@ -247,9 +295,7 @@ def record_step(
         timeline.name_places(places(model))
         timeline.enter_phase("forward")
         loss = job.loss()
-        for stage in stages(loss):
-            timeline.assign("bottlenecks", stage.bottlenecks)
-            timeline.locate(stage)
+        _locate_all(timeline, loss)
         timeline.enter_phase("backward")
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -259,6 +305,13 @@ def record_step(
         optimizer.zero_grad(set_to_none=True)
         del gradients
     return timeline.peak()
+
+
+def _locate_all(timeline: Timeline, loss: Tensor) -> None:
+    # in a function of its own: what was offloaded comes back here, and must not stay
+    for stage in stages(loss):
+        timeline.assign("bottlenecks", stage.bottlenecks)
+        timeline.locate(stage)
 
 
 _STAGE: Any = DenseStage._backward_cls

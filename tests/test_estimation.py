@@ -73,6 +73,19 @@ def test_live_bytes_of_larger_networks(model: Any, shape: tuple[int, ...]) -> No
     )
 
 
+@pytest.mark.parametrize("save", effdense.SAVE_MODES)
+def test_offloading_is_predicted(save: Any) -> None:
+    model = effdense.densenet_bc(22, 12, save=save)
+    model.offload = True
+    found = effdense.estimate(model, (32, 3, 32, 32))
+    assert found.peak == pytest.approx(real_step(model, (32, 3, 32, 32)).total, rel=0.01)
+    model.offload = False
+    stays = effdense.estimate(model, (32, 3, 32, 32))
+    assert sum(b.kept for b in found.blocks) < 0.6 * sum(b.kept for b in stays.blocks)
+    if save == "all":
+        assert found.peak < stays.peak / 2
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizer_state_is_counted(optimizer: str) -> None:
     model = effdense.DenseNet(**TINY)
@@ -265,7 +278,7 @@ def test_a_plan_is_applied_and_trains_within_its_peak(network: effdense.DenseNet
 
 
 def test_a_budget_that_cannot_be_met_says_what_would_do(network: effdense.DenseNet) -> None:
-    with pytest.raises(BudgetError, match="needs at least") as caught:
+    with pytest.raises(BudgetError, match=r"needs at least .*model\.offload = True") as caught:
         effdense.plan(network, SHAPE, "5MiB")
     assert effdense.plan(network, SHAPE, caught.value.least).peak <= caught.value.least
     with pytest.raises(BudgetError):

@@ -46,11 +46,11 @@ class Configuration:
             options["save"] = modes[0] if len(modes) == 1 else modes
         return kind(**options).to(getattr(torch, self.dtype))
 
-    def predicted(self) -> int:
-        """Peak live bytes by effdense.estimate."""
+    def predicted(self) -> effdense.Estimate:
+        """By effdense.estimate, without the network."""
         with torch.device("meta"):
             model = self.model()
-        return effdense.estimate(model, self.shape, optimizer=self.optimizer, amp=self._amp()).peak
+        return effdense.estimate(model, self.shape, optimizer=self.optimizer, amp=self._amp())
 
     def training(self) -> Training:
         """A real step, ready to be taken."""

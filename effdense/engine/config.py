@@ -121,6 +121,8 @@ class TrainConfig:
     """What a dense block keeps for backward, from most memory to least."""
     memory_budget: Annotated[str | None, _recipe_default("SIZE", "none")] = None
     """Choose each block's --save so that a step fits, such as 8GiB; auto: what is free."""
+    offload: bool = False
+    """Keep what dense blocks keep in main memory (of a GPU) or in files (of a processor)."""
     backend: Literal["auto", "torch", "triton"] = "auto"
     """What computes the dense blocks."""
 
@@ -216,6 +218,7 @@ class ResolvedConfig:
     drop_rate: float
     save: str
     memory_budget: str | None
+    offload: bool
     backend: str
     epochs: int
     batch_size: int

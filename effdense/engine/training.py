@@ -31,10 +31,14 @@ from .distributed import (
 )
 from .errors import TrainingError, UserError
 from .records import WorkDir
+from .rehearsal import replan_if_needed
 from .telemetry import SYSTEM_COLUMNS, Telemetry
 
 # How often the processes add up their losses, which makes them wait for each other and the GPU.
 _STEPS_BETWEEN_CHECKS = 20
+
+# Where memory runs out with an error; on a processor the system ends the process instead.
+REHEARSED = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -198,30 +202,32 @@ def make_network(config: ResolvedConfig, data: ImageData) -> nn.Module:
     }
     try:
         if config.arch == "densenet_bc":
-            return effdense.densenet_bc(config.depth, config.growth_rate, **options)
-        return getattr(effdense, config.arch)(**options)
+            network = effdense.densenet_bc(config.depth, config.growth_rate, **options)
+        else:
+            network = getattr(effdense, config.arch)(**options)
     except ValueError as error:
         raise UserError(str(error)) from None
+    network.offload = config.offload
+    return network
 
 
-def fit_to_budget(network: nn.Module, config: ResolvedConfig, world: World, channels: int) -> str:
-    """Set each block's save mode by --memory-budget; returns the plan to be shown.
+def fit_to_budget(
+    network: nn.Module, config: ResolvedConfig, world: World, channels: int, budget: str
+) -> str:
+    """Set each block's save mode by a budget; returns the plan to be shown.
 
     Raises:
         UserError: where no choice fits.
     """
     assert isinstance(network, effdense.DenseNet)
-    assert config.memory_budget is not None
-    images = -(-config.batch_size // world.world_size)
     momentum = config.opt == "sgd" and config.momentum > 0
-    budget = config.memory_budget
     if budget == "auto" and world.device.type == "cpu":
         # the machine's processes share its memory
         budget = str(effdense.budget_bytes("auto", "cpu") // world.local_world_size)
     try:
         plan = effdense.plan(
             network,
-            (images, channels, config.image_size, config.image_size),
+            largest_share(config, world, channels),
             budget,
             optimizer="sgd-momentum" if momentum else config.opt,
             amp=AMP_DTYPES[config.amp],
@@ -232,6 +238,12 @@ def fit_to_budget(network: nn.Module, config: ResolvedConfig, world: World, chan
         raise UserError(f"--memory-budget: {error}") from None
     plan.apply(network)
     return str(plan)
+
+
+def largest_share(config: ResolvedConfig, world: World, channels: int) -> tuple[int, ...]:
+    """The shape of the most images that a process gets in a step."""
+    images = -(-config.batch_size // world.world_size)
+    return images, channels, config.image_size, config.image_size
 
 
 class Progress:
@@ -309,7 +321,7 @@ def _run(config: ResolvedConfig, world: World) -> Score:
     work_dir = plan = None
     with all_or_none():
         if config.memory_budget is not None:
-            plan = fit_to_budget(network, config, world, data.in_channels)
+            plan = fit_to_budget(network, config, world, data.in_channels, config.memory_budget)
         if config.batch_size > len(data.train):
             raise UserError(
                 f"--batch-size must be at most {len(data.train)}, the number of training images, "
@@ -329,6 +341,15 @@ def _run(config: ResolvedConfig, world: World) -> Score:
     progress.say(_headline(config, world, data, num_parameters))
     if plan is not None:
         progress.say(plan)
+        if world.device.type in REHEARSED:
+            largest = largest_share(config, world, data.in_channels)
+
+            def again(budget: str) -> str:
+                return fit_to_budget(network, config, world, data.in_channels, budget)
+
+            changed = replan_if_needed(network, largest, config, world, again)
+            if changed is not None:
+                progress.say(changed)
     trainer = Trainer(network, config, world)
     system_log = (
         work_dir.system_log(SYSTEM_COLUMNS) if work_dir and config.system_interval else None

@@ -1,0 +1,33 @@
+"""The estimates' grid: what it spans, and some of it measured."""
+
+from __future__ import annotations
+
+import estimates
+import pytest
+from harness.grid import GRID, from_request
+
+
+def test_the_grid_spans_what_it_is_to_span():
+    assert len(GRID) >= 40
+    assert len({each.label() for each in GRID}) == len(GRID)
+    assert {len(each.shape) - 2 for each in GRID} == {1, 2, 3}
+    assert {each.dtype for each in GRID} == {"float32", "float64", "bfloat16"}
+    assert "bfloat16" in {each.amp for each in GRID}
+    saves = {each.save for each in GRID}
+    assert {"naive", "all", "bottlenecks", "features", "input"} <= saves
+    assert sum("+" in save for save in saves) >= 4
+    assert len({each.family for each in GRID}) >= 12
+    assert all(from_request(each.request()) == each for each in GRID)
+
+
+# one of each kind, the quick ones
+CHOSEN = ("BC (40, k 24), input+", "DenseNet (40, k 12), naive", "densenet121, naive, 2x")
+CHOSEN += ("float64", "3-D (4+6+4, k 16), bottlenecks", "1-D (4+6+4, k 16), features")
+
+
+@pytest.mark.parametrize("part", CHOSEN)
+def test_predictions_hold(part):
+    each = next(each for each in GRID if part in each.label())
+    answer = estimates.measured(each, threads=1)
+    assert "error" not in answer, answer["error"]
+    assert estimates.within(each.predicted(), answer["live"], answer["peak"]), answer
