@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import draw
 from harness import machine
@@ -88,7 +89,7 @@ def run(each: Configuration, recorder: Recorder, threads: int) -> tuple[list[str
     return [*cells, "" if good else "missed"], good
 
 
-def measured(each: Configuration, threads: int) -> dict[str, int]:
+def measured(each: Configuration, threads: int) -> dict[str, Any]:
     """``live`` and ``peak`` bytes from a fresh process, or ``error``."""
     return run_child({"mode": "grid", "configuration": each.request(), "threads": threads})
 

@@ -7,10 +7,11 @@ that the copy runs beside the computation that follows; tensors on a CPU go to a
 Known limitations: a block's tensors come back together when its backward begins, which then
 waits for them; nothing is fetched ahead. So with save="features", "bottlenecks" or "input" a
 step needs no less than the largest block does by itself, and where that is the first block,
-whose backward comes last, nothing is gained; save="all" comes back layer by layer. The allocator can give a tensor's memory to others only once
-its copy has been made. On a CPU, a folder in memory (a tmpfs) saves nothing, and under a
-control group's limit the file's cached pages count until the kernel writes them back. Never
-run on a GPU yet: tests cover the file, and the choice of what goes out.
+whose backward comes last, nothing is gained; save="all" comes back layer by layer. The
+allocator can give a tensor's memory to others only once its copy has been made. On a CPU, a
+folder in memory (a tmpfs) saves nothing, and under a control group's limit the file's cached
+pages count until the kernel writes them back. Never run on a GPU yet: tests cover the file,
+and the choice of what goes out.
 """
 
 from __future__ import annotations
@@ -66,6 +67,32 @@ class _Away(NamedTuple):
     copied: torch.cuda.Event | None = None
 
 
+class _File:
+    """A tensor's bytes in a file without a name."""
+
+    def __init__(self, flat: Tensor, folder: str | Path | None) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        view: Any = flat.view(torch.uint8).numpy()
+        written = 0
+        while written < len(view):
+            written += self._file.write(view[written:])
+
+    def read(self, flat: Tensor) -> None:
+        view: Any = flat.view(torch.uint8).numpy()
+        self._file.seek(0)
+        read = 0
+        while read < len(view):
+            count = self._file.readinto(view[read:])
+            if not count:
+                raise RuntimeError("an offloaded tensor's file was cut off while it was away")
+            read += count
+
+    def __del__(self) -> None:
+        # there is none where it couldn't be made
+        if hasattr(self, "_file"):
+            self._file.close()
+
+
 def _goes_out(tensor: Tensor, min_bytes: int) -> bool:
     if isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
         return False
@@ -92,12 +119,7 @@ def _send(tensor: Tensor, folder: str | Path | None) -> Any:
     if tensor.is_meta:
         return _Away(layout, None)
     if tensor.device.type == "cpu":
-        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - lives as long as this
-        view: Any = flat.view(torch.uint8).numpy()
-        written = 0
-        while written < len(view):
-            written += file.write(view[written:])
-        return _Away(layout, file)
+        return _Away(layout, _File(flat, folder))
     if tensor.device.type != "cuda":
         return tensor
     stream = _stream(tensor.device)
@@ -119,14 +141,7 @@ def _fetch(kept: Any) -> Any:
     )
     flat = tensor.as_strided((tensor.numel(),), (1,))
     if layout.device.type == "cpu":
-        view: Any = flat.view(torch.uint8).numpy()
-        kept.held.seek(0)
-        read = 0
-        while read < len(view):
-            count = kept.held.readinto(view[read:])
-            if not count:
-                raise RuntimeError("an offloaded tensor's file was cut off while it was away")
-            read += count
+        kept.held.read(flat)
     elif layout.device.type == "cuda":
         current = torch.cuda.current_stream(layout.device)
         assert kept.copied is not None

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -113,27 +113,22 @@ def plan(
         raise ValueError(f"plan needs an effdense.DenseNet, got {type(model).__name__}")
     if objective != "time":
         raise ValueError(f'objective must be "time", got {objective!r}')
-    limit = budget_bytes(budget, options.get("device", "cpu"))
+    device = options.get("device", "cpu")
+    limit = budget_bytes(budget, device)
     ddp = options.pop("ddp", False)
     rehearse = Rehearsal(model, **options)
-    runs = {mode: rehearse(input_shape, mode) for mode in CANDIDATES}
     names = block_names(model)
     buckets = bucket_bytes(model, options.get("dtype")) if ddp else 0
-    modes = [CANDIDATES] * len(names)
-    mixtures = sorted(
-        (_work(model, names, mixture, runs), _peak(names, mixture, runs) + buckets, mixture)
-        for mixture in itertools.product(*modes)
-    )
-    for work, peak, mixture in mixtures:
-        if peak > limit:
+    choices = _choices(model, rehearse, input_shape)
+    for save, peak, slowdown in choices:
+        if peak + buckets > limit:
             continue
-        found = runs[mixture[0]] if len(set(mixture)) == 1 else rehearse(input_shape, mixture)
-        chosen = as_estimate(model, found, buckets, options.get("device", "cpu"), mixture)
+        found = rehearse(input_shape, save)
+        chosen = as_estimate(model, found, buckets, device, save)
         if chosen.peak <= limit:
             naive = rehearse(input_shape, "all").total + buckets
-            slowdown = work / mixtures[0][0]
-            return Plan(mixture, names, limit, chosen.peak, slowdown, naive, chosen)
-    least = min(peak for _, peak, _ in mixtures)
+            return Plan(save, names, limit, chosen.peak, slowdown, naive, chosen)
+    least = min(choice.peak for choice in choices) + buckets
     offloaded = ""
     if not all(model.offload):
         everywhere: tuple[Save, ...] = ("all", *CANDIDATES)
@@ -150,6 +145,35 @@ def plan(
         f"(see effdense.largest_batch), compute in 16 bits (amp){offloaded}",
         least,
     )
+
+
+class Choice(NamedTuple):
+    """A save mode per block, its predicted peak in bytes, and its time over the fastest's."""
+
+    save: tuple[Save, ...]
+    peak: int
+    slowdown: float
+
+
+def choices(model: DenseNet, input_shape: Sequence[int], **options: Any) -> list[Choice]:
+    """Every choice that :func:`plan` has, fastest first; options as of :func:`effdense.estimate`.
+
+    Raises:
+        ValueError: for an argument outside its range, or an input that the model refuses.
+    """
+    return _choices(model, Rehearsal(model, **options), input_shape)
+
+
+def _choices(model: DenseNet, rehearse: Rehearsal, input_shape: Sequence[int]) -> list[Choice]:
+    # See NOTE [ how a mixture is predicted ].
+    runs = {mode: rehearse(input_shape, mode) for mode in CANDIDATES}
+    names = block_names(model)
+    mixtures = sorted(
+        (_work(model, names, mixture, runs), _peak(names, mixture, runs), mixture)
+        for mixture in itertools.product(*[CANDIDATES] * len(names))
+    )
+    fastest = mixtures[0][0]
+    return [Choice(mixture, peak, work / fastest) for work, peak, mixture in mixtures]
 
 
 def largest_batch(

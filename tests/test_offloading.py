@@ -78,7 +78,8 @@ def test_files_have_no_names_and_go_with_the_graph(tmp_path: Path) -> None:
         loss = model(x).sum()
     assert not list(tmp_path.iterdir())
     if os.path.isdir("/proc/self/fd"):
-        assert _open_files(tmp_path) == 3
+        # the last block's features are under 1 MiB
+        assert _open_files(tmp_path) == 2
         loss.backward()
         del loss
         gc.collect()
@@ -124,9 +125,9 @@ def test_flags_per_block() -> None:
     model = effdense.densenet_bc(22, 12)
     model.offload = (True, False, True)
     assert model.offload == (True, False, True)
-    with pytest.raises(ValueError, match="a bool for each of 3 blocks"):
+    with pytest.raises(ValueError, match="for each of 3 blocks"):
         model.offload = [True]
-    with pytest.raises(ValueError, match="a bool for each of 3 blocks"):
+    with pytest.raises(ValueError, match="for each of 3 blocks"):
         model.offload = "yes"  # type: ignore[assignment]
 
 

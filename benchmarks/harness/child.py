@@ -33,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     try:
         if request["mode"] == "grid":
-            answer = _grid(grid.from_request(request["configuration"]))
+            answer = _grid(grid.from_request(request["configuration"]), request.get("timed", 0))
         else:
             measure = {"resident": _resident, "live": _live, "cuda": _cuda}[request["mode"]]
             answer = measure(request, Case(**request["case"]))
@@ -96,8 +96,11 @@ def _live(request: dict[str, Any], case: Case) -> dict[str, Any]:
     return peak.parts | {"total": peak.total}
 
 
-def _grid(configuration: grid.Configuration) -> dict[str, int]:
-    """Peak resident bytes over the baseline of one step, then peak live bytes of another."""
+def _grid(configuration: grid.Configuration, timed: int) -> dict[str, Any]:
+    """Peak resident bytes over the baseline of one step, then peak live bytes of another.
+
+    ``timed`` steps in between are timed, each in seconds.
+    """
     job = configuration.tiny().training()
     job.step()
     torch.randn(1 << 18).add_(1).sum().item()
@@ -109,8 +112,15 @@ def _grid(configuration: grid.Configuration) -> dict[str, int]:
     job.make_optimizer_state()
     job.step()
     peak = machine.peak_resident_bytes() - baseline
+    seconds = []
+    for _ in range(timed):
+        start = time.perf_counter()
+        job.step()
+        seconds.append(time.perf_counter() - start)
     del job
     gc.collect()
+    if timed:
+        return {"peak": peak, "seconds": seconds}
     return {"peak": peak, "live": timeline.record_step(configuration.training).total}
 
 

@@ -1,4 +1,4 @@
-"""A plan that runs out of memory is made again, once; with the error injected, for want of a GPU."""
+"""A plan that runs out of memory is made again, once; the error is injected."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_second_failure_ends_the_run(tmp_path: Path, monkeypatch: pytest.Monke
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(rehearsal, "take_step", fail)
-    with pytest.raises(UserError, match="out of memory again.* 60 MiB .*--batch-size"):
+    with pytest.raises(UserError, match=r"out of memory again.* 60 MiB .*--batch-size"):
         run(TrainConfig(**OPTIONS, memory_budget="2GiB", work_dir=tmp_path / "run"))
     assert len(attempts) == 2
 
