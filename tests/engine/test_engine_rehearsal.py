@@ -58,7 +58,8 @@ def test_a_plan_that_holds_changes_nothing(
     weights = []
     for name, rehearsed in (("without", ()), ("with", ("cpu",))):
         monkeypatch.setattr(training, "REHEARSED", rehearsed)
-        run(TrainConfig(**OPTIONS, drop_rate=0.2, memory_budget="2GiB", work_dir=tmp_path / name))
+        options = {**OPTIONS, "depth": 10, "image_size": 8, "drop_rate": 0.2}
+        run(TrainConfig(**options, memory_budget="2GiB", work_dir=tmp_path / name))
         weights.append(torch.load(tmp_path / name / "model.pt", weights_only=True))
     assert "planned again" not in capsys.readouterr().out
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
@@ -98,7 +99,7 @@ def test_a_rehearsal_leaves_no_trace(alone: World) -> None:
 def test_offloading_is_an_option_of_a_run(tmp_path: Path) -> None:
     weights = []
     for offload in (False, True):
-        options = {**OPTIONS, "batch_size": 64, "save": "all", "offload": offload}
+        options = {**OPTIONS, "depth": 10, "batch_size": 64, "save": "all", "offload": offload}
         run(TrainConfig(**options, work_dir=tmp_path / str(offload)))
         weights.append(torch.load(tmp_path / str(offload) / "model.pt", weights_only=True))
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
