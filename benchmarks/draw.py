@@ -69,9 +69,9 @@ def draw(results: Sequence[Path], output: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     try:
-        {"memory": _memory, "throughput": _throughput, "scaling": _scaling}[benchmarks.pop()](
-            axes, rows
-        )
+        kinds = {"memory": _memory, "throughput": _throughput, "scaling": _scaling}
+        kinds |= {"estimates": _estimates, "pareto": _pareto}
+        kinds[benchmarks.pop()](axes, rows)
         # Where the figures come from, in the picture itself.
         figure.supxlabel(_origin(rows[0]), fontsize=7, color="#666666")
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -212,6 +212,82 @@ def _scaling(axes: Any, rows: list[Row]) -> None:
     axes.set_ylabel("scaling efficiency, %")
     axes.set_title(_describe(rows[0]))
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _estimates(axes: Any, rows: list[Row]) -> None:
+    sizes = []
+    for metric, marker, colour in (("peak", "s", "#E69F00"), ("live", "o", "#0072B2")):
+        predicted = {
+            r["arch"]: float(r["value"]) for r in rows if r["metric"] == f"predicted {metric}"
+        }
+        own = {r["arch"]: float(r["value"]) for r in rows if r["metric"] == metric and r["value"]}
+        errors = [100 * (predicted[arch] / value - 1) for arch, value in own.items()]
+        sizes += [value / 2**20 for value in own.values()]
+        label = {"peak": "peak resident size", "live": "peak live tensor bytes"}[metric]
+        places = [value / 2**20 for value in own.values()]
+        axes.plot(places, errors, marker, color=colour, label=f"against {label}", markersize=5)
+    if not sizes:
+        raise ValueError("no measurement to draw")
+    low, high = min(sizes) / 1.2, max(sizes) * 1.2
+    line = [low * (high / low) ** (i / 200) for i in range(201)]
+    # what is asked for: within 3 % of live bytes, within 5 % or 30 MiB of resident size
+    for sign in (-1, 1):
+        axes.plot([low, high], [3 * sign] * 2, "--", color="#0072B2", linewidth=0.8)
+        allowed = [sign * max(5, 100 * 30 / size) for size in line]
+        axes.plot(line, allowed, "--", color="#E69F00", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.set_ylim(-30, 30)
+    axes.set_xlabel("measured peak of a training step, MiB")
+    axes.set_ylabel("prediction's error, %")
+    axes.set_title(f"effdense.estimate over {len(predicted)} configurations")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _pareto(axes: Any, rows: list[Row]) -> None:
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        if row["metric"] == "step time" and row["value"]:
+            times.setdefault(row["provider"], []).append(float(row["value"]))
+    if not times:
+        raise ValueError("no measured step time to draw")
+
+    def values(metric: str) -> dict[str, float]:
+        return {r["provider"]: float(r["value"]) for r in rows if r["metric"] == metric}
+
+    sizes, slowdowns, peaks = values("predicted peak"), values("predicted slowdown"), values("peak")
+    # the arithmetic knows ratios; the scale is the fastest plan's, measured
+    fastest = next(save for save, slowdown in slowdowns.items() if slowdown == 1)
+    second = median(times[fastest])
+    axes.plot(
+        [sizes[save] / 2**20 for save in slowdowns],
+        [second * slowdown for slowdown in slowdowns.values()],
+        "o",
+        color="#56B4E9",
+        markersize=4,
+        label="every plan, predicted",
+    )
+    for save, samples in times.items():
+        place = peaks[save] / 2**20, median(samples)
+        colour = "#000000" if save == "naive" else "#D55E00"
+        axes.plot(*place, "s", color=colour, markersize=6)
+        if save in slowdowns:
+            predicted = sizes[save] / 2**20, second * slowdowns[save]
+            axes.plot(*zip(predicted, place, strict=True), "-", color="#999999", linewidth=0.8)
+        name = save if len(set(save.split("+"))) > 1 else save.split("+")[0]
+        axes.annotate(
+            name, place, xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour
+        )
+    axes.plot([], [], "s", color="#D55E00", label="measured: resident size, median step")
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.25)
+    axes.set_xlabel("peak memory of a training step, MiB")
+    axes.set_ylabel("seconds per step")
+    axes.set_title(rows[0]["arch"].replace(f", {rows[0]['provider']}", ""))
+    axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize=8)
 
 

@@ -35,6 +35,7 @@ from harness.measure import Memory, memory, predicted_peak
 from harness.report import Recorder, mebibytes, table
 from tqdm import tqdm
 
+from effdense.planning import largest
 from effdense.timeline import ROLES
 
 SWEEPS = {
@@ -281,13 +282,7 @@ def max_depth(name: str, case: Case, budget: int) -> int | None:
 
     if not fits(1):
         return None
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return 6 * low + 4
+    return 6 * largest(fits, 1) + 4
 
 
 def measured(

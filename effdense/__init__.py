@@ -11,6 +11,7 @@ from .models import (
     densenet_bc,
 )
 from .modules import DenseBlock, Transition
+from .offloading import offload
 from .planning import BudgetError, Plan, budget_bytes, deepest, largest_batch, plan
 from .version import __version__
 
@@ -34,5 +35,6 @@ __all__ = [
     "densenet_bc",
     "estimate",
     "largest_batch",
+    "offload",
     "plan",
 ]

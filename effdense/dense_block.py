@@ -55,7 +55,7 @@ from torch.autograd.function import once_differentiable
 
 from .autocast import without_autocast
 from .backends.base import Backend, Normalization, PendingNorm, Rebuild, accumulate_dtype
-from .layout import channels_first, pieces
+from .layout import channels_first, neighbour_stands_for, pieces
 from .layout import rows as rows_of
 from .norm_sums import ALL_CHANNELS, direct_channels, second_sum, zero_sums
 from .norms import NormSpec, normalization
@@ -213,6 +213,8 @@ class _Stage:
         self.x = self._buffer(kept)
         y = None
         for index in range(len(self.layers)):
+            if self._neighbour_stands_for(index):
+                continue
             y = self._bottleneck(index, y)
             self._new_features(index, y)
 
@@ -241,6 +243,10 @@ class _Stage:
         keep_y = self.spec.keep and self.spec.save == "bottlenecks"
         y = None
         for index in range(len(self.layers)):
+            if self._neighbour_stands_for(index):
+                if keep_y:
+                    self.bottlenecks.append(self._bottleneck_like(index, None))
+                continue
             c = self._width_before(index)
             y = self._bottleneck(index, None if keep_y else y, first_time=True)
             if keep_y and y is not None:
@@ -248,6 +254,11 @@ class _Stage:
             self._new_features(index, y)
             self._reduce(slice(c, c + self.k))
         return self._tail_forward()
+
+    def _neighbour_stands_for(self, index: int) -> bool:
+        # without a bottleneck the convolution's steps, and its temporaries, go by each width
+        has_bottleneck = self.bottleneck[index] > 0
+        return has_bottleneck and neighbour_stands_for(self.x, index, len(self.layers))
 
     def _width_before(self, index: int) -> int:
         return self.c0 + index * self.k
@@ -372,6 +383,10 @@ class _Stage:
         y = dz = None
         for index in reversed(range(first, len(self.layers))):
             own = slice(index * _LAYER, (index + 1) * _LAYER)
+            if self._neighbour_stands_for(index):
+                like = zip(self.layers[index], needs[own], strict=True)
+                grads[own] = [None if p is None or not n else torch.empty_like(p) for p, n in like]
+                continue
             do = self._finish(d, slice(self._width_before(index), self._width_before(index + 1)))
             mask = self._dropout_mask(index)
             if mask is not None:
@@ -493,6 +508,7 @@ class _Stage:
             pooled = self.x.new_empty((pooled_rows.stop - pooled_rows.start, self.width))
             self.ops.bn_relu_avg_pool(self.x[rows], norm, shape, pooled)
             torch.mm(pooled, weight.t(), out=out[pooled_rows])
+            del pooled
         return out.view(self.images, *pooled_spatial, -1).movedim(-1, 1)
 
     def _tail_backward(
@@ -526,6 +542,7 @@ class _Stage:
                 )
                 if dw is not None and pooled is not None:
                     dw += dout[pooled_rows].t() @ pooled
+                del dpooled, pooled
                 s += sums[0]
                 t += sums[1]
             if dw is not None:

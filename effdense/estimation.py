@@ -4,7 +4,8 @@ NOTE [ how it is known ]
 A copy of the model whose tensors are on the meta device, which have shapes and no
 storage, takes one training step while every tensor it makes is recorded (timeline.py).
 Nothing is modelled a second time: the step runs the code that the real one will run,
-but for the work inside a tile, of which the first stands for all (layout.pieces).
+but for what leaves no trace: the first tile of a pass stands for all (layout.pieces), and in
+a deep block some layers' temporaries for their neighbours' (layout.neighbour_stands_for).
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends.select import meta_stands_for
 from .reference import DenseBlock
-from .timeline import Peak, record_step
+from .timeline import Peak, Training, record_step
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -59,7 +59,9 @@ class Estimate:
     features, bottlenecks, gradient buffer, temporaries, and "ddp buckets" where there are.
     ``moment`` says when the peak is. ``reserved`` is what CUDA's caching allocator takes
     from the device for them, on "cuda" only: not in it are the CUDA context and the
-    libraries' workspaces (some hundred MiB, by driver and device).
+    libraries' workspaces (some hundred MiB, by driver and device). ``resident`` is what the
+    process grows by on a CPU: more than the peak where torch's convolutions have to lay out
+    their windows (float64, 16 bits on processors without them, volumes in those).
     """
 
     peak: int
@@ -67,11 +69,17 @@ class Estimate:
     moment: str
     blocks: tuple[BlockEstimate, ...]
     reserved: int | None = None
+    resident: int | None = None
 
     def __str__(self) -> str:
         rows = [(name, size) for name, size in self.parts.items() if size]
         lines = [f"{name:<16}{size / 2**20:>12,.1f} MiB" for name, size in rows]
         lines.append(f"{'peak':<16}{self.peak / 2**20:>12,.1f} MiB  ({self.moment})")
+        if self.resident is not None and self.resident > self.peak:
+            lines.append(
+                f"{'resident':<16}{self.resident / 2**20:>12,.1f} MiB  "
+                "(with what convolutions of this type take inside)"
+            )
         if self.reserved is not None:
             lines.append(
                 f"{'reserved':<16}{self.reserved / 2**20:>12,.1f} MiB  "
@@ -110,62 +118,75 @@ def estimate(
     Raises:
         ValueError: for an argument outside its range, or an input that the model refuses.
     """
-    found = take_step(model, input_shape, optimizer=optimizer, dtype=dtype, amp=amp, device=device)
+    found = Rehearsal(model, optimizer=optimizer, dtype=dtype, amp=amp, device=device)(input_shape)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model, ddp = model.module, True
     return as_estimate(model, found, bucket_bytes(model, dtype) if ddp else 0, device)
 
 
-def take_step(
-    model: nn.Module,
-    input_shape: Sequence[int],
-    *,
-    optimizer: str = "sgd-momentum",
-    dtype: torch.dtype | None = None,
-    amp: torch.dtype | None = None,
-    device: DeviceType = "cpu",
-    save: Any = None,
-) -> Peak:
-    """The peak of a step of a copy on meta tensors; arguments as of :func:`estimate`.
+class Rehearsal:
+    """Takes training steps of a copy of a model on meta tensors, for their peaks.
 
-    ``save`` is set in the copy where it is given.
+    Arguments and errors as of :func:`estimate`.
     """
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
-    if amp not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"amp must be torch.bfloat16, torch.float16 or None, got {amp!r}")
-    shape = tuple(input_shape)
-    if len(shape) < 3 or any(not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(
-            f"input_shape must be (N, channels, *spatial) of positive integers, got {input_shape!r}"
-        )
-    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    dtype = own if dtype is None else dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
 
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    # Under autocast the tensors on meta have its type, and parameters count as what they are.
-    twin = meta_copy(model).to(amp or dtype)
-    if not model.training:
-        twin.train()
-    if save is not None:
-        twin.save = save
-    token = meta_stands_for.set(device)
-    try:
-        return record_step(
-            lambda: _Training(twin, shape, amp or dtype, OPTIMIZERS[optimizer]),
-            places=places,
-            parameter_scale=1 if amp is None else max(1, dtype.itemsize // amp.itemsize),
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: str = "sgd-momentum",
+        dtype: torch.dtype | None = None,
+        amp: torch.dtype | None = None,
+        device: DeviceType = "cpu",
+    ) -> None:
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
+        if amp not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"amp must be torch.bfloat16, torch.float16 or None, got {amp!r}")
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self._dtype = own if dtype is None else dtype
+        if not self._dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        self._optimizer, self._amp, self._device = optimizer, amp, device
+        self._twin: Any = meta_copy(model).to(self._dtype)
+        if not model.training:
+            self._twin.train()
+
+    def __call__(self, input_shape: Sequence[int], save: Any = None, offload: Any = None) -> Peak:
+        """The peak of a step; ``save`` and ``offload`` are set in the copy where given."""
+        shape = tuple(input_shape)
+        if len(shape) < 3 or any(not isinstance(n, int) or n < 1 for n in shape):
+            raise ValueError(
+                f"input_shape must be (N, channels, *spatial) of positive integers, "
+                f"got {input_shape!r}"
+            )
+        if save is not None:
+            self._twin.save = save
+        if offload is not None:
+            self._twin.offload = offload
+        token = meta_stands_for.set(self._device)
+        try:
+            return record_step(lambda: self._training(shape), places=places)
+        except (RuntimeError, IndexError, NotImplementedError) as error:
+            line = str(error).splitlines()[0]
+            raise ValueError(f"the model refuses input of shape {shape}: {line}") from error
+        finally:
+            meta_stands_for.reset(token)
+
+    def _training(self, shape: tuple[int, ...]) -> Training:
+        parameters = [p for p in self._twin.parameters() if p.requires_grad]
+        return Training(
+            self._twin,
+            OPTIMIZERS[self._optimizer](parameters),
+            torch.empty(shape, dtype=self._dtype, device="meta"),
+            torch.empty(shape[:1], dtype=torch.int64, device="meta"),
+            self._amp,
+            self._device,
         )
-    except (RuntimeError, IndexError, NotImplementedError) as error:
-        line = str(error).splitlines()[0]
-        raise ValueError(f"the model refuses input of shape {shape}: {line}") from error
-    finally:
-        meta_stands_for.reset(token)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -177,33 +198,6 @@ def meta_copy(model: nn.Module) -> nn.Module:
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
     return copy.deepcopy(model, memo)
-
-
-class _Training:
-    """A step on meta tensors; satisfies :class:`effdense.timeline.Training`."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        make_optimizer: Callable[..., torch.optim.Optimizer],
-    ) -> None:
-        self.model = model
-        self.optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
-        self.x = torch.empty(shape, dtype=dtype, device="meta")
-        self.target = torch.empty(shape[:1], dtype=torch.int64, device="meta")
-
-    def make_optimizer_state(self) -> None:
-        for p in self.model.parameters():
-            if p.requires_grad:
-                p.grad = torch.empty_like(p)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def loss(self) -> Tensor:
-        output = self.model(self.x)
-        return F.cross_entropy(output, self.target)
 
 
 def places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -230,7 +224,7 @@ def as_estimate(
     device: DeviceType,
     save: Sequence[str] | None = None,
 ) -> Estimate:
-    """What :func:`take_step` found, with so many bytes of DDP's buckets.
+    """What :class:`Rehearsal` found, with so many bytes of DDP's buckets.
 
     ``save`` are the blocks' modes where they aren't the model's own.
     """
@@ -247,7 +241,8 @@ def as_estimate(
     )
     moment = found.phase if found.phase in ("setup", "update") else f"{found.phase}, {found.place}"
     reserved = reserved_bytes(sizes) if device == "cuda" else None
-    return Estimate(sum(parts.values()), parts, moment, blocks, reserved)
+    resident = found.resident + buckets if device == "cpu" else None
+    return Estimate(sum(parts.values()), parts, moment, blocks, reserved, resident)
 
 
 def bucket_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:

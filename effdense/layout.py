@@ -23,6 +23,15 @@ def channels_first(matrix: Tensor, images: int, spatial: list[int] | tuple[int, 
     return matrix.view(images, *spatial, matrix.shape[1]).movedim(-1, 1)
 
 
+def neighbour_stands_for(of: Tensor, layer: int, layers: int) -> bool:
+    """Whether the work of a block's layer can be left out, but for what it leaves behind.
+
+    On meta tensors, and in deep blocks, where a layer's temporaries are between those of
+    the layers around it, up to the rounding of tiles.
+    """
+    return of.is_meta and layers >= 32 and 2 <= layer < layers - 2 and layer % (layers // 8) != 0
+
+
 def pieces(of: Tensor, cuts: Iterable[_Piece]) -> Iterator[_Piece]:
     """The pieces in which work on ``of`` is done, one after the other.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 _UNITS = {"": 1, "b": 1}
@@ -50,6 +51,42 @@ def total_bytes(device: str = "cpu") -> int:
         return torch.cuda.mem_get_info(device)[1]
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([total, *(limit for limit, _ in groups())])
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    return _status_bytes("VmRSS") or peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Most resident memory of this process since its start or the last reset.
+
+    On Linux not ``ru_maxrss``: that one survives exec, so a child of a large process
+    would start with its parent's figure.
+    """
+    peak = _status_bytes("VmHWM")
+    if peak is not None:
+        return peak
+    import resource  # there is none on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def private_bytes() -> int | None:
+    """Private memory of this process by the kernel's count; None where it has none."""
+    return _status_bytes("VmData")
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 def _available_of_machine() -> int:

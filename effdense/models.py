@@ -117,6 +117,25 @@ class DenseNet(reference.DenseNet):
             if isinstance(module, (Transition, Features)):
                 module.plain = plain
 
+    @property
+    def offload(self) -> tuple[bool, ...]:
+        """Whether each dense block keeps elsewhere what it keeps (:func:`effdense.offload`).
+
+        Set one for all, or one per block.
+        """
+        return tuple(block.offload for block in self._blocks())
+
+    @offload.setter
+    def offload(self, offload: bool | Sequence[bool]) -> None:
+        blocks = self._blocks()
+        flags = [offload] * len(blocks) if isinstance(offload, bool) else list(offload)
+        if len(flags) != len(blocks) or not all(isinstance(flag, bool) for flag in flags):
+            raise ValueError(
+                f"expected True or False for each of {len(blocks)} blocks, got {flags}"
+            )
+        for block, flag in zip(blocks, flags, strict=True):
+            block.offload = flag
+
     def _blocks(self) -> list[DenseBlock]:
         return [module for module in self.features if isinstance(module, DenseBlock)]
 

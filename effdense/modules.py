@@ -8,6 +8,7 @@ slice or rearrange ``model.features``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ from .eligibility import (
     warn_once,
 )
 from .norms import count_positions, read_norm, update_running_statistics
+from .offloading import offload
 from .stem import norm_relu_max_pool, stem_objection
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -39,11 +41,13 @@ class DenseBlock(reference.DenseBlock):
 
     ``save`` says what a layer keeps for backward: "all" (plain autograd), "bottlenecks",
     "features" or "input"; ``backend`` is "auto", "torch" or "triton". Both may be
-    changed between forwards.
+    changed between forwards. ``offload`` keeps it elsewhere: see :func:`effdense.offload`.
     """
 
     save: Save = "features"
     backend: str = "auto"
+    # whether what is kept for backward is kept elsewhere: see offloading.py
+    offload: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         objection = self.objection(x)
@@ -52,7 +56,8 @@ class DenseBlock(reference.DenseBlock):
         return self.plain_forward(x)
 
     def plain_forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
+        with offload() if self.offload else nullcontext():
+            return super().forward(x)
 
     def objection(self, x: Tensor) -> str | None:
         """Why this forward must take the plain path, or None; warns where that is a surprise."""
@@ -202,7 +207,8 @@ def run_stage(block: DenseBlock | None, x: Tensor, tail: nn.Module | None = None
         keep=torch.is_grad_enabled(),
         seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if dropping else 0,
     )
-    output, mean, var, mean2, var2 = DenseStage.apply(spec, x, *tensors)
+    with offload() if getattr(owner, "offload", False) else nullcontext():
+        output, mean, var, mean2, var2 = DenseStage.apply(spec, x, *tensors)
     _move_buffers(layers, tail, tail_norm is not None, positions, (mean, var, mean2, var2))
     return output
 

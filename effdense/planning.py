@@ -19,18 +19,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from .dense_block import Save
 from .estimation import (
     Estimate,
+    Rehearsal,
     as_estimate,
     block_names,
     bucket_bytes,
     estimate,
-    take_step,
 )
 from .memory_sizes import available_bytes, parse_size, show_size
 from .models import DenseNet, densenet_bc
@@ -113,32 +113,67 @@ def plan(
         raise ValueError(f"plan needs an effdense.DenseNet, got {type(model).__name__}")
     if objective != "time":
         raise ValueError(f'objective must be "time", got {objective!r}')
-    limit = budget_bytes(budget, options.get("device", "cpu"))
+    device = options.get("device", "cpu")
+    limit = budget_bytes(budget, device)
     ddp = options.pop("ddp", False)
-    runs = {mode: take_step(model, input_shape, save=mode, **options) for mode in CANDIDATES}
+    rehearse = Rehearsal(model, **options)
     names = block_names(model)
     buckets = bucket_bytes(model, options.get("dtype")) if ddp else 0
-    modes = [CANDIDATES] * len(names)
-    mixtures = sorted(
-        (_work(model, names, mixture, runs), _peak(names, mixture, runs) + buckets, mixture)
-        for mixture in itertools.product(*modes)
-    )
-    for work, peak, mixture in mixtures:
-        if peak > limit:
+    choices = _choices(model, rehearse, input_shape)
+    for save, peak, slowdown in choices:
+        if peak + buckets > limit:
             continue
-        found = take_step(model, input_shape, save=mixture, **options)
-        chosen = as_estimate(model, found, buckets, options.get("device", "cpu"), mixture)
+        found = rehearse(input_shape, save)
+        chosen = as_estimate(model, found, buckets, device, save)
         if chosen.peak <= limit:
-            naive = take_step(model, input_shape, save="all", **options).total + buckets
-            slowdown = work / mixtures[0][0]
-            return Plan(mixture, names, limit, chosen.peak, slowdown, naive, chosen)
-    least = min(peak for _, peak, _ in mixtures)
+            naive = rehearse(input_shape, "all").total + buckets
+            return Plan(save, names, limit, chosen.peak, slowdown, naive, chosen)
+    least = min(choice.peak for choice in choices) + buckets
+    offloaded = ""
+    if not all(model.offload):
+        everywhere: tuple[Save, ...] = ("all", *CANDIDATES)
+        away = {mode: rehearse(input_shape, mode, True).total + buckets for mode in everywhere}
+        mode = min(everywhere, key=lambda mode: away[mode])
+        if away[mode] < least:
+            offloaded = (
+                f', or keep tensors outside the device (model.save = "{mode}", model.offload = '
+                f"True: {show_size(away[mode])})"
+            )
     raise BudgetError(
         f"no choice of save modes fits a budget of {show_size(limit)}: a batch of "
         f"{input_shape[0]} needs at least {show_size(least)}. Raise the budget, reduce the batch "
-        "(see effdense.largest_batch), or compute in 16 bits (amp)",
+        f"(see effdense.largest_batch), compute in 16 bits (amp){offloaded}",
         least,
     )
+
+
+class Choice(NamedTuple):
+    """A save mode per block, its predicted peak in bytes, and its time over the fastest's."""
+
+    save: tuple[Save, ...]
+    peak: int
+    slowdown: float
+
+
+def choices(model: DenseNet, input_shape: Sequence[int], **options: Any) -> list[Choice]:
+    """Every choice that :func:`plan` has, fastest first; options as of :func:`effdense.estimate`.
+
+    Raises:
+        ValueError: for an argument outside its range, or an input that the model refuses.
+    """
+    return _choices(model, Rehearsal(model, **options), input_shape)
+
+
+def _choices(model: DenseNet, rehearse: Rehearsal, input_shape: Sequence[int]) -> list[Choice]:
+    # See NOTE [ how a mixture is predicted ].
+    runs = {mode: rehearse(input_shape, mode) for mode in CANDIDATES}
+    names = block_names(model)
+    mixtures = sorted(
+        (_work(model, names, mixture, runs), _peak(names, mixture, runs), mixture)
+        for mixture in itertools.product(*[CANDIDATES] * len(names))
+    )
+    fastest = mixtures[0][0]
+    return [Choice(mixture, peak, work / fastest) for work, peak, mixture in mixtures]
 
 
 def largest_batch(
@@ -154,9 +189,11 @@ def largest_batch(
         BudgetError: (a ValueError) where not even two images fit.
     """
     limit = budget_bytes(budget, options.get("device", "cpu"))
+    buckets = bucket_bytes(model, options.get("dtype")) if options.pop("ddp", False) else 0
+    rehearse = Rehearsal(model, **options)
 
     def peak(images: int) -> int:
-        return estimate(model, (images, *input_shape[1:]), **options).peak
+        return rehearse((images, *input_shape[1:])).total + buckets
 
     # the fewest that batch statistics can always be taken of
     return _largest(peak, 2, limit, "a batch of 2")
@@ -243,13 +280,15 @@ def _largest(peak: Callable[[int], int], first: int, limit: int, what: str) -> i
         raise BudgetError(
             f"{what} needs {show_size(least)}, more than the budget of {show_size(limit)}", least
         )
-    fits, too_many = first, 2 * first
-    while peak(too_many) <= limit:
-        fits, too_many = too_many, 2 * too_many
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if peak(middle) <= limit:
-            fits = middle
-        else:
-            too_many = middle
-    return fits
+    return largest(lambda n: peak(n) <= limit, first)
+
+
+def largest(fits: Callable[[int], bool], first: int) -> int:
+    """The largest n for which ``fits``; it does for ``first``, and for all n up to the largest."""
+    low, high = first, 2 * first
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -18,17 +18,23 @@ the same tensors in the same order: its timeline is the prediction of the real o
 
 from __future__ import annotations
 
+import functools
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .autocast import autocast
+from .backends.select import meta_stands_for
 from .dense_block import DenseStage
+from .meta_shapes import meta_result
 
 ROLES = (
     "parameters",
@@ -54,19 +60,39 @@ class _Storage:
     role: str | None = None
 
 
-class Training(Protocol):
-    """What :func:`record_step` needs to know of a training."""
+@dataclass
+class Training:
+    """A network ready to be trained on one batch by cross-entropy, on meta tensors or real ones.
+
+    ``amp`` is what autocast computes in, None for no autocast; tensors on meta stand for
+    those of a device of kind ``meta_stands_for``.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     x: Tensor
     target: Tensor
+    amp: torch.dtype | None = None
+    meta_stands_for: str = "cpu"
 
     def make_optimizer_state(self) -> None:
-        """Give the optimizer the state it has after a first step."""
+        """Give the optimizer the state it has after a first step, by one with gradients of 0."""
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def loss(self) -> Tensor:
         """Forward, to a scalar."""
+        with autocast(self.x.device, self.amp, self.meta_stands_for):
+            return F.cross_entropy(self.model(self.x), self.target)
+
+    def step(self) -> None:
+        """One training step."""
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 @dataclass(frozen=True)
@@ -76,7 +102,9 @@ class Peak:
     Bytes by role (their sum is ``total``), the phase, and the place: the group of
     parameters that was in use. ``kept`` is what forward left alive for backward, by place;
     ``sizes`` are the bytes of each storage alive at the peak; ``highs`` are the most live
-    bytes by phase and place; ``positions`` are those of each dense block in linear memory.
+    bytes by phase and place; ``resident`` is the highest sum of live bytes and of what
+    convolutions take inside (on meta tensors that stand for a CPU's); ``positions`` are
+    those of each dense block in linear memory.
     """
 
     parts: dict[str, int]
@@ -86,6 +114,7 @@ class Peak:
     kept: dict[str, int]
     sizes: tuple[int, ...]
     highs: dict[tuple[str, str], int]
+    resident: int
     positions: dict[str, int]
 
 
@@ -104,6 +133,9 @@ class Timeline(TorchDispatchMode):
         self._phase, self._place = "setup", ""
         self._kept: dict[str, int] = {}
         self._positions: dict[str, int] = {}
+        # (when, bytes) of what convolutions take inside
+        self._scratch: list[tuple[int, int]] = []
+        self._stands_for_cpu = meta_stands_for.get() == "cpu"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -113,13 +145,17 @@ class Timeline(TorchDispatchMode):
                 if isinstance(argument, Tensor):
                     key = argument.untyped_storage()._cdata
                     self._place = self._places.get(key, self._place)
-        out = func(*args, **(kwargs or {}))
+        out = meta_result(func, args, kwargs or {})
+        if out is NotImplemented:
+            out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
             self._see(out)
         elif out is not None:
             for leaf in tree_leaves(out):
                 if isinstance(leaf, torch.Tensor):
                     self._see(leaf)
+        if func in _CONVOLUTIONS and args[0].is_meta and self._stands_for_cpu:
+            self._scratch.append((self._clock, _columns_bytes(func, args, out)))
         return out
 
     def _see(self, tensor: torch.Tensor) -> None:
@@ -152,14 +188,13 @@ class Timeline(TorchDispatchMode):
         """From now on an operation on one of these tensors is at the place of that name."""
         self._places = {tensor.untyped_storage()._cdata: name for name, tensor in places}
 
-    def assign(self, role: str, tensors: Iterable[Tensor], scale: int = 1) -> None:
-        """Give tensors a role, and ``scale`` times their size: of the type they stand for."""
+    def assign(self, role: str, tensors: Iterable[Tensor]) -> None:
+        """Give tensors a role, those that have none yet."""
         for tensor in tensors:
             self._see(tensor)
             record = self._alive[tensor.untyped_storage()._cdata]
             if record.role in (None, "features"):
                 record.role = role
-                record.nbytes *= scale
 
     def locate(self, stage: KeptByStage) -> None:
         """Say of what a dense block keeps where it belongs: it is made before it is used."""
@@ -175,9 +210,13 @@ class Timeline(TorchDispatchMode):
         deaths = [(s.died, -s.nbytes, s) for s in self._storages if s.died is not None]
         live = most = when = 0
         highs: dict[tuple[str, str], int] = {}
-        last = None
+        last, resident = None, 0
+        scratch: dict[int, int] = {}
+        for at, nbytes in self._scratch:
+            scratch[at] = max(nbytes, scratch.get(at, 0))
         for time, change, storage in sorted(births + deaths, key=lambda event: event[0]):
             live += change
+            resident = max(resident, live + scratch.get(time, 0))
             if change > 0:
                 moment = storage.phase, storage.born_at
                 highs[moment] = max(live, highs.get(moment, 0))
@@ -197,49 +236,82 @@ class Timeline(TorchDispatchMode):
                 split[s.role] += s.nbytes
         sizes = tuple(s.nbytes for s in at_peak)
         phase, place = ("", "") if last is None else (last.phase, last.born_at)
-        return Peak(split, most, phase, place, self._kept, sizes, highs, self._positions)
+        return Peak(split, most, phase, place, self._kept, sizes, highs, resident, self._positions)
+
+
+_CONVOLUTIONS = (
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.convolution_backward.default,
+)
+
+
+def _columns_bytes(func: Any, args: tuple[Any, ...], out: Any) -> int:
+    """What a convolution on a CPU takes inside, where oneDNN doesn't have the type.
+
+    torch then lays out each output position's window as a column (im2col) of the whole batch.
+    Measured: one such matrix, three in backward in 3-D; none for 1x1.
+    """
+    forward = func is _CONVOLUTIONS[0]
+    (x, weight), y = (args[:2], out) if forward else (args[1:3], args[0])
+    taps = math.prod(weight.shape[2:])
+    if taps == 1 or _is_onednn_s(x.dtype):
+        return 0
+    columns = x.shape[1] * taps * y.shape[0] * math.prod(y.shape[2:]) * x.element_size()
+    return columns * (1 if forward or weight.dim() < 5 else 3)
+
+
+@functools.cache
+def _is_onednn_s(dtype: torch.dtype) -> bool:
+    """Whether torch computes convolutions of this type by oneDNN, on this machine's CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
 
 
 def record_step(
     build: Callable[[], Training],
     *,
     places: Callable[[nn.Module], Iterable[tuple[str, Tensor]]] = nn.Module.named_parameters,
-    parameter_scale: int = 1,
 ) -> Peak:
     """The peak of one training step with optimizer state in place.
 
     Args:
         build: makes the training; its tensors count too.
         places: (name, tensor) pairs of a model; see :class:`Peak`.
-        parameter_scale: how many times larger parameters, gradients and optimizer state
-            are than the tensors that stand for them (float32 ones under autocast); the
-            input too.
     """
     timeline = Timeline()
     with timeline:
         job = build()
         model, optimizer = job.model, job.optimizer
-        timeline.assign("parameters", [*model.parameters(), *model.buffers()], parameter_scale)
-        timeline.assign("input", [job.x], parameter_scale)
-        timeline.assign("input", [job.target])
+        timeline.assign("parameters", [*model.parameters(), *model.buffers()])
+        timeline.assign("input", [job.x, job.target])
         job.make_optimizer_state()
         states = [v for s in optimizer.state.values() for v in s.values()]
-        timeline.assign("optimizer", [v for v in states if torch.is_tensor(v)], parameter_scale)
+        timeline.assign("optimizer", [v for v in states if torch.is_tensor(v)])
         timeline.name_places(places(model))
         timeline.enter_phase("forward")
         loss = job.loss()
-        for stage in stages(loss):
-            timeline.assign("bottlenecks", stage.bottlenecks)
-            timeline.locate(stage)
+        _locate_all(timeline, loss)
         timeline.enter_phase("backward")
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        timeline.assign("gradients", gradients, parameter_scale)
+        timeline.assign("gradients", gradients)
         timeline.enter_phase("update")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         del gradients
     return timeline.peak()
+
+
+def _locate_all(timeline: Timeline, loss: Tensor) -> None:
+    # in a function of its own: what was offloaded comes back here, and must not stay
+    for stage in stages(loss):
+        timeline.assign("bottlenecks", stage.bottlenecks)
+        timeline.locate(stage)
 
 
 _STAGE: Any = DenseStage._backward_cls

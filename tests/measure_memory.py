@@ -42,7 +42,9 @@ def main(job: dict[str, Any]) -> dict[str, int]:
     def build(depth: int) -> torch.nn.Module:
         if job["model"] == "naive":
             return reference.densenet_bc(depth, job["growth_rate"])
-        return effdense.densenet_bc(depth, job["growth_rate"], save=job["save"])
+        model = effdense.densenet_bc(depth, job["growth_rate"], save=job["save"])
+        model.offload = job.get("offload", False)
+        return model
 
     def train(model: torch.nn.Module, batch: int, size: int) -> int:
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)

@@ -23,7 +23,7 @@ import torch
 
 from effdense import timeline
 
-from . import machine, providers
+from . import grid, machine, providers
 from .case import CIFAR_FAMILY, Case
 
 
@@ -31,10 +31,12 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     machine.volunteer_for_the_oom_killer()
     torch.set_num_threads(request["threads"])
-    case = Case(**request["case"])
     try:
-        measure = {"resident": _resident, "live": _live, "cuda": _cuda}[request["mode"]]
-        answer = measure(request, case)
+        if request["mode"] == "grid":
+            answer = _grid(grid.from_request(request["configuration"]), request.get("timed", 0))
+        else:
+            measure = {"resident": _resident, "live": _live, "cuda": _cuda}[request["mode"]]
+            answer = measure(request, Case(**request["case"]))
     except (MemoryError, torch.OutOfMemoryError) as error:
         answer = {"error": _first_line(error), "out_of_memory": True}
     except Exception as error:
@@ -94,15 +96,46 @@ def _live(request: dict[str, Any], case: Case) -> dict[str, Any]:
     return peak.parts | {"total": peak.total}
 
 
+def _grid(configuration: grid.Configuration, timed: int) -> dict[str, Any]:
+    """Peak resident bytes over the baseline of one step, then peak live bytes of another.
+
+    ``timed`` steps in between are timed, each in seconds.
+    """
+    job = configuration.tiny().training()
+    job.step()
+    torch.randn(1 << 18).add_(1).sum().item()
+    del job
+    gc.collect()
+    machine.reset_peak_resident()
+    baseline = machine.resident_bytes()
+    job = configuration.training()
+    job.make_optimizer_state()
+    job.step()
+    peak = machine.peak_resident_bytes() - baseline
+    seconds = []
+    for _ in range(timed):
+        start = time.perf_counter()
+        job.step()
+        seconds.append(time.perf_counter() - start)
+    del job
+    gc.collect()
+    if timed:
+        return {"peak": peak, "seconds": seconds}
+    return {"peak": peak, "live": timeline.record_step(configuration.training).total}
+
+
 def _cuda(request: dict[str, Any], case: Case) -> dict[str, Any]:
     """Peaks of torch's allocator over some steps, and the process's memory by the driver."""
+    from effdense.engine.telemetry import Gpu  # yaml and tyro, which no other mode needs
+
     torch.cuda.set_device(case.device)
     _warm_up(request, case)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     baseline = torch.cuda.memory_allocated()
-    process_before = _process_bytes_by_driver()
+    gpu = Gpu.of(torch.device(case.device))
+    process_before = gpu.bytes_of_process(os.getpid())
     start = time.perf_counter()
     job = providers.setup(request["provider"], case)
     # as in every step but a training's first
@@ -110,7 +143,7 @@ def _cuda(request: dict[str, Any], case: Case) -> dict[str, Any]:
     for _ in range(request["steps"]):
         job.step()
     torch.cuda.synchronize()
-    process_after = _process_bytes_by_driver()
+    process_after = gpu.bytes_of_process(os.getpid())
     return {
         "baseline": baseline,
         "peak": torch.cuda.max_memory_allocated() - baseline,
@@ -120,33 +153,6 @@ def _cuda(request: dict[str, Any], case: Case) -> dict[str, Any]:
         "process_baseline": process_before,
         "seconds": time.perf_counter() - start,
     }
-
-
-def _process_bytes_by_driver() -> int | None:
-    """This process's memory on the current GPU by NVML; None where the driver won't say.
-
-    Inside a container the driver may know this process by another number; then the
-    figure is only taken if a single process uses the GPU.
-    """
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:
-        return None
-    try:
-        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
-        handle = pynvml.nvmlDeviceGetHandleByUUID(name)
-        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        own = [p for p in running if p.pid == os.getpid()]
-        if not own and len(running) == 1:
-            own = running
-        return int(own[0].usedGpuMemory) if own and own[0].usedGpuMemory else None
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
 
 
 if __name__ == "__main__":

@@ -14,29 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from effdense.memory_sizes import available_bytes as available_bytes
-from effdense.memory_sizes import total_bytes
+from effdense.memory_sizes import peak_resident_bytes as peak_resident_bytes
+from effdense.memory_sizes import private_bytes, total_bytes
+from effdense.memory_sizes import resident_bytes as resident_bytes
 
 from .case import usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now."""
-    return _status_bytes("VmRSS") or peak_resident_bytes()
-
-
-def peak_resident_bytes() -> int:
-    """Most resident memory of this process since its start or the last reset.
-
-    On Linux not ``ru_maxrss``: that one survives exec, so a child of a large process
-    would start with its parent's figure.
-    """
-    peak = _status_bytes("VmHWM")
-    if peak is not None:
-        return peak
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def reset_peak_resident() -> bool:
@@ -50,7 +34,7 @@ def reset_peak_resident() -> bool:
 
 def limit_memory(nbytes: int) -> None:
     """Make allocations beyond ``nbytes`` more than now fail in this process."""
-    private = _status_bytes("VmData")
+    private = private_bytes()
     if private is None:
         raise OSError("memory can only be limited on Linux")
     limit = private + nbytes
@@ -61,17 +45,6 @@ def volunteer_for_the_oom_killer() -> None:
     """When the machine runs out, this process is to die rather than whoever started it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-
-
-def _status_bytes(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:

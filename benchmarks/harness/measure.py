@@ -153,6 +153,4 @@ def predicted_live(provider: str, case: Case) -> int:
         # save="input" keeps less than "features" does, but rebuilds the largest block.
         return total
     meta = dataclasses.replace(case, device="meta")
-    # on meta the parameters have autocast's dtype
-    scale = case.parameter_size // case.element_size if case.autocast else 1
-    return record_step(lambda: providers.setup(name, meta), parameter_scale=scale).total
+    return record_step(lambda: providers.setup(name, meta)).total

@@ -2,23 +2,21 @@
 
 What a provider is trained with is the same for all: cross-entropy, SGD with momentum,
 the same parameters and the same input. Speed and memory are measured on the same
-:class:`Job`.
+:class:`effdense.timeline.Training`.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import effdense
 from effdense import reference
+from effdense.timeline import Training
 
 from .case import Case
 
@@ -162,51 +160,14 @@ def find(name: str) -> tuple[Provider, str]:
     return provider, variant
 
 
-@dataclass
-class Job:
-    """One provider ready to train on one case."""
-
-    case: Case
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    x: Tensor
-    target: Tensor
-
-    def loss(self) -> Tensor:
-        case, device = self.case, torch.device(self.case.device).type
-        # There is no autocast on meta; see setup.
-        autocast = case.autocast and device != "meta"
-        with (
-            torch.autocast(device, getattr(torch, case.dtype))
-            if autocast
-            else contextlib.nullcontext()
-        ):
-            return F.cross_entropy(self.model(self.x), self.target)
-
-    def step(self) -> None:
-        """One training step."""
-        self.loss().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def make_optimizer_state(self) -> None:
-        """Momentum buffers as after a first step; changes no parameter."""
-        for p in self.model.parameters():
-            p.grad = torch.zeros_like(p)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-def setup(name: str, case: Case) -> Job:
+def setup(name: str, case: Case) -> Training:
     """Build a provider for a case.
 
     All providers get the same parameters and input, whatever the order in which their
-    constructors draw. On meta, autocast's dtype is that of the parameters too, which
-    leaves out the casts of weights.
+    constructors draw.
     """
     provider, variant = find(name)
-    float32 = case.autocast and case.device != "meta"
-    dtype = getattr(torch, "float32" if float32 else case.dtype)
+    dtype = getattr(torch, "float32" if case.autocast else case.dtype)
     with torch.device(case.device):
         model = provider.build(case, variant).to(dtype)
     set_parameters(model)
@@ -220,7 +181,8 @@ def setup(name: str, case: Case) -> Job:
         x = x.to(memory_format=torch.channels_last)
     # Small enough that no number of timed steps leads anywhere.
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    return Job(case, model, optimizer, x, target)
+    amp = getattr(torch, case.dtype) if case.autocast else None
+    return Training(model, optimizer, x, target, amp)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from . import machine
 from .case import Case
+from .grid import Configuration
 
 Kind = Literal["measured", "formula", "projection"]
 
@@ -81,7 +82,7 @@ class Recorder:
     def add(
         self,
         provider: str,
-        case: Case,
+        case: Case | Configuration,
         metric: str,
         value: float | None,
         unit: str,

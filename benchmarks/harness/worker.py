@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
+from effdense.timeline import Training
+
 from . import machine, providers
 from .case import Case
-from .providers import Job
 
 
 class Worker:
     """Answers requests: each method is one, its arguments are the request's other fields."""
 
-    job: Job
+    job: Training
 
     def setup(self, provider: str, case: dict[str, Any], threads: int) -> dict[str, Any]:
         torch.set_num_threads(threads)
@@ -88,7 +89,7 @@ class Worker:
         return {"flops": 2 * n**3 / product, "bytes": 2 * size / copy}
 
     def _on_gpu(self) -> bool:
-        return self.job.case.device != "cpu"
+        return self.job.x.device.type != "cpu"
 
     def _time(self, steps: int) -> float:
         return timed(self.job.step, steps, self._on_gpu())

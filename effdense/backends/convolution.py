@@ -28,7 +28,9 @@ class StepwiseConvolution:
         for images, rows in _image_steps(self, source, shape):
             h = source.new_empty((rows.stop - rows.start, source.shape[1]))
             self.bn_relu(source[rows], norm, h)
-            out[rows] = rows_of(convolve(channels_first(h, images, shape[1:]), weight))
+            new = rows_of(convolve(channels_first(h, images, shape[1:]), weight))
+            out[rows] = new
+            del h, new  # before the next step's are made
 
     def bn_relu_conv3_backward(
         self: Backend,
@@ -56,6 +58,7 @@ class StepwiseConvolution:
             )
             if dw is not None and dw_step is not None:
                 dw += dw_step
+            del dw_step
             if dz is not None:
                 sums = self.bn_relu_backward_reduce(
                     source[rows], norm, rows_of(dh), h, dz[rows], channels
@@ -63,6 +66,7 @@ class StepwiseConvolution:
             else:
                 assert d is not None
                 sums = self.bn_relu_backward_accumulate(source[rows], norm, rows_of(dh), d[rows], h)
+            del h, dh  # before the next step's are made
             s += sums[0]
             t += sums[1]
         if dw is not None:

@@ -20,6 +20,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .base import KERNEL_STEP_BYTES, Backend, Normalization, accumulate_dtype
 from .cpu_backend import CpuBackend
@@ -185,7 +186,8 @@ def self_check(backend: Backend, device: torch.device, dtype: torch.dtype) -> st
     if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         tolerance = _TF32_TOLERANCE
     exact = TorchBackend("cpu")
-    with torch.no_grad():
+    # A caller's mode, such as one that counts memory, has no business with the check.
+    with torch.no_grad(), _disable_current_modes():
         for operation, run in _cases(dtype):
             expected = run(exact, torch.device("cpu"), accumulate_dtype(dtype))
             try:

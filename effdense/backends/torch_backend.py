@@ -401,6 +401,8 @@ def _pool(z: Tensor, shape: tuple[int, ...]) -> Tensor:
     spatial, window = (
         ([1, *spatial], (1, 2)) if len(spatial) == 1 else (spatial, (2,) * len(spatial))
     )
+    if len(window) == 3 and z.dtype.itemsize == 2:
+        z = z.float()  # on a CPU there is no avg_pool3d in 16 bits
     return rows_of(_AVG_POOL[len(window) - 2](channels_first(z, n, spatial), window, window))
 
 

@@ -121,6 +121,8 @@ class TrainConfig:
     """What a dense block keeps for backward, from most memory to least."""
     memory_budget: Annotated[str | None, _recipe_default("SIZE", "none")] = None
     """Choose each block's --save so that a step fits, such as 8GiB; auto: what is free."""
+    offload: bool = False
+    """Keep what dense blocks keep in main memory (of a GPU) or in files (of a processor)."""
     backend: Literal["auto", "torch", "triton"] = "auto"
     """What computes the dense blocks."""
 
@@ -156,9 +158,11 @@ class TrainConfig:
     work_dir: Annotated[
         Path | None, _recipe_default("PATH", "the first free one of runs/DATA-1, runs/DATA-2, ...")
     ] = None
-    """Folder for config.yaml, train.csv, test.csv, loss.png, error.png and model.pt."""
+    """Folder for config.yaml, train.csv, test.csv, system.csv, two pictures and model.pt."""
     overwrite: bool = False
     """Replace the run that --work-dir holds; without this it is an error."""
+    system_interval: int = 100
+    """Steps between rows of system.csv, each process's memory and GPU; 0: none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPUs if there are any."""
     num_workers: Annotated[
@@ -214,6 +218,7 @@ class ResolvedConfig:
     drop_rate: float
     save: str
     memory_budget: str | None
+    offload: bool
     backend: str
     epochs: int
     batch_size: int
@@ -228,6 +233,7 @@ class ResolvedConfig:
     seed: int
     work_dir: Path | None
     overwrite: bool
+    system_interval: int
     device: Literal["auto", "cpu", "cuda"]
     num_workers: int
     threads: int
@@ -251,6 +257,7 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
     for option in ("epochs", "batch_size", "image_size", "depth", "growth_rate", "threads"):
         require(getattr(config, option) >= 1, option, "at least 1")
     require(config.num_workers >= 0, "num_workers", "at least 0")
+    require(config.system_interval >= 0, "system_interval", "at least 0")
     if config.memory_budget not in (None, "auto"):
         try:
             parse_size(config.memory_budget)

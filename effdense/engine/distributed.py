@@ -111,6 +111,15 @@ def gathered(value: str) -> list[str]:
     return values
 
 
+def gathered_tensor(values: Tensor) -> list[Tensor]:
+    """The tensors of all processes, of one shape, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [values]
+    all_values = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_values, values)
+    return all_values
+
+
 def summed(values: Tensor) -> Tensor:
     """The sum over all processes; ``values`` is left as it is."""
     if not dist.is_initialized():

@@ -28,7 +28,15 @@ from .errors import UserError
 
 TRAIN_COLUMNS = ("epoch", "step", "lr", "loss", "error")
 TEST_COLUMNS = ("epoch", "step", "loss", "error", "samples")
-_RUN_FILES = ("config.yaml", "train.csv", "test.csv", "loss.png", "error.png", "model.pt")
+_RUN_FILES = (
+    "config.yaml",
+    "train.csv",
+    "test.csv",
+    "system.csv",
+    "loss.png",
+    "error.png",
+    "model.pt",
+)
 
 
 @contextmanager
@@ -64,8 +72,8 @@ class CsvLog:
         self._path, self._columns = path, tuple(columns)
         self._write(self._columns, "x")
 
-    def add(self, **row: float) -> None:
-        """Append one row and see it on disk; ``row`` names every column."""
+    def add(self, **row: float | None) -> None:
+        """Append one row and see it on disk; ``row`` names every column, None leaves it empty."""
         assert set(row) == set(self._columns)
         self._write([row[column] for column in self._columns], "a")
 
@@ -114,6 +122,10 @@ class WorkDir:
     def test_log(self) -> CsvLog:
         """A fresh test.csv: one row per epoch; error in per cent."""
         return CsvLog(self.path / "test.csv", TEST_COLUMNS)
+
+    def system_log(self, columns: Sequence[str]) -> CsvLog:
+        """A fresh system.csv: see telemetry.py."""
+        return CsvLog(self.path / "system.csv", columns)
 
     def write_config(self, config: ResolvedConfig, world: World, facts: Mapping[str, Any]) -> None:
         """config.yaml: every option, and what else reproduces the run."""

@@ -31,9 +31,14 @@ from .distributed import (
 )
 from .errors import TrainingError, UserError
 from .records import WorkDir
+from .rehearsal import replan_if_needed
+from .telemetry import SYSTEM_COLUMNS, Telemetry
 
 # How often the processes add up their losses, which makes them wait for each other and the GPU.
 _STEPS_BETWEEN_CHECKS = 20
+
+# Where memory runs out with an error; on a processor the system ends the process instead.
+REHEARSED = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,9 @@ class Trainer:
         self.scaler.update()
         return loss.detach(), logits.detach()
 
-    def train_epoch(self, split: Split, epoch: int, progress: Progress) -> Score:
+    def train_epoch(
+        self, split: Split, epoch: int, progress: Progress, telemetry: Telemetry | None = None
+    ) -> Score:
         """One pass over ``split``; epochs count from 1.
 
         Raises:
@@ -136,6 +143,9 @@ class Trainer:
                     )
                 checked = i + 1
                 progress.show(score)
+            if telemetry is not None:
+                done = i + 1
+                telemetry.after_step(epoch, (epoch - 1) * len(batches) + done, done == len(batches))
         return score
 
     def _losses(self, images: Tensor, labels: Tensor, position: float) -> tuple[Tensor, Tensor]:
@@ -192,30 +202,32 @@ def make_network(config: ResolvedConfig, data: ImageData) -> nn.Module:
     }
     try:
         if config.arch == "densenet_bc":
-            return effdense.densenet_bc(config.depth, config.growth_rate, **options)
-        return getattr(effdense, config.arch)(**options)
+            network = effdense.densenet_bc(config.depth, config.growth_rate, **options)
+        else:
+            network = getattr(effdense, config.arch)(**options)
     except ValueError as error:
         raise UserError(str(error)) from None
+    network.offload = config.offload
+    return network
 
 
-def fit_to_budget(network: nn.Module, config: ResolvedConfig, world: World, channels: int) -> str:
-    """Set each block's save mode by --memory-budget; returns the plan to be shown.
+def fit_to_budget(
+    network: nn.Module, config: ResolvedConfig, world: World, channels: int, budget: str
+) -> str:
+    """Set each block's save mode by a budget; returns the plan to be shown.
 
     Raises:
         UserError: where no choice fits.
     """
     assert isinstance(network, effdense.DenseNet)
-    assert config.memory_budget is not None
-    images = -(-config.batch_size // world.world_size)
     momentum = config.opt == "sgd" and config.momentum > 0
-    budget = config.memory_budget
     if budget == "auto" and world.device.type == "cpu":
         # the machine's processes share its memory
         budget = str(effdense.budget_bytes("auto", "cpu") // world.local_world_size)
     try:
         plan = effdense.plan(
             network,
-            (images, channels, config.image_size, config.image_size),
+            largest_share(config, world, channels),
             budget,
             optimizer="sgd-momentum" if momentum else config.opt,
             amp=AMP_DTYPES[config.amp],
@@ -226,6 +238,12 @@ def fit_to_budget(network: nn.Module, config: ResolvedConfig, world: World, chan
         raise UserError(f"--memory-budget: {error}") from None
     plan.apply(network)
     return str(plan)
+
+
+def largest_share(config: ResolvedConfig, world: World, channels: int) -> tuple[int, ...]:
+    """The shape of the most images that a process gets in a step."""
+    images = -(-config.batch_size // world.world_size)
+    return images, channels, config.image_size, config.image_size
 
 
 class Progress:
@@ -303,7 +321,7 @@ def _run(config: ResolvedConfig, world: World) -> Score:
     work_dir = plan = None
     with all_or_none():
         if config.memory_budget is not None:
-            plan = fit_to_budget(network, config, world, data.in_channels)
+            plan = fit_to_budget(network, config, world, data.in_channels, config.memory_budget)
         if config.batch_size > len(data.train):
             raise UserError(
                 f"--batch-size must be at most {len(data.train)}, the number of training images, "
@@ -323,12 +341,27 @@ def _run(config: ResolvedConfig, world: World) -> Score:
     progress.say(_headline(config, world, data, num_parameters))
     if plan is not None:
         progress.say(plan)
+        if world.device.type in REHEARSED:
+            largest = largest_share(config, world, data.in_channels)
+
+            def again(budget: str) -> str:
+                return fit_to_budget(network, config, world, data.in_channels, budget)
+
+            changed = replan_if_needed(network, largest, config, world, again)
+            if changed is not None:
+                progress.say(changed)
     trainer = Trainer(network, config, world)
+    system_log = (
+        work_dir.system_log(SYSTEM_COLUMNS) if work_dir and config.system_interval else None
+    )
+    telemetry = Telemetry(world, config.system_interval, system_log)
+    if telemetry.warning:
+        progress.say(telemetry.warning)
     steps_per_epoch = len(data.train) // config.batch_size
     for epoch in range(1, config.epochs + 1):
         progress.epoch(epoch)
         began = time.monotonic()
-        train = trainer.train_epoch(data.train, epoch, progress)
+        train = trainer.train_epoch(data.train, epoch, progress, telemetry)
         seconds = time.monotonic() - began
         test = trainer.evaluate(data.test)
         if work_dir is not None:

@@ -1,0 +1,65 @@
+"""The estimates' grid: what it spans, and some of it measured."""
+
+from __future__ import annotations
+
+import estimates
+import pareto
+import pytest
+from harness import report
+from harness.grid import GRID, from_request
+
+from effdense.planning import Choice
+
+
+def test_the_grid_spans_what_it_is_to_span():
+    assert len(GRID) >= 40
+    assert len({each.label() for each in GRID}) == len(GRID)
+    assert {len(each.shape) - 2 for each in GRID} == {1, 2, 3}
+    assert {each.dtype for each in GRID} == {"float32", "float64", "bfloat16"}
+    assert "bfloat16" in {each.amp for each in GRID}
+    saves = {each.save for each in GRID}
+    assert {"naive", "all", "bottlenecks", "features", "input"} <= saves
+    assert sum("+" in save for save in saves) >= 4
+    assert len({each.family for each in GRID}) >= 12
+    assert all(from_request(each.request()) == each for each in GRID)
+
+
+# one of each kind, the quick ones
+CHOSEN = ("float64", "3-D (4+6+4, k 16), bottlenecks", "1-D (4+6+4, k 16), features")
+
+
+@pytest.mark.parametrize("part", CHOSEN)
+def test_predictions_hold(part):
+    each = next(each for each in GRID if part in each.label())
+    answer = estimates.measured(each, threads=1)
+    assert "error" not in answer, answer["error"]
+    assert estimates.within(each.predicted(), answer["live"], answer["peak"]), answer
+
+
+def test_the_plans_that_are_measured_beat_each_other():
+    found = [
+        Choice(("bottlenecks", "bottlenecks"), 50, 1.0),
+        Choice(("features", "bottlenecks"), 55, 1.1),
+        Choice(("bottlenecks", "features"), 40, 1.1),
+        Choice(("features", "features"), 45, 1.2),
+        Choice(("input", "input"), 30, 1.5),
+    ]
+    assert pareto.chosen(found) == [
+        "bottlenecks+bottlenecks",
+        "bottlenecks+features",
+        "input+input",
+        "features+features",
+    ]
+
+
+def test_plans_are_measured_and_drawn(tmp_path, capsys):
+    arguments = ["--depth", "22", "--growth-rate", "6", "--batch-size", "4", "--image-size", "8"]
+    path = tmp_path / "pareto.csv"
+    assert pareto.main([*arguments, "--steps", "1", "--threads", "1", "--output", str(path)]) == 0
+    rows = report.read(path)
+    assert len({row["provider"] for row in rows if row["metric"] == "predicted peak"}) == 27 + 1
+    timed = {row["provider"] for row in rows if row["metric"] == "step time" and row["value"]}
+    assert "naive" in timed
+    assert len(timed) >= 4
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "naive" in capsys.readouterr().out
