@@ -1,5 +1,7 @@
 """The training engine under ``train_ddp.py``.
 
-``config`` says what a run is, ``data`` what it reads, ``distributed`` how its processes work
-together, ``training`` is the loop, ``records`` what it writes and ``plots`` how that is drawn.
+``training`` is a run from its options to its weights: read it first. ``config`` says what a run
+is, ``data`` what it reads, ``networks`` and ``trainer`` what learns, ``distributed`` how its
+processes work together, ``progress`` what it shows, ``records`` what it writes and ``plots`` how
+that is drawn.
 """

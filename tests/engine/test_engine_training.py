@@ -27,7 +27,8 @@ from effdense.engine.config import TrainConfig
 from effdense.engine.distributed import World, joined_world
 from effdense.engine.errors import TrainingError, UserError
 from effdense.engine.plots import read
-from effdense.engine.training import make_optimizer, run
+from effdense.engine.trainer import make_optimizer
+from effdense.engine.training import run
 
 SCRIPT = REPOSITORY / "train_ddp.py"
 WORKERS = Path(workers.__file__)

@@ -1,0 +1,68 @@
+"""The network of a run, built and fitted to its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import effdense
+
+from ..estimation import AMP_DTYPES
+from .config import ResolvedConfig
+from .data import ImageData, random_key
+from .distributed import World
+from .errors import UserError
+
+
+def make_network(config: ResolvedConfig, data: ImageData) -> nn.Module:
+    """The network ``config`` names, initialised by ``config.seed``.
+
+    Raises:
+        UserError: for sizes that no such network has.
+    """
+    torch.manual_seed(random_key("weights", config.seed))
+    options: dict[str, Any] = {
+        "num_classes": data.num_classes,
+        "in_channels": data.in_channels,
+        "drop_rate": config.drop_rate,
+        "save": config.save,
+        "backend": config.backend,
+    }
+    try:
+        if config.arch == "densenet_bc":
+            return effdense.densenet_bc(config.depth, config.growth_rate, **options)
+        return getattr(effdense, config.arch)(**options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def fit_to_budget(network: nn.Module, config: ResolvedConfig, world: World, channels: int) -> str:
+    """Set each block's save mode by --memory-budget; returns the plan to be shown.
+
+    Raises:
+        UserError: where no choice fits.
+    """
+    assert isinstance(network, effdense.DenseNet)
+    assert config.memory_budget is not None
+    images = -(-config.batch_size // world.world_size)
+    momentum = config.opt == "sgd" and config.momentum > 0
+    budget = config.memory_budget
+    if budget == "auto" and world.device.type == "cpu":
+        # the machine's processes share its memory
+        budget = str(effdense.budget_bytes("auto", "cpu") // world.local_world_size)
+    try:
+        plan = effdense.plan(
+            network,
+            (images, channels, config.image_size, config.image_size),
+            budget,
+            optimizer="sgd-momentum" if momentum else config.opt,
+            amp=AMP_DTYPES[config.amp],
+            ddp=world.world_size > 1,
+            device=world.device.type,
+        )
+    except ValueError as error:
+        raise UserError(f"--memory-budget: {error}") from None
+    plan.apply(network)
+    return str(plan)
