@@ -2,6 +2,6 @@
 
 ``training`` is a run from its options to its weights: read it first. ``config`` says what a run
 is, ``data`` what it reads, ``networks`` and ``trainer`` what learns, ``distributed`` how its
-processes work together, ``progress`` what it shows, ``records`` what it writes and ``plots`` how
-that is drawn.
+processes work together, ``resumption`` how it survives them, ``checkpoint`` what it survives by,
+``progress`` what it shows, ``records`` what it writes and ``plots`` how that is drawn.
 """

@@ -10,7 +10,7 @@ import dataclasses
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -156,9 +156,18 @@ class TrainConfig:
     work_dir: Annotated[
         Path | None, _recipe_default("PATH", "the first free one of runs/DATA-1, runs/DATA-2, ...")
     ] = None
-    """Folder for config.yaml, train.csv, test.csv, loss.png, error.png and model.pt."""
+    """Folder for the run's files: its options, scores, curves, checkpoints and weights."""
+    resume: Literal["auto", "never"] = "auto"
+    """What to do with the run that --work-dir holds. auto: go on with it if it has the same
+    options, else it is an error; never: it is an error."""
     overwrite: bool = False
-    """Replace the run that --work-dir holds; without this it is an error."""
+    """Replace the run that --work-dir holds."""
+    checkpoint_steps: int = 0
+    """Write a checkpoint after so many steps, besides those at each epoch's end; 0: none."""
+    checkpoint_minutes: float = 15.0
+    """Write a checkpoint when the last one is so many minutes old; 0: none."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints stay; the one with the least test error stays too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPUs if there are any."""
     num_workers: Annotated[
@@ -195,6 +204,25 @@ class TrainConfig:
         return config
 
 
+# What may differ between a run and its resumption: it changes nothing that is learnt, or, for
+# device and threads, no more than the last bits.
+MAY_CHANGE = frozenset(
+    {
+        "data_dir",
+        "download",
+        "work_dir",
+        "resume",
+        "overwrite",
+        "checkpoint_steps",
+        "checkpoint_minutes",
+        "keep_checkpoints",
+        "device",
+        "num_workers",
+        "threads",
+    }
+)
+
+
 @dataclass(frozen=True)
 class ResolvedConfig:
     """A run's options with nothing left open but the work directory.
@@ -227,10 +255,33 @@ class ResolvedConfig:
     amp: Literal["none", "bf16", "fp16"]
     seed: int
     work_dir: Path | None
+    resume: Literal["auto", "never"]
     overwrite: bool
+    checkpoint_steps: int
+    checkpoint_minutes: float
+    keep_checkpoints: int
     device: Literal["auto", "cpu", "cuda"]
     num_workers: int
     threads: int
+
+    def options(self) -> dict[str, Any]:
+        """Every option in JSON's types."""
+        return {
+            key: str(value)
+            if isinstance(value, Path)
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    def differences(self, held: Mapping[str, Any]) -> list[str]:
+        """What keeps this run from going on with one of the options ``held``."""
+        return [
+            f"--{key.replace('_', '-')} is {value}, was {held[key]}"
+            for key, value in self.options().items()
+            if key in held and key not in MAY_CHANGE and held[key] != value
+        ]
 
     def lr_at(self, progress: float) -> float:
         """Learning rate after ``progress`` in [0, 1] of the training.
@@ -250,7 +301,9 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
 
     for option in ("epochs", "batch_size", "image_size", "depth", "growth_rate", "threads"):
         require(getattr(config, option) >= 1, option, "at least 1")
-    require(config.num_workers >= 0, "num_workers", "at least 0")
+    require(config.keep_checkpoints >= 1, "keep_checkpoints", "at least 1")
+    for option in ("num_workers", "checkpoint_steps", "checkpoint_minutes"):
+        require(getattr(config, option) >= 0, option, "at least 0")
     if config.memory_budget not in (None, "auto"):
         try:
             parse_size(config.memory_budget)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .config import ResolvedConfig
 from .errors import UserError
+from .signals import outlive_stop_signals
 
 Batch = tuple[Tensor, Tensor]
 """Normalised images (N, C, H, W) in float32 and their labels (N,) in int64."""
@@ -225,6 +226,7 @@ class ImageFolder:
             batch_sampler=([(i, epoch) for i in chosen.tolist()] for chosen in indices),
             num_workers=self._num_workers,
             pin_memory=device.type == "cuda",
+            worker_init_fn=outlive_stop_signals,
             # the loader's own base seed must not be drawn from the generator dropout uses
             generator=torch.Generator(),
         )

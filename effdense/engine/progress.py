@@ -35,12 +35,13 @@ class Progress:
         """Begin an epoch."""
         self._epoch, self._began = epoch, time.monotonic()
 
-    def steps(self, batches: Iterable[Batch], total: int) -> Iterator[Batch]:
-        """Pass ``batches`` on, counting them."""
+    def steps(self, batches: Iterable[Batch], total: int, done: int = 0) -> Iterator[Batch]:
+        """Pass ``batches`` on, counting them from ``done`` to ``total``."""
         self._bar = tqdm(
             batches,
             desc=f"epoch {self._epoch}/{self._epochs}",
             total=total,
+            initial=done,
             disable=not self._bars,
             leave=False,
             unit="step",
@@ -53,10 +54,10 @@ class Progress:
         if self._bar is not None and self._bars:
             self._bar.set_postfix(loss=f"{score.loss:.4f}", error=f"{score.error:.2f} %")
 
-    def end(self, train: Score, test: Score, seconds: float) -> None:
-        """Print the line of an epoch whose training took ``seconds``."""
+    def end(self, train: Score, test: Score, images: int, seconds: float) -> None:
+        """Print the line of an epoch, ``images`` of which took ``seconds`` to train on."""
         # A small epoch can be shorter than a tick of the clock.
-        speed = f"{train.samples / seconds:,.0f} images/s  " if seconds > 0 else ""
+        speed = f"{images / seconds:,.0f} images/s  " if seconds > 0 else ""
         width = len(str(self._epochs))
         self.say(
             f"epoch {self._epoch:{width}}/{self._epochs}  "

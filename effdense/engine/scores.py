@@ -31,6 +31,14 @@ class Tally:
         count = torch.full_like(wrong, len(labels))
         self._sums += torch.stack([loss.detach().double() * len(labels), wrong, count])
 
+    def state(self) -> Tensor:
+        """This process's sums."""
+        return self._sums.cpu().clone()
+
+    def restore(self, sums: Tensor) -> None:
+        """Go on from what :meth:`state` gave."""
+        self._sums.copy_(sums)
+
     def score(self) -> Score:
         """The result over all processes; a collective."""
         loss, wrong, samples = summed(self._sums).tolist()

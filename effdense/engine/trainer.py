@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..estimation import AMP_DTYPES
+from .checkpoint import Position
 from .config import ResolvedConfig
 from .data import Split, global_batches, random_key, share
-from .distributed import World, average_running_statistics, data_parallel
+from .distributed import World, average_running_statistics, data_parallel, largest
 from .errors import TrainingError
 from .progress import Progress
 from .scores import Score, Tally
@@ -36,6 +40,9 @@ class Trainer:
         self.model = data_parallel(network, world)
         self.optimizer = make_optimizer(network, config)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
+        self.position = Position(epoch=1, step=0)
+        """What comes next."""
+        self._tally = Tally(world.device)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of ``--amp`` for forward passes."""
@@ -64,39 +71,119 @@ class Trainer:
         self.scaler.update()
         return loss.detach(), logits.detach()
 
-    def train_epoch(self, split: Split, epoch: int, progress: Progress) -> Score:
-        """One pass over ``split``; epochs count from 1.
+    def settle_buckets(self, image_shape: Sequence[int]) -> None:
+        """Have DDP group its buckets before the first step.
+
+        It groups them anew after its first backward, by the order in which gradients came, and
+        the order in which processes' gradients are summed follows the groups. Without this a
+        run that goes on from a checkpoint would take its first step with the first grouping,
+        and with three processes or more end with other bits.
+
+        Args:
+            image_shape: (channels, height, width).
+        """
+        if self.world.world_size == 1:
+            return
+        before = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+        self.network.train()
+        images = torch.zeros((2, *image_shape), device=self.world.device)
+        with self.autocast():
+            self.model(images).sum().backward()
+        self.optimizer.zero_grad()
+        self._set_buffers(before)
+
+    def train_epoch(
+        self, split: Split, progress: Progress, after_step: Callable[[int], None]
+    ) -> Score:
+        """The rest of the epoch that :attr:`position` is in.
+
+        Args:
+            split: the training images.
+            progress: shows it.
+            after_step: called after each step with the number of steps left.
 
         Raises:
             TrainingError: on every process, if the loss of any is not finite.
         """
         config, world = self.config, self.world
+        epoch, done = self.position.epoch, self.position.step
         batches = global_batches(len(split), config.batch_size, config.seed, epoch)
-        shares = [share(batch, world.rank, world.world_size) for batch in batches]
-        # what dropout draws must differ between processes
-        torch.manual_seed(random_key("dropout", config.seed, epoch, world.rank))
+        shares = [share(batch, world.rank, world.world_size) for batch in batches[done:]]
+        if not done:
+            self._tally = Tally(world.device)
+            # what dropout draws must differ between processes
+            torch.manual_seed(random_key("dropout", config.seed, epoch, world.rank))
         self.model.train()
-        tally = Tally(world.device)
-        checked = 0
-        for i, (images, labels) in enumerate(
-            progress.steps(split.batches(shares, epoch, world.device), len(batches))
-        ):
-            position = (epoch - 1 + i / len(batches)) / config.epochs
-            tally.add(*self._losses(images, labels, position), labels)
-            if (i + 1) % _STEPS_BETWEEN_CHECKS == 0 or i + 1 == len(batches):
-                score = tally.score()
-                if not torch.isfinite(torch.tensor(score.loss)):
-                    raise TrainingError(
-                        f"the loss is {score.loss} in epoch {epoch}, between steps {checked + 1} "
-                        f"and {i + 1} of {len(batches)}: try a lower --lr"
-                        + ("" if config.amp == "none" else ", or --amp none")
-                    )
-                checked = i + 1
-                progress.show(score)
+        steps = progress.steps(split.batches(shares, epoch, world.device), len(batches), done)
+        for step, (images, labels) in enumerate(steps, done):
+            lr = config.lr_at((epoch - 1 + step / len(batches)) / config.epochs)
+            loss, logits = self.step(images, labels, config.batch_size, lr)
+            self._tally.add(loss, logits, labels)
+            self.position = Position(epoch, step + 1)
+            if (step + 1) % _STEPS_BETWEEN_CHECKS == 0:
+                progress.show(self.check())
+            after_step(len(batches) - step - 1)
+        return self.check()
+
+    def check(self) -> Score:
+        """The training score of the epoch so far; a collective.
+
+        Raises:
+            TrainingError: on every process, if it, the weights or the running statistics of any
+                process are not finite.
+        """
+        score = self._tally.score()
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+        (broken,) = largest([not finite])
+        if broken or not math.isfinite(score.loss):
+            what = "weights are not" if math.isfinite(score.loss) else f"loss is {score.loss}, not"
+            raise TrainingError(
+                f"the {what} finite in epoch {self.position.epoch}, by step {self.position.step}: "
+                f"try a lower --lr" + ("" if self.config.amp == "none" else ", or --amp none")
+            )
         return score
 
-    def _losses(self, images: Tensor, labels: Tensor, position: float) -> tuple[Tensor, Tensor]:
-        return self.step(images, labels, self.config.batch_size, self.config.lr_at(position))
+    def shared_state(self) -> dict[str, Any]:
+        """What is the same on every process."""
+        return {
+            "parameters": {name: p.detach() for name, p in self.network.named_parameters()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def own_state(self) -> dict[str, Any]:
+        """What is this process's own."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.world.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.world.device)
+        return {
+            "buffers": dict(self.network.named_buffers()),
+            "random": random,
+            "tally": self._tally.state(),
+        }
+
+    @torch.no_grad()
+    def restore(self, position: Position, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`shared_state` gave at ``position``."""
+        self.position = position
+        for name, parameter in self.network.named_parameters():
+            parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def restore_own(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`own_state` gave."""
+        self._set_buffers(state["buffers"])
+        self._tally.restore(state["tally"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if "cuda" in state["random"] and self.world.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.world.device)
+
+    @torch.no_grad()
+    def _set_buffers(self, values: Mapping[str, Tensor]) -> None:
+        for name, buffer in self.network.named_buffers():
+            buffer.copy_(values[name])
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> Score:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from typing import Any
 
 from . import plots
+from .checkpoint import Position
 from .config import ResolvedConfig, TrainConfig
 from .data import ImageData, load
 from .distributed import World, all_or_none, joined_world, launched_processes
 from .errors import UserError
 from .networks import fit_to_budget, make_network
 from .progress import Progress
-from .records import WorkDir
+from .records import CsvLog, WorkDir, last_score
+from .resumption import Keeper, go_on
 from .scores import Score
+from .signals import StopSignals
 from .trainer import Trainer
 
 
@@ -25,60 +31,100 @@ def run(options: TrainConfig) -> Score:
     Raises:
         UserError: for what the user can mend, on every process.
         TrainingError: for a loss that is not finite, on every process.
+        Interrupted: for a run that was told to stop, on every process.
     """
     world_size, local_world_size = launched_processes()
     config = options.resolved(world_size=world_size, local_world_size=local_world_size)
-    with joined_world(config.device, config.threads) as world:
-        return _run(config, world)
+    with StopSignals() as signals, joined_world(config.device, config.threads) as world:
+        return _run(config, world, signals)
 
 
-def _run(config: ResolvedConfig, world: World) -> Score:
+def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
     data = _load_together(config, world)
     network = make_network(config, data).to(world.device)
-    num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    work_dir = plan = None
-    with all_or_none():
-        if config.memory_budget is not None:
-            plan = fit_to_budget(network, config, world, data.in_channels)
-        if config.batch_size > len(data.train):
-            raise UserError(
-                f"--batch-size must be at most {len(data.train)}, the number of training images, "
-                f"got {config.batch_size}"
-            )
-        if world.is_main:
-            work_dir = WorkDir.claim(config)
-    if work_dir is not None:
-        facts = {
-            "model": {"name": config.arch, "parameters": num_parameters},
-            "images": {"train": len(data.train), "test": len(data.test)},
-        }
-        work_dir.write_config(config, world, facts)
-        train_log, test_log = work_dir.train_log(), work_dir.test_log()
+    facts: dict[str, Any] = {
+        "model": {"name": config.arch, "parameters": sum(p.numel() for p in network.parameters())},
+        "images": {"train": len(data.train), "test": len(data.test)},
+    }
+    plan = None
+    with ExitStack() as stack:
+        work_dir = None
+        with all_or_none():
+            if config.memory_budget is not None:
+                plan = fit_to_budget(network, config, world, data.in_channels)
+            if config.batch_size > len(data.train):
+                raise UserError(
+                    f"--batch-size must be at most {len(data.train)}, the number of training "
+                    f"images, got {config.batch_size}"
+                )
+            if world.is_main:
+                work_dir = stack.enter_context(closing(WorkDir.claim(config, facts)))
+        progress = Progress(config, world)
+        progress.say(_headline(config, world, data, facts["model"]["parameters"]))
+        if plan is not None:
+            progress.say(plan)
+        trainer = Trainer(network, config, world)
+        return _train(trainer, data, work_dir, facts, progress, signals)
 
-    progress = Progress(config, world)
-    progress.say(_headline(config, world, data, num_parameters))
-    if plan is not None:
-        progress.say(plan)
-    trainer = Trainer(network, config, world)
+
+def _train(
+    trainer: Trainer,
+    data: ImageData,
+    work_dir: WorkDir | None,
+    facts: Mapping[str, Any],
+    progress: Progress,
+    signals: StopSignals,
+) -> Score:
+    """The run from where its newest checkpoint is, or else from the beginning, to its end."""
+    config, world = trainer.config, trainer.world
+    trainer.settle_buckets((data.in_channels, config.image_size, config.image_size))
+    store = found = None
+    if work_dir is not None:
+        store = work_dir.checkpoints(config.keep_checkpoints)
+        found = store.newest(progress.say)
+    rows, said = go_on(trainer, found, config, world)
+    logs: dict[str, CsvLog] = {}
+    with all_or_none():
+        if work_dir is not None:
+            if found is None:
+                work_dir.write_config(config, world, facts)
+            logs = work_dir.logs(rows)
+    for line in said:
+        progress.say(line)
+
+    keeper = Keeper(trainer, config, world, store, logs, signals)
     steps_per_epoch = len(data.train) // config.batch_size
-    for epoch in range(1, config.epochs + 1):
+    test = None
+    while trainer.position.epoch <= config.epochs:
+        epoch, done = trainer.position.epoch, trainer.position.step
         progress.epoch(epoch)
         began = time.monotonic()
-        train = trainer.train_epoch(data.train, epoch, progress)
+        train = trainer.train_epoch(data.train, progress, keeper.after_step)
         seconds = time.monotonic() - began
         test = trainer.evaluate(data.test)
+        with all_or_none():
+            if work_dir is not None:
+                step = epoch * steps_per_epoch
+                lr = trainer.optimizer.param_groups[0]["lr"]
+                logs["train.csv"].add(
+                    epoch=epoch, step=step, lr=lr, loss=train.loss, error=train.error
+                )
+                logs["test.csv"].add(
+                    epoch=epoch, step=step, loss=test.loss, error=test.error, samples=test.samples
+                )
+                plots.draw([work_dir.path], work_dir.path)
+        progress.end(train, test, (steps_per_epoch - done) * config.batch_size, seconds)
+        trainer.position = Position(epoch + 1, 0)
+        keeper.after_epoch(test.error)
+    if test is None:
+        test = last_score(rows["test.csv"])
+    with all_or_none():
         if work_dir is not None:
-            step = epoch * steps_per_epoch
-            lr = trainer.optimizer.param_groups[0]["lr"]
-            train_log.add(epoch=epoch, step=step, lr=lr, loss=train.loss, error=train.error)
-            test_log.add(
-                epoch=epoch, step=step, loss=test.loss, error=test.error, samples=test.samples
-            )
             plots.draw([work_dir.path], work_dir.path)
-        progress.end(train, test, seconds)
-    if work_dir is not None:
-        path = work_dir.save_model(network)
-        progress.say(f"test error {test.error:.2f} % on {test.samples} images; weights in {path}")
+            path = work_dir.save_model(trainer.network)
+            progress.say(
+                f"test error {test.error:.2f} % on {test.samples} images; weights in {path}"
+            )
     return test
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,3 +47,10 @@ def _one_thread() -> Iterator[None]:
 def error_lines(process: subprocess.CompletedProcess[str]) -> list[str]:
     """What the run itself says went wrong; torchrun's own report is not counted."""
     return [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+
+
+def flags(**options: Any) -> list[object]:
+    """The command line's spelling of options."""
+    return [
+        part for key, value in options.items() for part in (f"--{key}".replace("_", "-"), value)
+    ]

@@ -18,6 +18,7 @@ from effdense.engine.config import TrainConfig
 from effdense.engine.data import Batch, InMemory, Normalization, share
 from effdense.engine.distributed import World, all_or_none, joined_world, launched_processes
 from effdense.engine.errors import UserError, one_line_errors
+from effdense.engine.signals import StopSignals
 from effdense.engine.trainer import Trainer
 
 BATCH_SIZE = 10  # not a multiple of 3
@@ -113,7 +114,7 @@ def defect_on_rank_1(world: World) -> dict[str, Tensor]:
     Trainer.step = failing  # type: ignore[method-assign]
     options = TrainConfig(data="fake", depth=10, image_size=8, threads=1)
     config = options.resolved(world_size=world.world_size)
-    training._run(config, world)
+    training._run(config, world, StopSignals())
     raise AssertionError("training must have failed")
 
 
