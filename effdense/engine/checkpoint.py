@@ -124,16 +124,17 @@ class CheckpointStore:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
-                f"cannot write the checkpoint {path}: {error.strerror or error}; {self._left()}"
+                f"cannot write the checkpoint {path}: {error.strerror or error}; {self.left()}"
             ) from None
         self._prune()
         return path
 
-    def _left(self) -> str:
+    def left(self) -> str:
+        """What a run that has to stop can go on from, in words."""
         published = self.positions()
         if not published:
-            return "there is no earlier one"
-        return f"{published[-1]} is the newest there is: the same command goes on from it"
+            return "there is no checkpoint yet"
+        return f"the newest checkpoint is {self.folder / str(published[-1])}"
 
     def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that is what was written; None if there is none.

@@ -150,6 +150,13 @@ class TrainConfig:
     """Share of the training target that is spread over all classes, in [0, 1)."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Mixed precision by autocast; fp16 scales the loss."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What to do about a loss or gradient that is not finite. skip: leave out its step."""
+    max_skipped: int = 10
+    """Stop after leaving out more steps than that."""
+    corrupt_images: Literal["stop", "skip"] = "stop"
+    """What to do about image files that cannot be read. skip: in training, take the data set's
+    next image instead; in testing, leave it out."""
     seed: int = 0
     """Seed of the initial weights, the order of the data, the augmentation and dropout."""
 
@@ -170,6 +177,9 @@ class TrainConfig:
     """How many of the newest checkpoints stay; the one with the least test error stays too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPUs if there are any."""
+    hang_timeout: float = 600.0
+    """End a run that has not moved for so many seconds and name the process that hangs; 0: never.
+    Between several processes only."""
     num_workers: Annotated[
         int | None, _recipe_default("PROCESSES", "the cores per process, at most 8")
     ] = None
@@ -216,6 +226,8 @@ MAY_CHANGE = frozenset(
         "checkpoint_steps",
         "checkpoint_minutes",
         "keep_checkpoints",
+        "max_skipped",
+        "hang_timeout",
         "device",
         "num_workers",
         "threads",
@@ -253,6 +265,9 @@ class ResolvedConfig:
     milestones: tuple[float, ...]
     label_smoothing: float
     amp: Literal["none", "bf16", "fp16"]
+    non_finite: Literal["stop", "skip"]
+    max_skipped: int
+    corrupt_images: Literal["stop", "skip"]
     seed: int
     work_dir: Path | None
     resume: Literal["auto", "never"]
@@ -261,6 +276,7 @@ class ResolvedConfig:
     checkpoint_minutes: float
     keep_checkpoints: int
     device: Literal["auto", "cpu", "cuda"]
+    hang_timeout: float
     num_workers: int
     threads: int
 
@@ -302,7 +318,13 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
     for option in ("epochs", "batch_size", "image_size", "depth", "growth_rate", "threads"):
         require(getattr(config, option) >= 1, option, "at least 1")
     require(config.keep_checkpoints >= 1, "keep_checkpoints", "at least 1")
-    for option in ("num_workers", "checkpoint_steps", "checkpoint_minutes"):
+    for option in (
+        "num_workers",
+        "checkpoint_steps",
+        "checkpoint_minutes",
+        "max_skipped",
+        "hang_timeout",
+    ):
         require(getattr(config, option) >= 0, option, "at least 0")
     if config.memory_budget not in (None, "auto"):
         try:

@@ -54,6 +54,9 @@ def share(indices: Tensor, rank: int, world_size: int) -> Tensor:
 class Split(Protocol):
     """The training or the test part of a data set."""
 
+    unreadable: set[str]
+    """Image files that this process has found it cannot read."""
+
     def __len__(self) -> int:
         """Samples in it."""
 
@@ -144,6 +147,7 @@ class InMemory:
         self.normalization = normalization
         self.augment = augment
         self.seed = seed
+        self.unreadable: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -163,30 +167,66 @@ class InMemory:
             yield images, self.labels[there]
 
 
+_Sample = tuple[Tensor | None, int, list[str]]
+"""An image, None if it cannot be read; its label; the files that could not be read."""
+
+
 @dataclass(frozen=True)
-class _KeyedFolder(Dataset[tuple[Tensor, int]]):
+class _KeyedFolder(Dataset[_Sample]):
     """An image folder that is asked for (index, epoch); epoch None: not augmented."""
 
     folder: Any
     train: Callable[[Any], Tensor]
     test: Callable[[Any], Tensor]
     seed: int
+    replace: bool
+    """Whether the next image takes the place of one that cannot be read, in training."""
 
-    def __getitem__(self, asked: tuple[int, int | None]) -> tuple[Tensor, int]:
+    def __getitem__(self, asked: tuple[int, int | None]) -> _Sample:
         index, epoch = asked
-        image, label = self.folder[index]
         if epoch is None:
-            return self.test(image), label
+            image, label, unreadable = self._read(index, 1)
+            return None if image is None else self.test(image), label, unreadable
+        image, label, unreadable = self._read(index, len(self.folder) if self.replace else 1)
+        if image is None:
+            return None, label, unreadable
         # torchvision's transforms draw from the global generator
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(random_key("augmentation", self.seed, epoch, index))
-            return self.train(image), label
+            return self.train(image), label, unreadable
+
+    def _read(self, index: int, tries: int) -> tuple[Any, int, list[str]]:
+        """The first of ``tries`` images from ``index`` on that can be read."""
+        unreadable: list[str] = []
+        for one in range(index, index + tries):
+            path, label = self.folder.samples[one % len(self.folder)]
+            try:
+                return self.folder.loader(path), label, unreadable
+            # the decoders raise what they like: OSError, SyntaxError, ValueError, struct.error
+            except Exception:
+                unreadable.append(path)
+        return None, label, unreadable
+
+
+def _collated(samples: Sequence[_Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    images = [image for image, _, _ in samples if image is not None]
+    labels = [label for image, label, _ in samples if image is not None]
+    unreadable = [path for _, _, paths in samples for path in paths]
+    return torch.stack(images) if images else torch.empty(0), torch.tensor(labels), unreadable
 
 
 class ImageFolder:
     """Images in one folder per class, read by worker processes."""
 
-    def __init__(self, root: Path, image_size: int, augment: bool, seed: int, num_workers: int):
+    def __init__(
+        self,
+        root: Path,
+        image_size: int,
+        augment: bool,
+        seed: int,
+        num_workers: int,
+        skip_unreadable: bool = False,
+    ) -> None:
         from torchvision import datasets
         from torchvision.transforms import v2
 
@@ -212,8 +252,12 @@ class ImageFolder:
                 v2.RandomHorizontalFlip(),
             ]
         )
-        self._dataset = _KeyedFolder(self._folder, train if augment else test, test, seed)
+        self._dataset = _KeyedFolder(
+            self._folder, train if augment else test, test, seed, skip_unreadable
+        )
         self._num_workers = num_workers
+        self._skip_unreadable = skip_unreadable
+        self.unreadable: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._folder)
@@ -227,10 +271,21 @@ class ImageFolder:
             num_workers=self._num_workers,
             pin_memory=device.type == "cuda",
             worker_init_fn=outlive_stop_signals,
+            collate_fn=_collated,
             # the loader's own base seed must not be drawn from the generator dropout uses
             generator=torch.Generator(),
         )
-        for images, labels in loader:
+        for images, labels, unreadable in loader:
+            self.unreadable.update(unreadable)
+            if unreadable and not self._skip_unreadable:
+                raise UserError(
+                    f"{unreadable[0]} cannot be read as an image: mend or remove it, or leave "
+                    f"such images out with --corrupt-images skip"
+                )
+            if not len(images):
+                if epoch is not None:
+                    raise UserError("no image of the data set can be read")
+                continue
             yield (
                 IMAGENET_NORMALIZATION(images.to(device, non_blocking=True)),
                 labels.to(device, non_blocking=True),
@@ -362,7 +417,12 @@ def _image_folder(config: ResolvedConfig) -> ImageData:
     augment = config.augment == "standard"
     train, test = (
         ImageFolder(
-            config.data_dir / part, config.image_size, augment, config.seed, config.num_workers
+            config.data_dir / part,
+            config.image_size,
+            augment,
+            config.seed,
+            config.num_workers,
+            config.corrupt_images == "skip",
         )
         for part in ("train", "val")
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..estimation import AMP_DTYPES
 from .checkpoint import Position
 from .config import ResolvedConfig
-from .data import Split, global_batches, random_key, share
+from .data import Batch, Split, global_batches, random_key, share
 from .distributed import World, average_running_statistics, data_parallel, largest
 from .errors import TrainingError
 from .progress import Progress
@@ -43,6 +44,12 @@ class Trainer:
         self.position = Position(epoch=1, step=0)
         """What comes next."""
         self._tally = Tally(world.device)
+        self.skipped = 0
+        """Steps left out so far because something was not finite."""
+        self.waited = 0.0
+        """Seconds for which steps of this epoch have waited for their images."""
+        self.mark: Callable[[str], None] = lambda doing: None
+        """Told what the trainer is doing, whenever that changes."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of ``--amp`` for forward passes."""
@@ -51,12 +58,17 @@ class Trainer:
 
     def step(
         self, images: Tensor, labels: Tensor, batch_size: int, lr: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | None:
         """Train on this process's share of a batch of ``batch_size`` samples over all processes.
 
         Returns:
-            The mean loss over the share, and its logits.
+            The mean loss over the share, and its logits; None for a step that was left out.
+
+        Raises:
+            TrainingError: on every process, when too many steps have been left out.
         """
+        skips = self.config.non_finite == "skip"
+        buffers = [buffer.clone() for buffer in self.network.buffers()] if skips else []
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
@@ -67,9 +79,33 @@ class Trainer:
         # however unevenly it is shared.
         weight = len(labels) * self.world.world_size / batch_size
         self.scaler.scale(loss * weight).backward()
+        if skips and not self._is_finite(loss):
+            self._leave_out(buffers)
+            return None
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach(), logits.detach()
+
+    def _is_finite(self, loss: Tensor) -> bool:
+        """Whether the loss of every process, and the gradient, is finite; a collective."""
+        finite = [loss.detach().isfinite()]
+        if not self.scaler.is_enabled():  # which leaves out steps itself until its scale fits
+            gradients = (p.grad for p in self.network.parameters() if p.grad is not None)
+            finite += [gradient.isfinite().all() for gradient in gradients]
+        (broken,) = largest([not torch.stack(finite).all()])
+        return not broken
+
+    @torch.no_grad()
+    def _leave_out(self, buffers: Sequence[Tensor]) -> None:
+        for buffer, before in zip(self.network.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        self.skipped += 1
+        if self.skipped > self.config.max_skipped:
+            raise TrainingError(
+                f"{self.skipped} steps had a loss or gradient that is not finite, the last of "
+                f"them step {self.position.step + 1} of epoch {self.position.epoch}: try a lower "
+                f"--lr, or let --max-skipped be larger"
+            )
 
     def settle_buckets(self, image_shape: Sequence[int]) -> None:
         """Have DDP group its buckets before the first step.
@@ -114,16 +150,31 @@ class Trainer:
             # what dropout draws must differ between processes
             torch.manual_seed(random_key("dropout", config.seed, epoch, world.rank))
         self.model.train()
-        steps = progress.steps(split.batches(shares, epoch, world.device), len(batches), done)
-        for step, (images, labels) in enumerate(steps, done):
+        self.waited = 0.0
+        fetched = self._fetched(split.batches(shares, epoch, world.device))
+        for step, (images, labels) in enumerate(progress.steps(fetched, len(batches), done), done):
             lr = config.lr_at((epoch - 1 + step / len(batches)) / config.epochs)
-            loss, logits = self.step(images, labels, config.batch_size, lr)
-            self._tally.add(loss, logits, labels)
+            result = self.step(images, labels, config.batch_size, lr)
+            if result is not None:
+                self._tally.add(*result, labels)
             self.position = Position(epoch, step + 1)
             if (step + 1) % _STEPS_BETWEEN_CHECKS == 0:
                 progress.show(self.check())
             after_step(len(batches) - step - 1)
         return self.check()
+
+    def _fetched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass ``batches`` on, timing how long they are waited for."""
+        while True:
+            place = f"step {self.position.step + 1} of epoch {self.position.epoch}"
+            self.mark(f"reading the images of {place}")
+            began = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - began
+            if batch is None:
+                return
+            self.mark(f"in {place}")
+            yield batch
 
     def check(self) -> Score:
         """The training score of the epoch so far; a collective.
@@ -150,6 +201,7 @@ class Trainer:
             "parameters": {name: p.detach() for name, p in self.network.named_parameters()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
         }
 
     def own_state(self) -> dict[str, Any]:
@@ -171,6 +223,7 @@ class Trainer:
             parameter.copy_(state["parameters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]
 
     def restore_own(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`own_state` gave."""
@@ -187,7 +240,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> Score:
-        """Score the network in eval mode on every sample of ``split``, each exactly once."""
+        """Score the network in eval mode on every sample of ``split``, each exactly once.
+
+        The score's number of samples is less than the split's where images could not be read.
+        """
         average_running_statistics(self.network)
         world = self.world
         mine = share(torch.arange(len(split)), world.rank, world.world_size)
@@ -195,15 +251,15 @@ class Trainer:
         self.model.eval()
         tally = Tally(world.device)
         chunks = mine.split(per_process) if len(mine) else ()
-        for images, labels in split.batches(chunks, None, world.device):
+        for number, (images, labels) in enumerate(split.batches(chunks, None, world.device), 1):
+            self.mark(f"testing, at batch {number} of {len(chunks)}")
             with self.autocast():
                 # not through DDP: shares may differ in their number of batches
                 logits = self.network(images)
                 loss = F.cross_entropy(logits, labels)
             tally.add(loss, logits, labels)
-        score = tally.score()
-        assert score.samples == len(split)
-        return score
+        self.mark("waiting for the others' test scores")
+        return tally.score()
 
 
 def make_optimizer(network: nn.Module, config: ResolvedConfig) -> torch.optim.Optimizer:

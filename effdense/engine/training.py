@@ -11,8 +11,8 @@ from . import plots
 from .checkpoint import Position
 from .config import ResolvedConfig, TrainConfig
 from .data import ImageData, load
-from .distributed import World, all_or_none, joined_world, launched_processes
-from .errors import UserError
+from .distributed import World, all_or_none, gathered, joined_world, launched_processes
+from .errors import TrainingError, UserError
 from .networks import fit_to_budget, make_network
 from .progress import Progress
 from .records import CsvLog, WorkDir, last_score
@@ -20,6 +20,7 @@ from .resumption import Keeper, go_on
 from .scores import Score
 from .signals import StopSignals
 from .trainer import Trainer
+from .watchdog import Watchdog
 
 
 def run(options: TrainConfig) -> Score:
@@ -64,6 +65,8 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
         if plan is not None:
             progress.say(plan)
         trainer = Trainer(network, config, world)
+        watchdog = stack.enter_context(Watchdog(world, config.hang_timeout))
+        trainer.mark = watchdog.mark
         return _train(trainer, data, work_dir, facts, progress, signals)
 
 
@@ -99,7 +102,10 @@ def _train(
         epoch, done = trainer.position.epoch, trainer.position.step
         progress.epoch(epoch)
         began = time.monotonic()
-        train = trainer.train_epoch(data.train, progress, keeper.after_step)
+        try:
+            train = trainer.train_epoch(data.train, progress, keeper.after_step)
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {store.left()}" if store else str(error)) from None
         seconds = time.monotonic() - began
         test = trainer.evaluate(data.test)
         with all_or_none():
@@ -113,6 +119,7 @@ def _train(
                     epoch=epoch, step=step, loss=test.loss, error=test.error, samples=test.samples
                 )
                 plots.draw([work_dir.path], work_dir.path)
+        _say_left_out(trainer, data, progress)
         progress.end(train, test, (steps_per_epoch - done) * config.batch_size, seconds)
         trainer.position = Position(epoch + 1, 0)
         keeper.after_epoch(test.error)
@@ -126,6 +133,16 @@ def _train(
                 f"test error {test.error:.2f} % on {test.samples} images; weights in {path}"
             )
     return test
+
+
+def _say_left_out(trainer: Trainer, data: ImageData, progress: Progress) -> None:
+    """Say what the run has left out so far, if anything; a collective."""
+    if trainer.skipped:
+        progress.say(f"steps left out so far, as something was not finite: {trainer.skipped}")
+    if trainer.config.corrupt_images == "skip":
+        found = gathered(sorted(data.train.unreadable | data.test.unreadable))
+        if paths := sorted({path for some in found for path in some}):
+            progress.say(f"images that could not be read so far: {len(paths)}, first {paths[0]}")
 
 
 def _load_together(config: ResolvedConfig, world: World) -> ImageData:

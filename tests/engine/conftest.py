@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import RUN, Ranks
 
 REPOSITORY = Path(__file__).parents[2]
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -33,6 +34,24 @@ def launch(tmp_path: Path) -> Launch:
         )
 
     return launch
+
+
+def _uninterrupted(folder: Path, world_size: int) -> Path:
+    with Ranks(folder, RUN, world_size) as ranks:
+        assert ranks.wait() == [0] * world_size, ranks.said()
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a run of three processes that nothing happened to."""
+    return _uninterrupted(tmp_path_factory.mktemp("uninterrupted"), 3)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a run of one process that nothing happened to."""
+    return _uninterrupted(tmp_path_factory.mktemp("uninterrupted-alone"), 1)
 
 
 @pytest.fixture(autouse=True)

@@ -19,9 +19,16 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).parents[2]
+
+RUN: list[object] = [
+    *("--data", "fake", "--depth", 10, "--growth-rate", 4, "--image-size", 8, "--epochs", 2),
+    *("--drop-rate", 0.2, "--augment", "standard", "--threads", 1),
+    *("--checkpoint-steps", 3, "--work-dir", "run"),
+]
+"""A run of a second, of two epochs of 10 steps, with everything random that there is."""
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["effdense.engine.training", "torchvision", "matplotlib.figure", "tyro", "ranks"]
+    ["effdense.engine.training", "torchvision.transforms.v2", "ranks", "PIL.PngImagePlugin"]
 )
 
 
@@ -119,6 +126,13 @@ class Ranks:
         for process in self.processes:
             process.join(max(0, end - time.monotonic()))
         return [process.exitcode for process in self.processes]
+
+    def first_status(self, rank: int = 0, timeout: float = 60) -> int | None:
+        """How one process ended; the others, which would wait for it to be heard, are killed."""
+        self.processes[rank].join(timeout)
+        status = self.processes[rank].exitcode
+        self.kill()
+        return status
 
     def said(self, rank: int = 0) -> str:
         """What a rank has printed, all runs in this folder together."""
