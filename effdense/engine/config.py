@@ -150,6 +150,20 @@ class TrainConfig:
     """Share of the training target that is spread over all classes, in [0, 1)."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Mixed precision by autocast; fp16 scales the loss."""
+    channels_last: bool = False
+    """Hold images and weights in channels-last order. The dense blocks do so in any case."""
+    compile: bool = False
+    """Compile the network with torch.compile; each dense block breaks its graph."""
+    deterministic: bool = False
+    """Allow only algorithms that give the same bits every time. On processors all of them do."""
+    accumulate: int = 1
+    """Take each step in so many parts, one after the other, for less memory; batch norm then
+    sees a part at a time."""
+    clip_grad: float = 0.0
+    """Largest norm of the gradient of all parameters together; 0: any."""
+    ema: float = 0.0
+    """Decay per step, in [0, 1), of a moving average of the weights, which is then what is
+    tested and kept; 0: none."""
     non_finite: Literal["stop", "skip"] = "stop"
     """What to do about a loss or gradient that is not finite. skip: leave out its step."""
     max_skipped: int = 10
@@ -175,6 +189,8 @@ class TrainConfig:
     """Write a checkpoint when the last one is so many minutes old; 0: none."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay; the one with the least test error stays too."""
+    tensorboard: bool = False
+    """Write the scores for TensorBoard too, which must be installed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPUs if there are any."""
     hang_timeout: float = 600.0
@@ -228,6 +244,7 @@ MAY_CHANGE = frozenset(
         "keep_checkpoints",
         "max_skipped",
         "hang_timeout",
+        "tensorboard",
         "device",
         "num_workers",
         "threads",
@@ -265,6 +282,12 @@ class ResolvedConfig:
     milestones: tuple[float, ...]
     label_smoothing: float
     amp: Literal["none", "bf16", "fp16"]
+    channels_last: bool
+    compile: bool
+    deterministic: bool
+    accumulate: int
+    clip_grad: float
+    ema: float
     non_finite: Literal["stop", "skip"]
     max_skipped: int
     corrupt_images: Literal["stop", "skip"]
@@ -275,6 +298,7 @@ class ResolvedConfig:
     checkpoint_steps: int
     checkpoint_minutes: float
     keep_checkpoints: int
+    tensorboard: bool
     device: Literal["auto", "cpu", "cuda"]
     hang_timeout: float
     num_workers: int
@@ -317,7 +341,10 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
 
     for option in ("epochs", "batch_size", "image_size", "depth", "growth_rate", "threads"):
         require(getattr(config, option) >= 1, option, "at least 1")
-    require(config.keep_checkpoints >= 1, "keep_checkpoints", "at least 1")
+    for option in ("keep_checkpoints", "accumulate"):
+        require(getattr(config, option) >= 1, option, "at least 1")
+    require(0 <= config.ema < 1, "ema", "in [0, 1)")
+    require(0 <= config.clip_grad < math.inf, "clip_grad", "a number, at least 0")
     for option in (
         "num_workers",
         "checkpoint_steps",

@@ -186,16 +186,20 @@ def _redistributed(
     own: list[dict[str, Any]], world: World, config: ResolvedConfig, position: Position
 ) -> dict[str, Any]:
     """The states of other than ``world.world_size`` processes as this process's."""
-    buffers = {
-        name: torch.stack([state["buffers"][name] for state in own]).mean(0)
-        if first.is_floating_point()
-        else first
-        for name, first in own[0]["buffers"].items()
-    }
+
+    def mean(kind: str) -> dict[str, Any]:
+        return {
+            name: torch.stack([state[kind][name] for state in own]).mean(0)
+            if first.is_floating_point()
+            else first
+            for name, first in own[0][kind].items()
+        }
+
     sums = torch.stack([state["tally"] for state in own]).sum(0)
     key = random_key("resumed", config.seed, position.epoch, position.step, world.rank)
     return {
-        "buffers": buffers,
+        "buffers": mean("buffers"),
+        "average": mean("average"),
         "tally": sums if world.is_main else torch.zeros_like(sums),
         "random": {"cpu": torch.Generator().manual_seed(key).get_state()},
     }

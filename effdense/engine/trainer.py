@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..estimation import AMP_DTYPES
 from .checkpoint import Position
@@ -38,9 +40,18 @@ class Trainer:
         self.network = network
         self.config = config
         self.world = world
-        self.model = data_parallel(network, world)
+        if config.channels_last:
+            network.to(memory_format=torch.channels_last)
+        # every shape has a program of its own: one for all would depend on which came first
+        compiled = torch.compile(network, dynamic=False) if config.compile else network
+        self.model = data_parallel(cast(nn.Module, compiled), world)
         self.optimizer = make_optimizer(network, config)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
+        self.average = (
+            AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            if config.ema
+            else None
+        )
         self.position = Position(epoch=1, step=0)
         """What comes next."""
         self._tally = Tally(world.device)
@@ -50,6 +61,11 @@ class Trainer:
         """Seconds for which steps of this epoch have waited for their images."""
         self.mark: Callable[[str], None] = lambda doing: None
         """Told what the trainer is doing, whenever that changes."""
+
+    @property
+    def tested(self) -> nn.Module:
+        """The network that is tested and kept: the average of the weights, where there is one."""
+        return self.network if self.average is None else self.average.module
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of ``--amp`` for forward passes."""
@@ -72,19 +88,42 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
-        with self.autocast():
-            logits = self.model(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        # Gradients are averaged over processes; with this weight that is the mean over the batch
-        # however unevenly it is shared.
-        weight = len(labels) * self.world.world_size / batch_size
-        self.scaler.scale(loss * weight).backward()
+        loss, logits = self._backward(images, labels, batch_size)
         if skips and not self._is_finite(loss):
             self._leave_out(buffers)
             return None
+        if self.config.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.detach(), logits.detach()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        return loss, logits
+
+    def _backward(self, images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Add up the gradient of the share, part by part; its mean loss and its logits.
+
+        Only after the last part are the processes' gradients averaged.
+        """
+        part_size = -(-len(labels) // self.config.accumulate)
+        parts = list(zip(images.split(part_size), labels.split(part_size), strict=True))
+        losses, logits = [], []
+        for number, (part, part_labels) in enumerate(parts, 1):
+            alone = isinstance(self.model, DistributedDataParallel) and number < len(parts)
+            with self.model.no_sync() if alone else nullcontext():  # type: ignore[operator]
+                with self.autocast():
+                    said = self.model(part)
+                    loss = F.cross_entropy(
+                        said, part_labels, label_smoothing=self.config.label_smoothing
+                    )
+                # Gradients are averaged over processes; with this weight that is the mean over
+                # the batch however unevenly it is shared.
+                weight = len(part_labels) * self.world.world_size / batch_size
+                self.scaler.scale(loss * weight).backward()
+            losses.append(loss.detach() * (len(part_labels) / len(labels)))
+            logits.append(said.detach())
+        return torch.stack(losses).sum(), torch.cat(logits)
 
     def _is_finite(self, loss: Tensor) -> bool:
         """Whether the loss of every process, and the gradient, is finite; a collective."""
@@ -174,7 +213,10 @@ class Trainer:
             if batch is None:
                 return
             self.mark(f"in {place}")
-            yield batch
+            images, labels = batch
+            if self.config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            yield images, labels
 
     def check(self) -> Score:
         """The training score of the epoch so far; a collective.
@@ -202,6 +244,9 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
+            "average": {}
+            if self.average is None
+            else {name: p.detach() for name, p in self.average.named_parameters()},
         }
 
     def own_state(self) -> dict[str, Any]:
@@ -211,6 +256,7 @@ class Trainer:
             random["cuda"] = torch.cuda.get_rng_state(self.world.device)
         return {
             "buffers": dict(self.network.named_buffers()),
+            "average": {} if self.average is None else dict(self.average.named_buffers()),
             "random": random,
             "tally": self._tally.state(),
         }
@@ -224,10 +270,16 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped = state["skipped"]
+        if self.average is not None:
+            for name, parameter in self.average.named_parameters():
+                parameter.copy_(state["average"][name])
 
     def restore_own(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`own_state` gave."""
         self._set_buffers(state["buffers"])
+        if self.average is not None:
+            for name, buffer in self.average.named_buffers():
+                buffer.copy_(state["average"][name])
         self._tally.restore(state["tally"])
         torch.set_rng_state(state["random"]["cpu"])
         if "cuda" in state["random"] and self.world.device.type == "cuda":
@@ -244,18 +296,18 @@ class Trainer:
 
         The score's number of samples is less than the split's where images could not be read.
         """
-        average_running_statistics(self.network)
+        average_running_statistics(self.tested)
         world = self.world
         mine = share(torch.arange(len(split)), world.rank, world.world_size)
         per_process = max(1, self.config.batch_size // world.world_size)
-        self.model.eval()
+        self.tested.eval()
         tally = Tally(world.device)
         chunks = mine.split(per_process) if len(mine) else ()
         for number, (images, labels) in enumerate(split.batches(chunks, None, world.device), 1):
             self.mark(f"testing, at batch {number} of {len(chunks)}")
             with self.autocast():
                 # not through DDP: shares may differ in their number of batches
-                logits = self.network(images)
+                logits = self.tested(images)
                 loss = F.cross_entropy(logits, labels)
             tally.add(loss, logits, labels)
         self.mark("waiting for the others' test scores")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
+
+import torch
 
 from . import plots
 from .checkpoint import Position
@@ -36,8 +39,28 @@ def run(options: TrainConfig) -> Score:
     """
     world_size, local_world_size = launched_processes()
     config = options.resolved(world_size=world_size, local_world_size=local_world_size)
-    with StopSignals() as signals, joined_world(config.device, config.threads) as world:
+    with (
+        StopSignals() as signals,
+        joined_world(config.device, config.threads) as world,
+        _determinism(config),
+    ):
         return _run(config, world, signals)
+
+
+@contextmanager
+def _determinism(config: ResolvedConfig) -> Iterator[None]:
+    """Within it, --deterministic holds."""
+    if not config.deterministic:
+        yield
+        return
+    # what cuBLAS asks for; read when it is first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
@@ -128,7 +151,7 @@ def _train(
     with all_or_none():
         if work_dir is not None:
             plots.draw([work_dir.path], work_dir.path)
-            path = work_dir.save_model(trainer.network)
+            path = work_dir.save_model(trainer.tested)
             progress.say(
                 f"test error {test.error:.2f} % on {test.samples} images; weights in {path}"
             )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import workers
 
 from effdense.engine.data import InMemory
+from effdense.engine.distributed import joined_world
 
 _batches = InMemory.batches
 
@@ -52,3 +55,12 @@ def nan_images(rank: int) -> None:
 def stuck_reader(rank: int) -> None:
     """Reading the fifth batch takes for ever, on rank 1 alone."""
     _at_fifth_batch(rank, lambda images: time.sleep(1000))
+
+
+def accumulated_steps(rank: int) -> None:
+    """Instead of a run: frozen_steps in three parts each, saved as steps-RANK.pt."""
+    with joined_world("cpu", threads=1) as world:
+        torch.save(
+            workers.frozen_steps(world, accumulate=3, channels_last=True), f"steps-{rank}.pt"
+        )
+    os._exit(0)

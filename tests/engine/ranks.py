@@ -28,7 +28,7 @@ RUN: list[object] = [
 """A run of a second, of two epochs of 10 steps, with everything random that there is."""
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["effdense.engine.training", "torchvision.transforms.v2", "ranks", "PIL.PngImagePlugin"]
+    ["effdense.engine.training", "torchvision.transforms.v2", "ranks", "sklearn.datasets"]
 )
 
 
@@ -50,6 +50,8 @@ def _main(
     from effdense.engine.errors import one_line_errors
     from effdense.engine.training import run
 
+    # the server's way of starting processes is not for the loaders
+    multiprocessing.set_start_method("fork", force=True)
     os.chdir(folder)
     with open(f"rank-{rank}.txt", "ab", buffering=0) as said:
         os.dup2(said.fileno(), 1)

@@ -11,6 +11,7 @@ import meddlers
 import numpy as np
 import pytest
 import torch
+from chaos import chaos
 from conftest import flags
 from PIL import Image
 from ranks import RUN, Ranks, final_state, wait_for
@@ -107,3 +108,9 @@ def test_another_number_of_processes(tmp_path: Path) -> None:
     assert train["epoch"] == [1, 2]
     # the scores of the three that were cut off are counted
     assert 0 < train["error"][0] < 100
+
+
+def test_chaos(tmp_path: Path) -> None:
+    """A sample; ``make chaos`` kills fifty times."""
+    kills, runs = chaos(tmp_path, kills=3, seed=1000)
+    assert (len(kills), runs) == (3, 1)

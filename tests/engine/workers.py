@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ BATCH_SIZE = 10  # not a multiple of 3
 TEST_SIZES = (1, 2, 3, 4, 25, 101)
 
 
-def frozen_steps(world: World) -> dict[str, Tensor]:
+def frozen_steps(world: World, **options: Any) -> dict[str, Tensor]:
     """Weights after two steps of SGD in float64 on batches of 10, every norm in eval mode."""
     torch.manual_seed(0)
     network = effdense.densenet_bc(depth=16, growth_rate=4, num_classes=5).double()
@@ -39,7 +40,12 @@ def frozen_steps(world: World) -> dict[str, Tensor]:
             module.running_var.uniform_(0.5, 2)
             nn.init.normal_(module.weight)
     config = TrainConfig(
-        data="fake", batch_size=BATCH_SIZE, weight_decay=0.01, label_smoothing=0.1, threads=1
+        data="fake",
+        batch_size=BATCH_SIZE,
+        weight_decay=0.01,
+        label_smoothing=0.1,
+        threads=1,
+        **options,
     ).resolved(world_size=world.world_size)
     trainer = Trainer(network, config, world)
     images = torch.randn(2, BATCH_SIZE, 3, 12, 12, dtype=torch.float64)
