@@ -74,6 +74,13 @@ class ImageData:
     test: Split
     num_classes: int
     in_channels: int
+    class_names: tuple[str, ...] = ()
+    """In the order of the labels; none: their numbers."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """A name for each class."""
+        return self.class_names or tuple(map(str, range(self.num_classes)))
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,72 @@ def _collated(samples: Sequence[_Sample]) -> tuple[Tensor, Tensor, list[str]]:
     return torch.stack(images) if images else torch.empty(0), torch.tensor(labels), unreadable
 
 
+def _centre(image_size: int) -> Callable[[Any], Tensor]:
+    """A PIL image as (C, H, W) of bytes: its centre, as ImageNet's networks are tested on."""
+    from torchvision.transforms import v2
+
+    return v2.Compose(
+        [
+            v2.PILToTensor(),
+            # the usual margin: 256 for 224
+            v2.Resize(round(image_size * 256 / 224), antialias=True),
+            v2.CenterCrop(image_size),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How an image file becomes what a network of one data set was trained on."""
+
+    channels: int
+    mode: str
+    """PIL's: "L" or "RGB"."""
+    scale: float
+    """From 0..255 to the units of the data set's pixels."""
+    fit: Callable[[Any], Tensor]
+    normalization: Normalization
+
+    def __call__(self, path: Path) -> Tensor:
+        """The file as (channels, H, W).
+
+        Raises:
+            UserError: if it cannot be read as an image.
+        """
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:
+                pixels = self.fit(image.convert(self.mode))
+        # the decoders raise what they like
+        except Exception as error:
+            raise UserError(f"{path} cannot be read as an image: {error}") from None
+        return self.normalization(pixels.float() * self.scale)
+
+
+def image_preparation(data: str, image_size: int) -> Preparation:
+    """How image files are prepared for a network trained on ``data``.
+
+    Raises:
+        UserError: for generated data, of which there are no files.
+    """
+    from torchvision.transforms import v2
+
+    small = v2.Compose([v2.PILToTensor(), v2.Resize((image_size, image_size), antialias=True)])
+    if data == "imagefolder":
+        return Preparation(3, "RGB", 1.0, _centre(image_size), IMAGENET_NORMALIZATION)
+    if data == "digits":
+        return Preparation(1, "L", 16 / 255, small, DIGITS_NORMALIZATION)
+    known = {
+        "cifar10": CIFAR10_NORMALIZATION,
+        "cifar100": CIFAR100_NORMALIZATION,
+        "svhn": SVHN_NORMALIZATION,
+    }
+    if data not in known:
+        raise UserError(f"a network trained on --data {data} does not work on image files")
+    return Preparation(3, "RGB", 1.0, small, known[data])
+
+
 class ImageFolder:
     """Images in one folder per class, read by worker processes."""
 
@@ -237,14 +310,7 @@ class ImageFolder:
                 f"{root} is not a folder of images, one folder per class: {error}"
             ) from None
         self.classes: list[str] = self._folder.classes
-        test = v2.Compose(
-            [
-                v2.PILToTensor(),
-                # the usual margin: 256 for 224
-                v2.Resize(round(image_size * 256 / 224), antialias=True),
-                v2.CenterCrop(image_size),
-            ]
-        )
+        test = _centre(image_size)
         train = v2.Compose(
             [
                 v2.PILToTensor(),
@@ -376,6 +442,7 @@ def _from_torchvision(config: ResolvedConfig, download: bool) -> ImageData:
                 extra = svhn("extra")
                 train = torch.cat([train[0], extra[0]]), torch.cat([train[1], extra[1]])
             num_classes, normalization = 10, SVHN_NORMALIZATION
+            names = ()
         else:
             ten = config.data == "cifar10"
             source = datasets.CIFAR10 if ten else datasets.CIFAR100
@@ -383,6 +450,7 @@ def _from_torchvision(config: ResolvedConfig, download: bool) -> ImageData:
             addresses = [source.url]
             train, test = cifar(source, train=True), cifar(source, train=False)
             num_classes = 10 if ten else 100
+            names = tuple(source(root, train=False).classes)
             normalization = CIFAR10_NORMALIZATION if ten else CIFAR100_NORMALIZATION
     # RuntimeError is what torchvision raises for missing and for damaged files; OSError covers
     # the network and the disk.
@@ -403,6 +471,7 @@ def _from_torchvision(config: ResolvedConfig, download: bool) -> ImageData:
         InMemory(*test, normalization),
         num_classes=num_classes,
         in_channels=3,
+        class_names=names,
     )
 
 
@@ -432,4 +501,4 @@ def _image_folder(config: ResolvedConfig) -> ImageData:
             f"{config.data_dir}: train and val must hold the same classes; only one of them has "
             f"{', '.join(differing[:5])}"
         )
-    return ImageData(train, test, num_classes=len(train.classes), in_channels=3)
+    return ImageData(train, test, len(train.classes), 3, tuple(train.classes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,17 +24,26 @@ def make_network(config: ResolvedConfig, data: ImageData) -> nn.Module:
         UserError: for sizes that no such network has.
     """
     torch.manual_seed(random_key("weights", config.seed))
-    options: dict[str, Any] = {
-        "num_classes": data.num_classes,
-        "in_channels": data.in_channels,
-        "drop_rate": config.drop_rate,
-        "save": config.save,
-        "backend": config.backend,
+    return build(config.options(), data.num_classes, data.in_channels)
+
+
+def build(options: Mapping[str, Any], num_classes: int, in_channels: int) -> nn.Module:
+    """The network that a run's options name.
+
+    Raises:
+        UserError: for sizes that no such network has.
+    """
+    arguments: dict[str, Any] = {
+        "num_classes": num_classes,
+        "in_channels": in_channels,
+        "drop_rate": options["drop_rate"],
+        "save": options["save"],
+        "backend": options["backend"],
     }
     try:
-        if config.arch == "densenet_bc":
-            return effdense.densenet_bc(config.depth, config.growth_rate, **options)
-        return getattr(effdense, config.arch)(**options)
+        if options["arch"] == "densenet_bc":
+            return effdense.densenet_bc(options["depth"], options["growth_rate"], **arguments)
+        return getattr(effdense, options["arch"])(**arguments)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -34,6 +34,8 @@ from .scores import Score
 LOG_COLUMNS = {
     "train.csv": ("epoch", "step", "lr", "loss", "error"),
     "test.csv": ("epoch", "step", "loss", "error", "samples"),
+    # what a clock says; all else is the same bits after a resumption
+    "speed.csv": ("epoch", "step", "seconds", "images_per_second", "wait_percent", "memory_mib"),
 }
 CHECKPOINTS = "checkpoints"
 _RUN_FILES = (
@@ -42,6 +44,11 @@ _RUN_FILES = (
     "test.csv",
     "loss.png",
     "error.png",
+    "speed.csv",
+    "images-per-second.png",
+    "memory.png",
+    "report.html",
+    "model.safetensors",
     "model.pt",
     CHECKPOINTS,
 )
@@ -189,7 +196,10 @@ class WorkDir:
         self._lock.release()
 
     def logs(self, texts: Mapping[str, str]) -> dict[str, CsvLog]:
-        """train.csv and test.csv by name: one row per epoch each, error in per cent.
+        """train.csv, test.csv and speed.csv by name: one row per epoch each.
+
+        Error is in per cent, and so is the share of the time that was spent waiting for images;
+        memory is the peak of the largest process.
 
         Args:
             texts: the files as they stood at the checkpoint the run goes on from.
@@ -224,10 +234,9 @@ class WorkDir:
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         write_atomically(self.path / "config.yaml", lambda partial: _write_text(partial, text))
 
-    def save_model(self, model: torch.nn.Module) -> Path:
-        """model.pt: the state dict, for ``torch.load(path, weights_only=True)``."""
-        path = self.path / "model.pt"
-        content = saved(model.state_dict())
+    def write_file(self, name: str, content: bytes) -> Path:
+        """Put a file in place, whole or not at all."""
+        path = self.path / name
         write_atomically(path, lambda partial: _write_bytes(partial, content))
         return path
 

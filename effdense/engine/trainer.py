@@ -198,7 +198,7 @@ class Trainer:
                 self._tally.add(*result, labels)
             self.position = Position(epoch, step + 1)
             if (step + 1) % _STEPS_BETWEEN_CHECKS == 0:
-                progress.show(self.check())
+                progress.show(self.check(), self.waited)
             after_step(len(batches) - step - 1)
         return self.check()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -14,14 +15,24 @@ from . import plots
 from .checkpoint import Position
 from .config import ResolvedConfig, TrainConfig
 from .data import ImageData, load
-from .distributed import World, all_or_none, gathered, joined_world, launched_processes
+from .distributed import (
+    World,
+    all_or_none,
+    gathered,
+    joined_world,
+    largest,
+    launched_processes,
+)
 from .errors import TrainingError, UserError
+from .export import safetensors_bytes
 from .networks import fit_to_budget, make_network
-from .progress import Progress
-from .records import CsvLog, WorkDir, last_score
+from .progress import Progress, Speed, peak_memory
+from .records import CsvLog, WorkDir, last_score, saved
+from .report import html_report
 from .resumption import Keeper, go_on
 from .scores import Score
 from .signals import StopSignals
+from .tensorboard import Board, require_tensorboard
 from .trainer import Trainer
 from .watchdog import Watchdog
 
@@ -69,11 +80,14 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
     facts: dict[str, Any] = {
         "model": {"name": config.arch, "parameters": sum(p.numel() for p in network.parameters())},
         "images": {"train": len(data.train), "test": len(data.test)},
+        "classes": list(data.classes),
     }
     plan = None
     with ExitStack() as stack:
         work_dir = None
         with all_or_none():
+            if config.tensorboard:
+                require_tensorboard()
             if config.memory_budget is not None:
                 plan = fit_to_budget(network, config, world, data.in_channels)
             if config.batch_size > len(data.train):
@@ -86,6 +100,7 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
         progress = Progress(config, world)
         progress.say(_headline(config, world, data, facts["model"]["parameters"]))
         if plan is not None:
+            facts["memory_plan"] = plan
             progress.say(plan)
         trainer = Trainer(network, config, world)
         watchdog = stack.enter_context(Watchdog(world, config.hang_timeout))
@@ -118,6 +133,7 @@ def _train(
     for line in said:
         progress.say(line)
 
+    board = Board(work_dir.path / "tensorboard" if config.tensorboard and work_dir else None)
     keeper = Keeper(trainer, config, world, store, logs, signals)
     steps_per_epoch = len(data.train) // config.batch_size
     test = None
@@ -129,7 +145,10 @@ def _train(
             train = trainer.train_epoch(data.train, progress, keeper.after_step)
         except TrainingError as error:
             raise TrainingError(f"{error}; {store.left()}" if store else str(error)) from None
-        seconds = time.monotonic() - began
+        seconds, waited, memory = largest(
+            [time.monotonic() - began, trainer.waited, peak_memory(world.device)]
+        )
+        speed = Speed((steps_per_epoch - done) * config.batch_size, seconds, waited, round(memory))
         test = trainer.evaluate(data.test)
         with all_or_none():
             if work_dir is not None:
@@ -141,17 +160,30 @@ def _train(
                 logs["test.csv"].add(
                     epoch=epoch, step=step, loss=test.loss, error=test.error, samples=test.samples
                 )
+                logs["speed.csv"].add(
+                    epoch=epoch,
+                    step=step,
+                    seconds=round(seconds, 3),
+                    images_per_second=round(speed.images_per_second, 1),
+                    wait_percent=round(speed.wait_percent, 1),
+                    memory_mib=round(memory / 2**20, 1),
+                )
                 plots.draw([work_dir.path], work_dir.path)
+                board.add(epoch, train, test, speed)
         _say_left_out(trainer, data, progress)
-        progress.end(train, test, (steps_per_epoch - done) * config.batch_size, seconds)
+        progress.end(train, test, speed)
         trainer.position = Position(epoch + 1, 0)
         keeper.after_epoch(test.error)
     if test is None:
         test = last_score(rows["test.csv"])
     with all_or_none():
         if work_dir is not None:
-            plots.draw([work_dir.path], work_dir.path)
-            path = work_dir.save_model(trainer.tested)
+            plots.draw([work_dir.path], work_dir.path, plots.ALL)
+            weights = trainer.tested.state_dict()
+            about = {"arch": config.arch, "classes": json.dumps(data.classes)}
+            work_dir.write_file("model.safetensors", safetensors_bytes(weights, about))
+            path = work_dir.write_file("model.pt", saved(weights))
+            work_dir.write_file("report.html", html_report(work_dir.path).encode())
             progress.say(
                 f"test error {test.error:.2f} % on {test.samples} images; weights in {path}"
             )
