@@ -2,6 +2,7 @@
 # make test    install into .venv and run the test suite
 # make check   lint and type-check; changes nothing
 # make audit   cross-compile every Triton kernel and inspect the machine code; no GPU needed
+# make chaos   kill a short run fifty times at random; each must end with the same bits
 # make bench   the runs behind the README's table
 PYTHON ?= python3
 NPROC ?= 4
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test check audit bench install clean
+.PHONY: train test check audit chaos bench install clean
 
 install: $(STAMP)
 
@@ -31,6 +32,9 @@ check: $(STAMP)
 
 audit: $(STAMP)
 	$(BIN)/python -m effdense.kernels.audit $(ARGS)
+
+chaos: $(STAMP)
+	$(BIN)/python tests/engine/chaos.py $(ARGS)
 
 RACE := --providers naive naive-channels-last checkpoint effdense-bottlenecks effdense-features
 

@@ -15,6 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_plot(commands)
     _add_plan(commands)
+    _add_evaluate(commands)
+    _add_predict(commands)
     options = parser.parse_args(arguments)
     with one_line_errors():
         options.run(options)
@@ -23,8 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "plot",
-        help="redraw loss.png and error.png from the CSV files of one run, or overlay several",
-        description="Draw loss.png and error.png from train.csv and test.csv.",
+        help="redraw the curves from the CSV files of one run, or overlay several",
+        description="Draw loss.png and error.png from train.csv and test.csv, and "
+        "images-per-second.png and memory.png from speed.csv.",
     )
     parser.add_argument(
         "work_dirs", metavar="WORKDIR", nargs="+", type=Path, help="folder of a run"
@@ -50,7 +53,7 @@ def _plot(options: argparse.Namespace) -> None:
                 "several runs are drawn into one figure: say where with --output FOLDER"
             )
         output = options.work_dirs[0]
-    for path in plots.draw(options.work_dirs, output):
+    for path in plots.draw(options.work_dirs, output, plots.ALL):
         print(path)
 
 
@@ -108,6 +111,55 @@ def _plan(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     print(found)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="test a run's network on a folder of images",
+        description="Test the network of a finished run on the images in FOLDER/CLASS/.",
+    )
+    parser.add_argument("work_dir", metavar="WORKDIR", type=Path, help="folder of the run")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="one folder per class in it")
+    parser.add_argument("--batch-size", type=int, default=64, help="images (default 64)")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .engine.export import evaluated, trained
+
+    loss, error, images = evaluated(trained(options.work_dir), options.folder, options.batch_size)
+    print(f"error {error:.2f} %, loss {loss:.4f} on {images:,} images")
+
+
+def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "predict",
+        help="classify images with a run's network",
+        description="Classify images with the network of a finished run: CSV on standard output, "
+        "with the most probable class of each image.",
+    )
+    parser.add_argument("work_dir", metavar="WORKDIR", type=Path, help="folder of the run")
+    parser.add_argument(
+        "images", metavar="PATH", nargs="+", type=Path, help="image, or folder of images"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="images (default 64)")
+    parser.set_defaults(run=_predict)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    import csv
+    import sys
+
+    from .engine.export import images_in, predictions, trained
+
+    model = trained(options.work_dir)
+    paths = images_in(options.images)
+    writer = csv.writer(sys.stdout)
+    writer.writerow(["image", "class", "probability"])
+    for path, probabilities in predictions(model, paths, options.batch_size):
+        best = int(probabilities.argmax())
+        writer.writerow([path, model.classes[best], f"{float(probabilities[best]):.4f}"])
 
 
 if __name__ == "__main__":

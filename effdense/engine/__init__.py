@@ -1,5 +1,8 @@
 """The training engine under ``train_ddp.py``.
 
-``config`` says what a run is, ``data`` what it reads, ``distributed`` how its processes work
-together, ``training`` is the loop, ``records`` what it writes and ``plots`` how that is drawn.
+``training`` is a run from its options to its weights: read it first. ``config`` says what a run
+is, ``data`` what it reads, ``networks`` and ``trainer`` what learns and ``distributed`` how its
+processes work together. ``resumption`` is how it survives, by what ``checkpoint`` writes, what
+``signals`` hears and whom ``watchdog`` accuses. ``progress``, ``tensorboard``, ``plots`` and
+``report`` show it, ``records`` and ``lock`` keep its folder, ``export`` hands its weights on.
 """

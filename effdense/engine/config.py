@@ -10,7 +10,7 @@ import dataclasses
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -152,19 +152,54 @@ class TrainConfig:
     """Share of the training target that is spread over all classes, in [0, 1)."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Mixed precision by autocast; fp16 scales the loss."""
+    channels_last: bool = False
+    """Hold images and weights in channels-last order. The dense blocks do so in any case."""
+    compile: bool = False
+    """Compile the network with torch.compile; each dense block breaks its graph."""
+    deterministic: bool = False
+    """Allow only algorithms that give the same bits every time. On processors all of them do."""
+    accumulate: int = 1
+    """Take each step in so many parts, one after the other, for less memory; batch norm then
+    sees a part at a time."""
+    clip_grad: float = 0.0
+    """Largest norm of the gradient of all parameters together; 0: any."""
+    ema: float = 0.0
+    """Decay per step, in [0, 1), of a moving average of the weights, which is then what is
+    tested and kept; 0: none."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What to do about a loss or gradient that is not finite. skip: leave out its step."""
+    max_skipped: int = 10
+    """Stop after leaving out more steps than that."""
+    corrupt_images: Literal["stop", "skip"] = "stop"
+    """What to do about image files that cannot be read. skip: in training, take the data set's
+    next image instead; in testing, leave it out."""
     seed: int = 0
     """Seed of the initial weights, the order of the data, the augmentation and dropout."""
 
     work_dir: Annotated[
         Path | None, _recipe_default("PATH", "the first free one of runs/DATA-1, runs/DATA-2, ...")
     ] = None
-    """Folder for config.yaml, train.csv, test.csv, system.csv, two pictures and model.pt."""
+    """Folder for the run's files: its options, scores, curves, checkpoints and weights."""
+    resume: Literal["auto", "never"] = "auto"
+    """What to do with the run that --work-dir holds. auto: go on with it if it has the same
+    options, else it is an error; never: it is an error."""
     overwrite: bool = False
-    """Replace the run that --work-dir holds; without this it is an error."""
+    """Replace the run that --work-dir holds."""
+    checkpoint_steps: int = 0
+    """Write a checkpoint after so many steps, besides those at each epoch's end; 0: none."""
+    checkpoint_minutes: float = 15.0
+    """Write a checkpoint when the last one is so many minutes old; 0: none."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints stay; the one with the least test error stays too."""
+    tensorboard: bool = False
+    """Write the scores for TensorBoard too, which must be installed."""
     system_interval: int = 100
     """Steps between rows of system.csv, each process's memory and GPU; 0: none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPUs if there are any."""
+    hang_timeout: float = 600.0
+    """End a run that has not moved for so many seconds and name the process that hangs; 0: never.
+    Between several processes only."""
     num_workers: Annotated[
         int | None, _recipe_default("PROCESSES", "the cores per process, at most 8")
     ] = None
@@ -199,6 +234,30 @@ class TrainConfig:
         return config
 
 
+# What may differ between a run and its resumption: it changes nothing that is learnt, or, for
+# device and threads, no more than the last bits.
+MAY_CHANGE = frozenset(
+    {
+        "data_dir",
+        "download",
+        "work_dir",
+        "resume",
+        "overwrite",
+        "checkpoint_steps",
+        "checkpoint_minutes",
+        "keep_checkpoints",
+        "max_skipped",
+        "hang_timeout",
+        "tensorboard",
+        "system_interval",
+        "offload",
+        "device",
+        "num_workers",
+        "threads",
+    }
+)
+
+
 @dataclass(frozen=True)
 class ResolvedConfig:
     """A run's options with nothing left open but the work directory.
@@ -230,13 +289,47 @@ class ResolvedConfig:
     milestones: tuple[float, ...]
     label_smoothing: float
     amp: Literal["none", "bf16", "fp16"]
+    channels_last: bool
+    compile: bool
+    deterministic: bool
+    accumulate: int
+    clip_grad: float
+    ema: float
+    non_finite: Literal["stop", "skip"]
+    max_skipped: int
+    corrupt_images: Literal["stop", "skip"]
     seed: int
     work_dir: Path | None
+    resume: Literal["auto", "never"]
     overwrite: bool
     system_interval: int
+    checkpoint_steps: int
+    checkpoint_minutes: float
+    keep_checkpoints: int
+    tensorboard: bool
     device: Literal["auto", "cpu", "cuda"]
+    hang_timeout: float
     num_workers: int
     threads: int
+
+    def options(self) -> dict[str, Any]:
+        """Every option in JSON's types."""
+        return {
+            key: str(value)
+            if isinstance(value, Path)
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    def differences(self, held: Mapping[str, Any]) -> list[str]:
+        """What keeps this run from going on with one of the options ``held``."""
+        return [
+            f"--{key.replace('_', '-')} is {value}, was {held[key]}"
+            for key, value in self.options().items()
+            if key in held and key not in MAY_CHANGE and held[key] != value
+        ]
 
     def lr_at(self, progress: float) -> float:
         """Learning rate after ``progress`` in [0, 1] of the training.
@@ -256,8 +349,19 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
 
     for option in ("epochs", "batch_size", "image_size", "depth", "growth_rate", "threads"):
         require(getattr(config, option) >= 1, option, "at least 1")
-    require(config.num_workers >= 0, "num_workers", "at least 0")
-    require(config.system_interval >= 0, "system_interval", "at least 0")
+    for option in ("keep_checkpoints", "accumulate"):
+        require(getattr(config, option) >= 1, option, "at least 1")
+    require(0 <= config.ema < 1, "ema", "in [0, 1)")
+    require(0 <= config.clip_grad < math.inf, "clip_grad", "a number, at least 0")
+    for option in (
+        "num_workers",
+        "system_interval",
+        "checkpoint_steps",
+        "checkpoint_minutes",
+        "max_skipped",
+        "hang_timeout",
+    ):
+        require(getattr(config, option) >= 0, option, "at least 0")
     if config.memory_budget not in (None, "auto"):
         try:
             parse_size(config.memory_budget)

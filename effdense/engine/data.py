@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .config import ResolvedConfig
 from .errors import UserError
+from .signals import outlive_stop_signals
 
 Batch = tuple[Tensor, Tensor]
 """Normalised images (N, C, H, W) in float32 and their labels (N,) in int64."""
@@ -53,6 +54,9 @@ def share(indices: Tensor, rank: int, world_size: int) -> Tensor:
 class Split(Protocol):
     """The training or the test part of a data set."""
 
+    unreadable: set[str]
+    """Image files that this process has found it cannot read."""
+
     def __len__(self) -> int:
         """Samples in it."""
 
@@ -70,6 +74,13 @@ class ImageData:
     test: Split
     num_classes: int
     in_channels: int
+    class_names: tuple[str, ...] = ()
+    """In the order of the labels; none: their numbers."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """A name for each class."""
+        return self.class_names or tuple(map(str, range(self.num_classes)))
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,7 @@ class InMemory:
         self.normalization = normalization
         self.augment = augment
         self.seed = seed
+        self.unreadable: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -162,30 +174,132 @@ class InMemory:
             yield images, self.labels[there]
 
 
+_Sample = tuple[Tensor | None, int, list[str]]
+"""An image, None if it cannot be read; its label; the files that could not be read."""
+
+
 @dataclass(frozen=True)
-class _KeyedFolder(Dataset[tuple[Tensor, int]]):
+class _KeyedFolder(Dataset[_Sample]):
     """An image folder that is asked for (index, epoch); epoch None: not augmented."""
 
     folder: Any
     train: Callable[[Any], Tensor]
     test: Callable[[Any], Tensor]
     seed: int
+    replace: bool
+    """Whether the next image takes the place of one that cannot be read, in training."""
 
-    def __getitem__(self, asked: tuple[int, int | None]) -> tuple[Tensor, int]:
+    def __getitem__(self, asked: tuple[int, int | None]) -> _Sample:
         index, epoch = asked
-        image, label = self.folder[index]
         if epoch is None:
-            return self.test(image), label
+            image, label, unreadable = self._read(index, 1)
+            return None if image is None else self.test(image), label, unreadable
+        image, label, unreadable = self._read(index, len(self.folder) if self.replace else 1)
+        if image is None:
+            return None, label, unreadable
         # torchvision's transforms draw from the global generator
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(random_key("augmentation", self.seed, epoch, index))
-            return self.train(image), label
+            return self.train(image), label, unreadable
+
+    def _read(self, index: int, tries: int) -> tuple[Any, int, list[str]]:
+        """The first of ``tries`` images from ``index`` on that can be read."""
+        unreadable: list[str] = []
+        for one in range(index, index + tries):
+            path, label = self.folder.samples[one % len(self.folder)]
+            try:
+                return self.folder.loader(path), label, unreadable
+            # the decoders raise what they like: OSError, SyntaxError, ValueError, struct.error
+            except Exception:
+                unreadable.append(path)
+        return None, label, unreadable
+
+
+def _collated(samples: Sequence[_Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    images = [image for image, _, _ in samples if image is not None]
+    labels = [label for image, label, _ in samples if image is not None]
+    unreadable = [path for _, _, paths in samples for path in paths]
+    return torch.stack(images) if images else torch.empty(0), torch.tensor(labels), unreadable
+
+
+def _centre(image_size: int) -> Callable[[Any], Tensor]:
+    """A PIL image as (C, H, W) of bytes: its centre, as ImageNet's networks are tested on."""
+    from torchvision.transforms import v2
+
+    return v2.Compose(
+        [
+            v2.PILToTensor(),
+            # the usual margin: 256 for 224
+            v2.Resize(round(image_size * 256 / 224), antialias=True),
+            v2.CenterCrop(image_size),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How an image file becomes what a network of one data set was trained on."""
+
+    channels: int
+    mode: str
+    """PIL's: "L" or "RGB"."""
+    scale: float
+    """From 0..255 to the units of the data set's pixels."""
+    fit: Callable[[Any], Tensor]
+    normalization: Normalization
+
+    def __call__(self, path: Path) -> Tensor:
+        """The file as (channels, H, W).
+
+        Raises:
+            UserError: if it cannot be read as an image.
+        """
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:
+                pixels = self.fit(image.convert(self.mode))
+        # the decoders raise what they like
+        except Exception as error:
+            raise UserError(f"{path} cannot be read as an image: {error}") from None
+        return self.normalization(pixels.float() * self.scale)
+
+
+def image_preparation(data: str, image_size: int) -> Preparation:
+    """How image files are prepared for a network trained on ``data``.
+
+    Raises:
+        UserError: for generated data, of which there are no files.
+    """
+    from torchvision.transforms import v2
+
+    small = v2.Compose([v2.PILToTensor(), v2.Resize((image_size, image_size), antialias=True)])
+    if data == "imagefolder":
+        return Preparation(3, "RGB", 1.0, _centre(image_size), IMAGENET_NORMALIZATION)
+    if data == "digits":
+        return Preparation(1, "L", 16 / 255, small, DIGITS_NORMALIZATION)
+    known = {
+        "cifar10": CIFAR10_NORMALIZATION,
+        "cifar100": CIFAR100_NORMALIZATION,
+        "svhn": SVHN_NORMALIZATION,
+    }
+    if data not in known:
+        raise UserError(f"a network trained on --data {data} does not work on image files")
+    return Preparation(3, "RGB", 1.0, small, known[data])
 
 
 class ImageFolder:
     """Images in one folder per class, read by worker processes."""
 
-    def __init__(self, root: Path, image_size: int, augment: bool, seed: int, num_workers: int):
+    def __init__(
+        self,
+        root: Path,
+        image_size: int,
+        augment: bool,
+        seed: int,
+        num_workers: int,
+        skip_unreadable: bool = False,
+    ) -> None:
         from torchvision import datasets
         from torchvision.transforms import v2
 
@@ -196,14 +310,7 @@ class ImageFolder:
                 f"{root} is not a folder of images, one folder per class: {error}"
             ) from None
         self.classes: list[str] = self._folder.classes
-        test = v2.Compose(
-            [
-                v2.PILToTensor(),
-                # the usual margin: 256 for 224
-                v2.Resize(round(image_size * 256 / 224), antialias=True),
-                v2.CenterCrop(image_size),
-            ]
-        )
+        test = _centre(image_size)
         train = v2.Compose(
             [
                 v2.PILToTensor(),
@@ -211,8 +318,12 @@ class ImageFolder:
                 v2.RandomHorizontalFlip(),
             ]
         )
-        self._dataset = _KeyedFolder(self._folder, train if augment else test, test, seed)
+        self._dataset = _KeyedFolder(
+            self._folder, train if augment else test, test, seed, skip_unreadable
+        )
         self._num_workers = num_workers
+        self._skip_unreadable = skip_unreadable
+        self.unreadable: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._folder)
@@ -225,10 +336,22 @@ class ImageFolder:
             batch_sampler=([(i, epoch) for i in chosen.tolist()] for chosen in indices),
             num_workers=self._num_workers,
             pin_memory=device.type == "cuda",
+            worker_init_fn=outlive_stop_signals,
+            collate_fn=_collated,
             # the loader's own base seed must not be drawn from the generator dropout uses
             generator=torch.Generator(),
         )
-        for images, labels in loader:
+        for images, labels, unreadable in loader:
+            self.unreadable.update(unreadable)
+            if unreadable and not self._skip_unreadable:
+                raise UserError(
+                    f"{unreadable[0]} cannot be read as an image: mend or remove it, or leave "
+                    f"such images out with --corrupt-images skip"
+                )
+            if not len(images):
+                if epoch is not None:
+                    raise UserError("no image of the data set can be read")
+                continue
             yield (
                 IMAGENET_NORMALIZATION(images.to(device, non_blocking=True)),
                 labels.to(device, non_blocking=True),
@@ -319,6 +442,7 @@ def _from_torchvision(config: ResolvedConfig, download: bool) -> ImageData:
                 extra = svhn("extra")
                 train = torch.cat([train[0], extra[0]]), torch.cat([train[1], extra[1]])
             num_classes, normalization = 10, SVHN_NORMALIZATION
+            names = ()
         else:
             ten = config.data == "cifar10"
             source = datasets.CIFAR10 if ten else datasets.CIFAR100
@@ -326,6 +450,7 @@ def _from_torchvision(config: ResolvedConfig, download: bool) -> ImageData:
             addresses = [source.url]
             train, test = cifar(source, train=True), cifar(source, train=False)
             num_classes = 10 if ten else 100
+            names = tuple(source(root, train=False).classes)
             normalization = CIFAR10_NORMALIZATION if ten else CIFAR100_NORMALIZATION
     # RuntimeError is what torchvision raises for missing and for damaged files; OSError covers
     # the network and the disk.
@@ -346,6 +471,7 @@ def _from_torchvision(config: ResolvedConfig, download: bool) -> ImageData:
         InMemory(*test, normalization),
         num_classes=num_classes,
         in_channels=3,
+        class_names=names,
     )
 
 
@@ -360,7 +486,12 @@ def _image_folder(config: ResolvedConfig) -> ImageData:
     augment = config.augment == "standard"
     train, test = (
         ImageFolder(
-            config.data_dir / part, config.image_size, augment, config.seed, config.num_workers
+            config.data_dir / part,
+            config.image_size,
+            augment,
+            config.seed,
+            config.num_workers,
+            config.corrupt_images == "skip",
         )
         for part in ("train", "val")
     )
@@ -370,4 +501,4 @@ def _image_folder(config: ResolvedConfig) -> ImageData:
             f"{config.data_dir}: train and val must hold the same classes; only one of them has "
             f"{', '.join(differing[:5])}"
         )
-    return ImageData(train, test, num_classes=len(train.classes), in_channels=3)
+    return ImageData(train, test, len(train.classes), 3, tuple(train.classes))

@@ -9,10 +9,10 @@ from __future__ import annotations
 import datetime
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UserError
+
+T = TypeVar("T")
 
 # A download by one process, which the others wait for, may take this long.
 _TIMEOUT = datetime.timedelta(minutes=30)
@@ -102,11 +104,11 @@ def all_or_none() -> Iterator[None]:
             raise UserError(message)
 
 
-def gathered(value: str) -> list[str]:
+def gathered(value: T) -> list[T]:
     """The values of all processes, in the order of their ranks."""
     if not dist.is_initialized():
         return [value]
-    values = [""] * dist.get_world_size()
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
@@ -118,6 +120,34 @@ def gathered_tensor(values: Tensor) -> list[Tensor]:
     all_values = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(all_values, values)
     return all_values
+
+
+def gathered_on_main(value: T) -> list[T]:
+    """On rank 0 the values of all processes, in the order of their ranks; elsewhere none."""
+    if not dist.is_initialized():
+        return [value]
+    is_main = dist.get_rank() == 0
+    values: list[Any] = [None] * dist.get_world_size() if is_main else []
+    dist.gather_object(value, values if is_main else None)
+    return values
+
+
+def from_main(value: T) -> T:
+    """Rank 0's value, on every process."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def largest(values: Sequence[float]) -> list[float]:
+    """The element-wise maximum over all processes, through main memory."""
+    if not dist.is_initialized():
+        return list(values)
+    agreed = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    return agreed.tolist()
 
 
 def summed(values: Tensor) -> Tensor:

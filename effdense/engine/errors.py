@@ -24,6 +24,16 @@ class TrainingError(RuntimeError):
     """A run that cannot go on, such as a loss that is not a number; exit status 1."""
 
 
+class Interrupted(RuntimeError):
+    """A run that was told to stop and can be gone on with; exit status 75.
+
+    That is EX_TEMPFAIL of sysexits.h, "try again later": what a batch system should requeue.
+    """
+
+
+REQUEUE_STATUS = 75
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn :class:`UserError` and :class:`TrainingError` into one line on standard error.
@@ -50,6 +60,12 @@ def one_line_errors() -> Iterator[None]:
             time.sleep(_GRACE_SECONDS)
             print(f"error: {message}", file=sys.stderr, flush=True)
         _exit(status)
+    except Interrupted as error:
+        # Every process ends by itself, with the same status, after rank 0 has spoken.
+        if speaks_for_all():
+            sys.stdout.flush()
+            print(error, file=sys.stderr, flush=True)
+        _exit(REQUEUE_STATUS)
     except KeyboardInterrupt:
         if speaks_for_all():
             print("interrupted", file=sys.stderr, flush=True)

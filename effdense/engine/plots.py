@@ -1,4 +1,4 @@
-"""loss.png and error.png, drawn from the CSV files of one run or of several."""
+"""The curves of one run or of several, drawn from their CSV files."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ from .errors import UserError
 from .records import write_atomically
 
 _LABELS = {"loss": "loss", "error": "error (%)"}
+_SPEED = {
+    "images-per-second": ("images_per_second", "images / s"),
+    "memory": ("memory_mib", "peak memory of the largest process (MiB)"),
+}
+SCORES = tuple(_LABELS)
+ALL = (*SCORES, *_SPEED)
 
 
-def draw(work_dirs: Sequence[Path], output: Path) -> list[Path]:
-    """Draw loss and error over the epochs: training dashed, test solid, one colour per run.
+def draw(work_dirs: Sequence[Path], output: Path, quantities: Sequence[str] = SCORES) -> list[Path]:
+    """Draw quantities over the epochs: training dashed, test solid, one colour per run.
 
     Args:
         work_dirs: folders that hold a train.csv and a test.csv.
-        output: folder for loss.png and error.png; made if it is not there.
+        output: folder for the pictures, such as loss.png; made if it is not there.
+        quantities: of :data:`ALL`; those that no run has recorded are left out.
 
     Returns:
-        The two files.
+        The files.
 
     Raises:
         UserError: where there is no run, or the output folder cannot be written.
@@ -34,33 +41,61 @@ def draw(work_dirs: Sequence[Path], output: Path) -> list[Path]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {output}: {error.strerror}") from None
-    names = _distinct_names(work_dirs)
-    curves = [(name, read(path / "train.csv"), read(path / "test.csv")) for name, path in names]
     paths = []
-    for quantity, label in _LABELS.items():
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.subplots()
-        for number, (name, train, test) in enumerate(curves):
-            prefix = f"{name}, " if len(curves) > 1 else ""
-            # markers: a run's first epoch is a single point
-            style: dict[str, Any] = {"color": f"C{number}", "marker": ".", "markersize": 4}
-            axes.plot(
-                train["epoch"], train[quantity], linestyle="--", label=f"{prefix}train", **style
-            )
-            axes.plot(test["epoch"], test[quantity], label=f"{prefix}test", **style)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
+    for quantity, figure in figures(work_dirs, quantities).items():
         path = output / f"{quantity}.png"
         write_atomically(path, partial(figure.savefig, dpi=120))
         paths.append(path)
     return paths
 
 
-def read(path: Path) -> dict[str, list[float]]:
+def figures(work_dirs: Sequence[Path], quantities: Sequence[str]) -> dict[str, Figure]:
+    """The figures of :func:`draw` by quantity.
+
+    Raises:
+        UserError: where there is no run.
+    """
+    names = _distinct_names(work_dirs)
+    scores = [
+        (name, {"train": read(path / "train.csv"), "test": read(path / "test.csv")})
+        for name, path in names
+    ]
+    speeds = [
+        (name, read(path / "speed.csv", [column for column, _ in _SPEED.values()]))
+        for name, path in names
+        if (path / "speed.csv").exists()
+    ]
+    found = {}
+    for quantity in quantities:
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
+        # markers: a run's first epoch is a single point
+        style: dict[str, Any] = {"marker": ".", "markersize": 4}
+        if quantity in _LABELS:
+            for number, (name, curves) in enumerate(scores):
+                prefix = f"{name}, " if len(scores) > 1 else ""
+                for part, dashes in (("train", "--"), ("test", "-")):
+                    x, y = curves[part]["epoch"], curves[part][quantity]
+                    label = f"{prefix}{part}"
+                    axes.plot(x, y, dashes, color=f"C{number}", label=label, **style)
+            axes.set_ylabel(_LABELS[quantity])
+        else:
+            column, unit = _SPEED[quantity]
+            for name, speed in speeds:
+                axes.plot(speed["epoch"], speed[column], label=name, **style)
+            axes.set_ylabel(unit)
+            if not any(speed["epoch"] for _, speed in speeds):
+                continue
+        axes.set_xlabel("epoch")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        found[quantity] = figure
+    return found
+
+
+def read(path: Path, columns: Sequence[str] = SCORES) -> dict[str, list[float]]:
     """The columns of a CSV file; a last row that was cut short is left out.
 
     Raises:
@@ -74,10 +109,11 @@ def read(path: Path) -> dict[str, list[float]]:
         raise UserError(f"{path.parent} holds no run: there is no {path.name}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    if not {"epoch", *_LABELS} <= set(header):
-        raise UserError(f"cannot read {path}: it has no columns epoch, loss and error")
-    columns = zip(*values, strict=True) if values else [()] * len(header)
-    return {name: list(column) for name, column in zip(header, columns, strict=True)}
+    if not {"epoch", *columns} <= set(header):
+        names = " and ".join([", ".join(["epoch", *columns[:-1]]), columns[-1]])
+        raise UserError(f"cannot read {path}: it has no columns {names}")
+    by_column = zip(*values, strict=True) if values else [()] * len(header)
+    return {name: list(column) for name, column in zip(header, by_column, strict=True)}
 
 
 def _distinct_names(work_dirs: Sequence[Path]) -> list[tuple[str, Path]]:

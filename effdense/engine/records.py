@@ -1,20 +1,22 @@
 """What a run writes: its work directory, config.yaml, the two CSV files and the weights.
 
-Files that are written at once appear whole or not at all; CSV rows are on disk before the next
-epoch begins.
+Files that are written at once appear whole or not at all; CSV rows are on disk before the
+checkpoint that counts them.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,26 @@ from typing import Any
 import torch
 import yaml
 
+from .checkpoint import CheckpointStore, flush_folder
 from .config import ResolvedConfig
 from .distributed import World
 from .errors import UserError
+from .lock import Lock
+from .scores import Score
 
-TRAIN_COLUMNS = ("epoch", "step", "lr", "loss", "error")
-TEST_COLUMNS = ("epoch", "step", "loss", "error", "samples")
+LOG_COLUMNS = {
+    "train.csv": ("epoch", "step", "lr", "loss", "error"),
+    "test.csv": ("epoch", "step", "loss", "error", "samples"),
+    # what a clock says; all else is the same bits after a resumption
+    "speed.csv": ("epoch", "step", "seconds", "images_per_second", "wait_percent", "memory_mib"),
+    # one row per process; see telemetry.py
+    "system.csv": (
+        *("epoch", "step", "rank", "resident", "resident_peak"),
+        *("cuda_allocated", "cuda_allocated_peak", "cuda_reserved", "cuda_reserved_peak"),
+        *("gpu_used", "gpu_utilisation_percent", "gpu_celsius", "gpu_watts"),
+    ),
+}
+CHECKPOINTS = "checkpoints"
 _RUN_FILES = (
     "config.yaml",
     "train.csv",
@@ -35,7 +51,13 @@ _RUN_FILES = (
     "system.csv",
     "loss.png",
     "error.png",
+    "speed.csv",
+    "images-per-second.png",
+    "memory.png",
+    "report.html",
+    "model.safetensors",
     "model.pt",
+    CHECKPOINTS,
 )
 
 
@@ -61,82 +83,153 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
+            flush_folder(path.parent)
         finally:
             partial.unlink(missing_ok=True)
 
 
 class CsvLog:
-    """A CSV file with a header that grows by whole rows."""
+    """A CSV file with a header that grows by whole rows.
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+    Args:
+        path: the file.
+        columns: its header.
+        text: the file as it stood at the checkpoint the run goes on from; empty: a new one.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], text: str = "") -> None:
         self._path, self._columns = path, tuple(columns)
-        self._write(self._columns, "x")
+        start = text or _csv_line(self._columns)
+        write_atomically(path, lambda partial: _write_text(partial, start))
 
     def add(self, **row: float | None) -> None:
         """Append one row and see it on disk; ``row`` names every column, None leaves it empty."""
         assert set(row) == set(self._columns)
-        self._write([row[column] for column in self._columns], "a")
-
-    def _write(self, cells: Sequence[object], mode: str) -> None:
-        with _writing(self._path), self._path.open(mode, newline="") as file:
-            csv.writer(file).writerow(cells)
+        with _writing(self._path), self._path.open("a", newline="") as file:
+            file.write(_csv_line([row[column] for column in self._columns]))
             file.flush()
             os.fsync(file.fileno())
+
+    def text(self) -> str:
+        """The whole file."""
+        with _writing(self._path), self._path.open(newline="") as file:
+            return file.read()
+
+
+def last_score(text: str) -> Score:
+    """What the last row of a test.csv says."""
+    *_, row = csv.DictReader(io.StringIO(text))
+    return Score(float(row["loss"]), float(row["error"]), int(row["samples"]))
+
+
+def _csv_line(cells: Sequence[object]) -> str:
+    line = io.StringIO()
+    csv.writer(line).writerow(cells)
+    return line.getvalue()
 
 
 @dataclass(frozen=True)
 class WorkDir:
-    """The folder of one run."""
+    """The folder of one run; held by this process alone until it is closed."""
 
     path: Path
+    _lock: Lock
 
     @classmethod
-    def claim(cls, config: ResolvedConfig) -> WorkDir:
-        """Make the folder; with --overwrite take away the run it holds.
+    def claim(cls, config: ResolvedConfig, facts: Mapping[str, Any] | None = None) -> WorkDir:
+        """Make the folder or take it over, with the run it holds if that has the same options.
+
+        With --overwrite the run it holds is taken away. Processes that torchrun has restarted
+        take over what they had begun.
+
+        Args:
+            config: the run's options.
+            facts: what else the run must have in common with the one it goes on with.
 
         Raises:
-            UserError: if it holds a run already or cannot be written.
+            UserError: if another process is at work in it, if it holds a run that this one
+                cannot go on with, or if it cannot be written.
         """
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         with _writing(config.work_dir or Path("runs")):
             if config.work_dir is None:
-                return cls(_first_free(Path("runs"), config.data))
-            path = config.work_dir
-            path.mkdir(parents=True, exist_ok=True)
-            held = [path / name for name in _RUN_FILES if (path / name).exists()]
-            if held and not config.overwrite:
-                raise UserError(
-                    f"{path} already holds a run ({held[0].name}): choose another --work-dir, or "
-                    f"add --overwrite to replace it"
-                )
+                begun = _begun_before(Path("runs"), config) if restarted else None
+                path = begun or _first_free(Path("runs"), config.data)
+            else:
+                path = config.work_dir
+                path.mkdir(parents=True, exist_ok=True)
+            lock = Lock(path)
+            work_dir = cls(path, lock)
+            try:
+                work_dir._take_over(config, facts or {}, restarted)
+            except BaseException:
+                work_dir.close()
+                raise
+        return work_dir
+
+    def _take_over(self, config: ResolvedConfig, facts: Mapping[str, Any], again: bool) -> None:
+        for leftover in self.path.glob(".[0-9]*-*"):
+            leftover.unlink()
+        held = [self.path / name for name in _RUN_FILES if (self.path / name).exists()]
+        if not held:
+            return
+        differences = self._differences(config, facts)
+        goes_on = config.resume == "auto" and not differences
+        if config.overwrite and not (again and goes_on):
+            shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
             for file in held:
-                file.unlink()
-            probe = path / f".{os.getpid()}-probe"
-            probe.touch()
-            probe.unlink()
-        return cls(path)
+                if file.is_file():
+                    file.unlink()
+        elif not goes_on:
+            why = f" with other options: {'; '.join(differences)}" if differences else ""
+            raise UserError(
+                f"{self.path} already holds a run{why} ({held[0].name}): choose another "
+                f"--work-dir, or add --overwrite to replace it"
+            )
 
-    def train_log(self) -> CsvLog:
-        """A fresh train.csv: one row per epoch; error in per cent."""
-        return CsvLog(self.path / "train.csv", TRAIN_COLUMNS)
+    def _differences(self, config: ResolvedConfig, facts: Mapping[str, Any]) -> list[str]:
+        try:
+            held = read_config(self.path)
+        except UserError as error:
+            return [str(error)]
+        return config.differences(held["options"]) + [
+            f"{key} is {value}, was {held[key]}"
+            for key, value in facts.items()
+            if key in held and held[key] != value
+        ]
 
-    def test_log(self) -> CsvLog:
-        """A fresh test.csv: one row per epoch; error in per cent."""
-        return CsvLog(self.path / "test.csv", TEST_COLUMNS)
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        self._lock.release()
 
-    def system_log(self, columns: Sequence[str]) -> CsvLog:
-        """A fresh system.csv: see telemetry.py."""
-        return CsvLog(self.path / "system.csv", columns)
+    def logs(
+        self, texts: Mapping[str, str], names: Iterable[str] = LOG_COLUMNS
+    ) -> dict[str, CsvLog]:
+        """The logs called ``names`` by name; all but system.csv have one row per epoch.
+
+        Error is in per cent, and so is the share of the time that was spent waiting for images;
+        memory is the peak of the largest process.
+
+        Args:
+            texts: the files as they stood at the checkpoint the run goes on from.
+        """
+        return {
+            name: CsvLog(self.path / name, columns, texts.get(name, ""))
+            for name, columns in LOG_COLUMNS.items()
+            if name in names
+        }
+
+    def checkpoints(self, keep: int) -> CheckpointStore:
+        """The run's checkpoints."""
+        return CheckpointStore(self.path / CHECKPOINTS, keep)
 
     def write_config(self, config: ResolvedConfig, world: World, facts: Mapping[str, Any]) -> None:
         """config.yaml: every option, and what else reproduces the run."""
-        options = {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in asdict(config).items()
-        }
-        options["milestones"] = list(config.milestones)
+        options = config.options()
         options["work_dir"] = str(self.path)
         content = {
             "command": shlex.join(sys.argv),
+            "launch": launch_id(),
             "options": options,
             "processes": {
                 "world_size": world.world_size,
@@ -151,10 +244,10 @@ class WorkDir:
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         write_atomically(self.path / "config.yaml", lambda partial: _write_text(partial, text))
 
-    def save_model(self, model: torch.nn.Module) -> Path:
-        """model.pt: the state dict, for ``torch.load(path, weights_only=True)``."""
-        path = self.path / "model.pt"
-        write_atomically(path, lambda partial: torch.save(model.state_dict(), partial))
+    def write_file(self, name: str, content: bytes) -> Path:
+        """Put a file in place, whole or not at all."""
+        path = self.path / name
+        write_atomically(path, lambda partial: _write_bytes(partial, content))
         return path
 
 
@@ -169,8 +262,55 @@ def _first_free(parent: Path, name: str) -> Path:
         number += 1
 
 
+def _begun_before(parent: Path, config: ResolvedConfig) -> Path | None:
+    """The newest folder of this launch, which torchrun has now restarted."""
+    begun = []
+    for path in parent.glob(f"{config.data}-*"):
+        with suppress(UserError):
+            held = read_config(path)
+            if held.get("launch") == launch_id() and not config.differences(held["options"]):
+                begun.append(path)
+    return max(begun, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def launch_id() -> str:
+    """What torchrun calls this launch: the same for the processes it restarts."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "none")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.yaml of the run in ``path``.
+
+    Raises:
+        UserError: if it is missing or is not what a run writes.
+    """
+    file = path / "config.yaml"
+    try:
+        held = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert isinstance(held["options"], dict)
+    except FileNotFoundError:
+        raise UserError(f"{path} holds no run: there is no config.yaml") from None
+    except (OSError, ValueError, TypeError, KeyError, AssertionError, yaml.YAMLError):
+        raise UserError(f"cannot read {file}: it is not what a run writes") from None
+    return dict(held)
+
+
+def saved(state: object) -> bytes:
+    """What ``torch.save`` writes, for a file system that may refuse it.
+
+    torch's own writer turns a full disk into an error that does not say so.
+    """
+    content = io.BytesIO()
+    torch.save(state, content)
+    return content.getvalue()
+
+
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="")
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def _device_name(device: torch.device) -> str:

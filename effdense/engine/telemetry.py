@@ -17,13 +17,11 @@ from torch import Tensor
 
 from ..memory_sizes import peak_resident_bytes, resident_bytes
 from .distributed import World, gathered_tensor
-from .records import CsvLog
+from .records import LOG_COLUMNS, CsvLog
 
 # Bytes but for the last three; "peak" is since the process began.
-_OF_PROCESS = ("resident", "resident_peak")
-_OF_CUDA = ("cuda_allocated", "cuda_allocated_peak", "cuda_reserved", "cuda_reserved_peak")
-_OF_DRIVER = ("gpu_used", "gpu_utilisation_percent", "gpu_celsius", "gpu_watts")
-SYSTEM_COLUMNS = ("epoch", "step", "rank", *_OF_PROCESS, *_OF_CUDA, *_OF_DRIVER)
+SYSTEM_COLUMNS = LOG_COLUMNS["system.csv"]
+_OF_DRIVER = SYSTEM_COLUMNS[-4:]
 
 
 class Telemetry:

@@ -1,301 +1,45 @@
-"""The training loop."""
+"""A run from its options to its weights."""
 
 from __future__ import annotations
 
-import sys
+import json
+import os
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
 
-import effdense
-
-from ..estimation import AMP_DTYPES
 from . import plots
+from .checkpoint import Position
 from .config import ResolvedConfig, TrainConfig
-from .data import Batch, ImageData, Split, global_batches, load, random_key, share
+from .data import ImageData, load
 from .distributed import (
     World,
     all_or_none,
-    average_running_statistics,
-    data_parallel,
+    gathered,
     joined_world,
+    largest,
     launched_processes,
-    summed,
 )
 from .errors import TrainingError, UserError
-from .records import WorkDir
+from .export import safetensors_bytes
+from .networks import fit_to_budget, largest_share, make_network
+from .progress import Progress, Speed, peak_memory
+from .records import LOG_COLUMNS, CsvLog, WorkDir, last_score, saved
 from .rehearsal import replan_if_needed
-from .telemetry import SYSTEM_COLUMNS, Telemetry
-
-# How often the processes add up their losses, which makes them wait for each other and the GPU.
-_STEPS_BETWEEN_CHECKS = 20
+from .report import html_report
+from .resumption import Keeper, go_on
+from .scores import Score
+from .signals import StopSignals
+from .telemetry import Telemetry
+from .tensorboard import Board, require_tensorboard
+from .trainer import Trainer
+from .watchdog import Watchdog
 
 # Where memory runs out with an error; on a processor the system ends the process instead.
 REHEARSED = ("cuda",)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean loss (nats per sample) and error (per cent) over ``samples`` samples."""
-
-    loss: float
-    error: float
-    samples: int
-
-
-class Tally:
-    """Adds up loss, mistakes and samples on the device, so that no step waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """``loss`` is the mean over the samples of ``logits`` (N, classes), ``labels`` (N,)."""
-        wrong = (logits.argmax(1) != labels).sum()
-        count = torch.full_like(wrong, len(labels))
-        self._sums += torch.stack([loss.detach().double() * len(labels), wrong, count])
-
-    def score(self) -> Score:
-        """The result over all processes; a collective."""
-        loss, wrong, samples = summed(self._sums).tolist()
-        return Score(loss / max(samples, 1), 100 * wrong / max(samples, 1), round(samples))
-
-
-class Trainer:
-    """A network, its optimiser, and the steps that train and test it.
-
-    Args:
-        network: on ``world.device`` already, the same on every process.
-        config: the run's options.
-        world: this process's place; its process group must have been joined.
-    """
-
-    def __init__(self, network: nn.Module, config: ResolvedConfig, world: World) -> None:
-        self.network = network
-        self.config = config
-        self.world = world
-        self.model = data_parallel(network, world)
-        self.optimizer = make_optimizer(network, config)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """The context of ``--amp`` for forward passes."""
-        dtype = AMP_DTYPES[self.config.amp]
-        return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
-
-    def step(
-        self, images: Tensor, labels: Tensor, batch_size: int, lr: float
-    ) -> tuple[Tensor, Tensor]:
-        """Train on this process's share of a batch of ``batch_size`` samples over all processes.
-
-        Returns:
-            The mean loss over the share, and its logits.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad()
-        with self.autocast():
-            logits = self.model(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        # Gradients are averaged over processes; with this weight that is the mean over the batch
-        # however unevenly it is shared.
-        weight = len(labels) * self.world.world_size / batch_size
-        self.scaler.scale(loss * weight).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return loss.detach(), logits.detach()
-
-    def train_epoch(
-        self, split: Split, epoch: int, progress: Progress, telemetry: Telemetry | None = None
-    ) -> Score:
-        """One pass over ``split``; epochs count from 1.
-
-        Raises:
-            TrainingError: on every process, if the loss of any is not finite.
-        """
-        config, world = self.config, self.world
-        batches = global_batches(len(split), config.batch_size, config.seed, epoch)
-        shares = [share(batch, world.rank, world.world_size) for batch in batches]
-        # what dropout draws must differ between processes
-        torch.manual_seed(random_key("dropout", config.seed, epoch, world.rank))
-        self.model.train()
-        tally = Tally(world.device)
-        checked = 0
-        for i, (images, labels) in enumerate(
-            progress.steps(split.batches(shares, epoch, world.device), len(batches))
-        ):
-            position = (epoch - 1 + i / len(batches)) / config.epochs
-            tally.add(*self._losses(images, labels, position), labels)
-            if (i + 1) % _STEPS_BETWEEN_CHECKS == 0 or i + 1 == len(batches):
-                score = tally.score()
-                if not torch.isfinite(torch.tensor(score.loss)):
-                    raise TrainingError(
-                        f"the loss is {score.loss} in epoch {epoch}, between steps {checked + 1} "
-                        f"and {i + 1} of {len(batches)}: try a lower --lr"
-                        + ("" if config.amp == "none" else ", or --amp none")
-                    )
-                checked = i + 1
-                progress.show(score)
-            if telemetry is not None:
-                done = i + 1
-                telemetry.after_step(epoch, (epoch - 1) * len(batches) + done, done == len(batches))
-        return score
-
-    def _losses(self, images: Tensor, labels: Tensor, position: float) -> tuple[Tensor, Tensor]:
-        return self.step(images, labels, self.config.batch_size, self.config.lr_at(position))
-
-    @torch.no_grad()
-    def evaluate(self, split: Split) -> Score:
-        """Score the network in eval mode on every sample of ``split``, each exactly once."""
-        average_running_statistics(self.network)
-        world = self.world
-        mine = share(torch.arange(len(split)), world.rank, world.world_size)
-        per_process = max(1, self.config.batch_size // world.world_size)
-        self.model.eval()
-        tally = Tally(world.device)
-        chunks = mine.split(per_process) if len(mine) else ()
-        for images, labels in split.batches(chunks, None, world.device):
-            with self.autocast():
-                # not through DDP: shares may differ in their number of batches
-                logits = self.network(images)
-                loss = F.cross_entropy(logits, labels)
-            tally.add(loss, logits, labels)
-        score = tally.score()
-        assert score.samples == len(split)
-        return score
-
-
-def make_optimizer(network: nn.Module, config: ResolvedConfig) -> torch.optim.Optimizer:
-    """The optimiser over every parameter, the norms' included, as in the paper's code."""
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    lr, weight_decay = config.lr, config.weight_decay
-    if config.opt == "sgd":
-        momentum = config.momentum
-        return torch.optim.SGD(
-            parameters, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0
-        )
-    if config.opt == "adam":
-        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay)
-    return torch.optim.RMSprop(parameters, lr, weight_decay=weight_decay)
-
-
-def make_network(config: ResolvedConfig, data: ImageData) -> nn.Module:
-    """The network ``config`` names, initialised by ``config.seed``.
-
-    Raises:
-        UserError: for sizes that no such network has.
-    """
-    torch.manual_seed(random_key("weights", config.seed))
-    options: dict[str, Any] = {
-        "num_classes": data.num_classes,
-        "in_channels": data.in_channels,
-        "drop_rate": config.drop_rate,
-        "save": config.save,
-        "backend": config.backend,
-    }
-    try:
-        if config.arch == "densenet_bc":
-            network = effdense.densenet_bc(config.depth, config.growth_rate, **options)
-        else:
-            network = getattr(effdense, config.arch)(**options)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    network.offload = config.offload
-    return network
-
-
-def fit_to_budget(
-    network: nn.Module, config: ResolvedConfig, world: World, channels: int, budget: str
-) -> str:
-    """Set each block's save mode by a budget; returns the plan to be shown.
-
-    Raises:
-        UserError: where no choice fits.
-    """
-    assert isinstance(network, effdense.DenseNet)
-    momentum = config.opt == "sgd" and config.momentum > 0
-    if budget == "auto" and world.device.type == "cpu":
-        # the machine's processes share its memory
-        budget = str(effdense.budget_bytes("auto", "cpu") // world.local_world_size)
-    try:
-        plan = effdense.plan(
-            network,
-            largest_share(config, world, channels),
-            budget,
-            optimizer="sgd-momentum" if momentum else config.opt,
-            amp=AMP_DTYPES[config.amp],
-            ddp=world.world_size > 1,
-            device=world.device.type,
-        )
-    except ValueError as error:
-        raise UserError(f"--memory-budget: {error}") from None
-    plan.apply(network)
-    return str(plan)
-
-
-def largest_share(config: ResolvedConfig, world: World, channels: int) -> tuple[int, ...]:
-    """The shape of the most images that a process gets in a step."""
-    images = -(-config.batch_size // world.world_size)
-    return images, channels, config.image_size, config.image_size
-
-
-class Progress:
-    """What rank 0 shows: a bar on a terminal, else one line per epoch; other ranks nothing."""
-
-    def __init__(self, config: ResolvedConfig, world: World) -> None:
-        self._shown = world.is_main
-        self._bars = world.is_main and sys.stderr.isatty()
-        self._epochs = config.epochs
-        self._bar: tqdm[Batch] | None = None
-        self._began = time.monotonic()
-        self._epoch = 0
-
-    def say(self, line: str) -> None:
-        """Print a line, above the bar if there is one."""
-        if self._shown:
-            tqdm.write(line)
-            sys.stdout.flush()
-
-    def epoch(self, epoch: int) -> None:
-        """Begin an epoch."""
-        self._epoch, self._began = epoch, time.monotonic()
-
-    def steps(self, batches: Iterable[Batch], total: int) -> Iterator[Batch]:
-        """Pass ``batches`` on, counting them."""
-        self._bar = tqdm(
-            batches,
-            desc=f"epoch {self._epoch}/{self._epochs}",
-            total=total,
-            disable=not self._bars,
-            leave=False,
-            unit="step",
-        )
-        with self._bar:
-            yield from self._bar
-
-    def show(self, score: Score) -> None:
-        """Put the training loss so far beside the bar."""
-        if self._bar is not None and self._bars:
-            self._bar.set_postfix(loss=f"{score.loss:.4f}", error=f"{score.error:.2f} %")
-
-    def end(self, train: Score, test: Score, seconds: float) -> None:
-        """Print the line of an epoch whose training took ``seconds``."""
-        # A small epoch can be shorter than a tick of the clock.
-        speed = f"{train.samples / seconds:,.0f} images/s  " if seconds > 0 else ""
-        width = len(str(self._epochs))
-        self.say(
-            f"epoch {self._epoch:{width}}/{self._epochs}  "
-            f"train loss {train.loss:.4f} error {train.error:5.2f} %  "
-            f"test loss {test.loss:.4f} error {test.error:5.2f} %  "
-            f"{speed}{time.monotonic() - self._began:.1f} s"
-        )
 
 
 def run(options: TrainConfig) -> Score:
@@ -307,76 +51,179 @@ def run(options: TrainConfig) -> Score:
     Raises:
         UserError: for what the user can mend, on every process.
         TrainingError: for a loss that is not finite, on every process.
+        Interrupted: for a run that was told to stop, on every process.
     """
     world_size, local_world_size = launched_processes()
     config = options.resolved(world_size=world_size, local_world_size=local_world_size)
-    with joined_world(config.device, config.threads) as world:
-        return _run(config, world)
+    with (
+        StopSignals() as signals,
+        joined_world(config.device, config.threads) as world,
+        _determinism(config),
+    ):
+        return _run(config, world, signals)
 
 
-def _run(config: ResolvedConfig, world: World) -> Score:
+@contextmanager
+def _determinism(config: ResolvedConfig) -> Iterator[None]:
+    """Within it, --deterministic holds."""
+    if not config.deterministic:
+        yield
+        return
+    # what cuBLAS asks for; read when it is first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
     data = _load_together(config, world)
     network = make_network(config, data).to(world.device)
-    num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    work_dir = plan = None
-    with all_or_none():
-        if config.memory_budget is not None:
-            plan = fit_to_budget(network, config, world, data.in_channels, config.memory_budget)
-        if config.batch_size > len(data.train):
-            raise UserError(
-                f"--batch-size must be at most {len(data.train)}, the number of training images, "
-                f"got {config.batch_size}"
-            )
-        if world.is_main:
-            work_dir = WorkDir.claim(config)
+    facts: dict[str, Any] = {
+        "model": {"name": config.arch, "parameters": sum(p.numel() for p in network.parameters())},
+        "images": {"train": len(data.train), "test": len(data.test)},
+        "classes": list(data.classes),
+    }
+    plan = None
+    with ExitStack() as stack:
+        work_dir = None
+        with all_or_none():
+            if config.tensorboard:
+                require_tensorboard()
+            if config.memory_budget is not None:
+                plan = fit_to_budget(network, config, world, data.in_channels, config.memory_budget)
+            if config.batch_size > len(data.train):
+                raise UserError(
+                    f"--batch-size must be at most {len(data.train)}, the number of training "
+                    f"images, got {config.batch_size}"
+                )
+            if world.is_main:
+                work_dir = stack.enter_context(closing(WorkDir.claim(config, facts)))
+        progress = Progress(config, world)
+        progress.say(_headline(config, world, data, facts["model"]["parameters"]))
+        if plan is not None:
+            facts["memory_plan"] = plan
+            progress.say(plan)
+            if world.device.type in REHEARSED:
+                share = largest_share(config, world, data.in_channels)
+
+                def again(budget: str) -> str:
+                    return fit_to_budget(network, config, world, data.in_channels, budget)
+
+                changed = replan_if_needed(network, share, config, world, again)
+                if changed is not None:
+                    facts["memory_plan"] = changed
+                    progress.say(changed)
+        trainer = Trainer(network, config, world)
+        watchdog = stack.enter_context(Watchdog(world, config.hang_timeout))
+        trainer.mark = watchdog.mark
+        return _train(trainer, data, work_dir, facts, progress, signals)
+
+
+def _train(
+    trainer: Trainer,
+    data: ImageData,
+    work_dir: WorkDir | None,
+    facts: Mapping[str, Any],
+    progress: Progress,
+    signals: StopSignals,
+) -> Score:
+    """The run from where its newest checkpoint is, or else from the beginning, to its end."""
+    config, world = trainer.config, trainer.world
+    trainer.settle_buckets((data.in_channels, config.image_size, config.image_size))
+    store = found = None
     if work_dir is not None:
-        facts = {
-            "model": {"name": config.arch, "parameters": num_parameters},
-            "images": {"train": len(data.train), "test": len(data.test)},
-        }
-        work_dir.write_config(config, world, facts)
-        train_log, test_log = work_dir.train_log(), work_dir.test_log()
+        store = work_dir.checkpoints(config.keep_checkpoints)
+        found = store.newest(progress.say)
+    rows, said = go_on(trainer, found, config, world)
+    logs: dict[str, CsvLog] = {}
+    with all_or_none():
+        if work_dir is not None:
+            if found is None:
+                work_dir.write_config(config, world, facts)
+            wanted = set(LOG_COLUMNS) - (set() if config.system_interval else {"system.csv"})
+            logs = work_dir.logs(rows, wanted)
+    for line in said:
+        progress.say(line)
 
-    progress = Progress(config, world)
-    progress.say(_headline(config, world, data, num_parameters))
-    if plan is not None:
-        progress.say(plan)
-        if world.device.type in REHEARSED:
-            largest = largest_share(config, world, data.in_channels)
-
-            def again(budget: str) -> str:
-                return fit_to_budget(network, config, world, data.in_channels, budget)
-
-            changed = replan_if_needed(network, largest, config, world, again)
-            if changed is not None:
-                progress.say(changed)
-    trainer = Trainer(network, config, world)
-    system_log = (
-        work_dir.system_log(SYSTEM_COLUMNS) if work_dir and config.system_interval else None
-    )
-    telemetry = Telemetry(world, config.system_interval, system_log)
+    board = Board(work_dir.path / "tensorboard" if config.tensorboard and work_dir else None)
+    keeper = Keeper(trainer, config, world, store, logs, signals)
+    steps_per_epoch = len(data.train) // config.batch_size
+    telemetry = Telemetry(world, config.system_interval, logs.get("system.csv"))
     if telemetry.warning:
         progress.say(telemetry.warning)
-    steps_per_epoch = len(data.train) // config.batch_size
-    for epoch in range(1, config.epochs + 1):
+
+    def after_step(steps_left: int) -> None:
+        # the row first: a checkpoint of this step holds it
+        step = trainer.position.epoch * steps_per_epoch - steps_left
+        telemetry.after_step(trainer.position.epoch, step, steps_left == 0)
+        keeper.after_step(steps_left)
+
+    test = None
+    while trainer.position.epoch <= config.epochs:
+        epoch, done = trainer.position.epoch, trainer.position.step
         progress.epoch(epoch)
         began = time.monotonic()
-        train = trainer.train_epoch(data.train, epoch, progress, telemetry)
-        seconds = time.monotonic() - began
+        try:
+            train = trainer.train_epoch(data.train, progress, after_step)
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {store.left()}" if store else str(error)) from None
+        seconds, waited, memory = largest(
+            [time.monotonic() - began, trainer.waited, peak_memory(world.device)]
+        )
+        speed = Speed((steps_per_epoch - done) * config.batch_size, seconds, waited, round(memory))
         test = trainer.evaluate(data.test)
+        with all_or_none():
+            if work_dir is not None:
+                step = epoch * steps_per_epoch
+                lr = trainer.optimizer.param_groups[0]["lr"]
+                logs["train.csv"].add(
+                    epoch=epoch, step=step, lr=lr, loss=train.loss, error=train.error
+                )
+                logs["test.csv"].add(
+                    epoch=epoch, step=step, loss=test.loss, error=test.error, samples=test.samples
+                )
+                logs["speed.csv"].add(
+                    epoch=epoch,
+                    step=step,
+                    seconds=round(seconds, 3),
+                    images_per_second=round(speed.images_per_second, 1),
+                    wait_percent=round(speed.wait_percent, 1),
+                    memory_mib=round(memory / 2**20, 1),
+                )
+                plots.draw([work_dir.path], work_dir.path)
+                board.add(epoch, train, test, speed)
+        _say_left_out(trainer, data, progress)
+        progress.end(train, test, speed)
+        trainer.position = Position(epoch + 1, 0)
+        keeper.after_epoch(test.error)
+    if test is None:
+        test = last_score(rows["test.csv"])
+    with all_or_none():
         if work_dir is not None:
-            step = epoch * steps_per_epoch
-            lr = trainer.optimizer.param_groups[0]["lr"]
-            train_log.add(epoch=epoch, step=step, lr=lr, loss=train.loss, error=train.error)
-            test_log.add(
-                epoch=epoch, step=step, loss=test.loss, error=test.error, samples=test.samples
+            plots.draw([work_dir.path], work_dir.path, plots.ALL)
+            weights = trainer.tested.state_dict()
+            about = {"arch": config.arch, "classes": json.dumps(data.classes)}
+            work_dir.write_file("model.safetensors", safetensors_bytes(weights, about))
+            path = work_dir.write_file("model.pt", saved(weights))
+            work_dir.write_file("report.html", html_report(work_dir.path).encode())
+            progress.say(
+                f"test error {test.error:.2f} % on {test.samples} images; weights in {path}"
             )
-            plots.draw([work_dir.path], work_dir.path)
-        progress.end(train, test, seconds)
-    if work_dir is not None:
-        path = work_dir.save_model(network)
-        progress.say(f"test error {test.error:.2f} % on {test.samples} images; weights in {path}")
     return test
+
+
+def _say_left_out(trainer: Trainer, data: ImageData, progress: Progress) -> None:
+    """Say what the run has left out so far, if anything; a collective."""
+    if trainer.skipped:
+        progress.say(f"steps left out so far, as something was not finite: {trainer.skipped}")
+    if trainer.config.corrupt_images == "skip":
+        found = gathered(sorted(data.train.unreadable | data.test.unreadable))
+        if paths := sorted({path for some in found for path in some}):
+            progress.say(f"images that could not be read so far: {len(paths)}, first {paths[0]}")
 
 
 def _load_together(config: ResolvedConfig, world: World) -> ImageData:

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ranks import RUN, Ranks
 
 REPOSITORY = Path(__file__).parents[2]
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -34,6 +36,24 @@ def launch(tmp_path: Path) -> Launch:
     return launch
 
 
+def _uninterrupted(folder: Path, world_size: int) -> Path:
+    with Ranks(folder, RUN, world_size) as ranks:
+        assert ranks.wait() == [0] * world_size, ranks.said()
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a run of three processes that nothing happened to."""
+    return _uninterrupted(tmp_path_factory.mktemp("uninterrupted"), 3)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a run of one process that nothing happened to."""
+    return _uninterrupted(tmp_path_factory.mktemp("uninterrupted-alone"), 1)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Runs inside the test process set the number of threads; small ones are faster with one."""
@@ -46,3 +66,10 @@ def _one_thread() -> Iterator[None]:
 def error_lines(process: subprocess.CompletedProcess[str]) -> list[str]:
     """What the run itself says went wrong; torchrun's own report is not counted."""
     return [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+
+
+def flags(**options: Any) -> list[object]:
+    """The command line's spelling of options."""
+    return [
+        part for key, value in options.items() for part in (f"--{key}".replace("_", "-"), value)
+    ]

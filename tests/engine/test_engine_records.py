@@ -20,10 +20,12 @@ def config(work_dir: Path | None, **options: Any) -> ResolvedConfig:
 
 def write_run(path: Path, errors: list[float]) -> Path:
     work_dir = WorkDir.claim(config(path))
-    train, test = work_dir.train_log(), work_dir.test_log()
+    logs = work_dir.logs({})
+    train, test = logs["train.csv"], logs["test.csv"]
     for epoch, error in enumerate(errors, 1):
         train.add(epoch=epoch, step=epoch * 10, lr=0.1, loss=error / 10, error=error)
         test.add(epoch=epoch, step=epoch * 10, loss=error / 5, error=2 * error, samples=7)
+    work_dir.close()
     return path
 
 
@@ -73,12 +75,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
 def test_a_run_is_not_written_over_unless_asked(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", [5.0])
     (path / "notes.txt").write_text("mine")
-    before = {file: file.read_bytes() for file in path.iterdir()}
+    before = {file: file.read_bytes() for file in path.glob("[!.]*")}
     with pytest.raises(UserError, match=r"already holds a run .*--overwrite"):
         WorkDir.claim(config(path))
-    assert {file: file.read_bytes() for file in path.iterdir()} == before
-    WorkDir.claim(config(path, overwrite=True))
-    assert list(path.iterdir()) == [path / "notes.txt"]
+    assert {file: file.read_bytes() for file in path.glob("[!.]*")} == before
+    WorkDir.claim(config(path, overwrite=True)).close()
+    assert list(path.glob("[!.]*")) == [path / "notes.txt"]
 
 
 def test_without_a_work_dir_every_run_has_its_own(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,14 @@ from effdense.engine.config import TrainConfig
 from effdense.engine.data import Batch, InMemory, Normalization, share
 from effdense.engine.distributed import World, all_or_none, joined_world, launched_processes
 from effdense.engine.errors import UserError, one_line_errors
-from effdense.engine.training import Trainer
+from effdense.engine.signals import StopSignals
+from effdense.engine.trainer import Trainer
 
 BATCH_SIZE = 10  # not a multiple of 3
 TEST_SIZES = (1, 2, 3, 4, 25, 101)
 
 
-def frozen_steps(world: World) -> dict[str, Tensor]:
+def frozen_steps(world: World, **options: Any) -> dict[str, Tensor]:
     """Weights after two steps of SGD in float64 on batches of 10, every norm in eval mode."""
     torch.manual_seed(0)
     network = effdense.densenet_bc(depth=16, growth_rate=4, num_classes=5).double()
@@ -38,7 +40,12 @@ def frozen_steps(world: World) -> dict[str, Tensor]:
             module.running_var.uniform_(0.5, 2)
             nn.init.normal_(module.weight)
     config = TrainConfig(
-        data="fake", batch_size=BATCH_SIZE, weight_decay=0.01, label_smoothing=0.1, threads=1
+        data="fake",
+        batch_size=BATCH_SIZE,
+        weight_decay=0.01,
+        label_smoothing=0.1,
+        threads=1,
+        **options,
     ).resolved(world_size=world.world_size)
     trainer = Trainer(network, config, world)
     images = torch.randn(2, BATCH_SIZE, 3, 12, 12, dtype=torch.float64)
@@ -113,7 +120,7 @@ def defect_on_rank_1(world: World) -> dict[str, Tensor]:
     Trainer.step = failing  # type: ignore[method-assign]
     options = TrainConfig(data="fake", depth=10, image_size=8, threads=1)
     config = options.resolved(world_size=world.world_size)
-    training._run(config, world)
+    training._run(config, world, StopSignals())
     raise AssertionError("training must have failed")
 
 

@@ -1,0 +1,222 @@
+"""Checkpoints on disk: there whole or not at all, and checked before they are used.
+
+Each is a folder of its own, ``epoch-00003-step-0000012``, named after the position that comes
+next: epochs count from 1, steps within them from 0. It holds
+
+- ``run.json``: the position, the configuration and the rows of the CSV files,
+- ``state.pt``: what is the same on every process, such as parameters and optimiser,
+- ``rank-N.pt``: what is process N's own, such as its buffers and random state,
+- ``manifest.json``: the size and SHA-256 of each of these, written last.
+
+It is written under another name, every file and the folder itself are flushed to the disk, and
+then it is renamed. What a reader finds under a checkpoint's name has therefore been complete;
+the manifest shows what has happened to it since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"epoch-(\d+)-step-(\d+)")
+_FORMAT = 1
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """What comes next: a step, counted from 0, of an epoch, counted from 1."""
+
+    epoch: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"epoch-{self.epoch:05d}-step-{self.step:07d}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are those that were written; ``files`` are their contents."""
+
+    path: Path
+    files: Mapping[str, bytes]
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was written; says how."""
+
+
+def flush_folder(path: Path) -> None:
+    """See on disk which names the folder holds."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they are; made with the first one.
+        keep: how many of the newest stay; the one with the least test error stays besides.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def positions(self) -> list[Position]:
+        """What has been published, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(Position(int(m[1]), int(m[2])) for m in matches if m)
+
+    def publish(
+        self, position: Position, files: Mapping[str, bytes], test_error: float | None = None
+    ) -> Path:
+        """Write a checkpoint, and take away those that are no longer kept.
+
+        One that is there already stays as it is: a run comes to a position in one way only.
+
+        Args:
+            position: what comes next.
+            files: name to content.
+            test_error: per cent, where it has just been measured.
+
+        Raises:
+            UserError: where the disk refuses; what had been published is untouched.
+        """
+        path = self.folder / str(position)
+        if path.exists():
+            return path
+        partial = self.folder / f".{path.name}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            manifest = {
+                "format": _FORMAT,
+                "test_error": test_error,
+                "files": {
+                    name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                    for name, content in files.items()
+                },
+            }
+            for name, content in files.items():
+                _write(partial / name, content)
+            _write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+            flush_folder(partial)
+            os.rename(partial, path)
+            flush_folder(self.folder)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"cannot write the checkpoint {path}: {error.strerror or error}; {self.left()}"
+            ) from None
+        self._prune()
+        return path
+
+    def left(self) -> str:
+        """What a run that has to stop can go on from, in words."""
+        published = self.positions()
+        if not published:
+            return "there is no checkpoint yet"
+        return f"the newest checkpoint is {self.folder / str(published[-1])}"
+
+    def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
+        """The newest checkpoint that is what was written; None if there is none.
+
+        Those that are not are set aside as ``damaged-...``, and said, with the reason.
+        """
+        for leftover in self.folder.glob(".epoch-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for position in reversed(self.positions()):
+            path = self.folder / str(position)
+            try:
+                return Checkpoint(path, verified(path))
+            except Damaged as damage:
+                aside = _free_name(path.with_name(f"damaged-{path.name}"))
+                with suppress(OSError):
+                    os.rename(path, aside)
+                say(f"passed over the checkpoint {path}: {damage}")
+        return None
+
+    def _prune(self) -> None:
+        positions = self.positions()
+        kept = set(positions[-self._keep :])
+        errors: dict[Position, float] = {}
+        for position in positions:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                manifest = json.loads((self.folder / str(position) / MANIFEST).read_bytes())
+                errors[position] = float(manifest["test_error"])
+        if errors:
+            kept.add(min(errors, key=lambda position: (errors[position], position)))
+        for position in set(positions) - kept:
+            # renamed first: half of a checkpoint must not have a checkpoint's name
+            removed = self.folder / f".{position}"
+            with suppress(OSError):
+                os.rename(self.folder / str(position), removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+def verified(path: Path) -> dict[str, bytes]:
+    """The contents of a checkpoint's files, each seen to be what was written.
+
+    Raises:
+        Damaged: says which file is not, and how.
+    """
+
+    def content(name: str) -> bytes:
+        try:
+            return (path / name).read_bytes()
+        except FileNotFoundError:
+            raise Damaged(f"{name} is missing") from None
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read: {error.strerror or error}") from None
+
+    try:
+        manifest: dict[str, Any] = json.loads(content(MANIFEST))
+        if manifest["format"] != _FORMAT:
+            raise Damaged(f"{MANIFEST} has format {manifest['format']}, not {_FORMAT}")
+        expected = {
+            str(name): (int(fact["bytes"]), str(fact["sha256"]))
+            for name, fact in manifest["files"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged(f"{MANIFEST} cannot be understood") from None
+    files = {}
+    for name, (size, digest) in expected.items():
+        files[name] = content(name)
+        if len(files[name]) != size:
+            raise Damaged(f"{name} has {len(files[name]):,} bytes instead of {size:,}")
+        if hashlib.sha256(files[name]).hexdigest() != digest:
+            raise Damaged(f"{name} has changed since it was written (its SHA-256 differs)")
+    return files
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _free_name(path: Path) -> Path:
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

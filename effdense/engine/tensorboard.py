@@ -1,0 +1,45 @@
+"""The scores for TensorBoard, where that is installed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .progress import Speed
+from .scores import Score
+
+
+def require_tensorboard() -> None:
+    """See that it is there.
+
+    Raises:
+        UserError: where it isn't.
+    """
+    if find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: it is not installed; pip install tensorboard")
+
+
+class Board:
+    """Writes to ``folder``; None: nowhere."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def add(self, epoch: int, train: Score, test: Score, speed: Speed) -> None:
+        """Write an epoch's scores; what was there of it and of later ones is replaced."""
+        if self._folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        # TensorBoard drops what a purged step and later ones had before
+        writer: Any = SummaryWriter(str(self._folder), purge_step=epoch)
+        with writer:
+            for part, score in (("train", train), ("test", test)):
+                for name, value in asdict(score).items():
+                    writer.add_scalar(f"{name}/{part}", value, epoch)
+            writer.add_scalar("images per second", speed.images_per_second, epoch)
+            writer.add_scalar("waiting for images (%)", speed.wait_percent, epoch)
+            writer.add_scalar("memory (MiB)", speed.memory / 2**20, epoch)

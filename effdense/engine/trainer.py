@@ -1,0 +1,328 @@
+"""A network in training: steps, epochs and evaluations over all processes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..estimation import AMP_DTYPES
+from .checkpoint import Position
+from .config import ResolvedConfig
+from .data import Batch, Split, global_batches, random_key, share
+from .distributed import World, average_running_statistics, data_parallel, largest
+from .errors import TrainingError
+from .progress import Progress
+from .scores import Score, Tally
+
+# How often the processes add up their losses, which makes them wait for each other and the GPU.
+_STEPS_BETWEEN_CHECKS = 20
+
+
+class Trainer:
+    """A network, its optimiser, and the steps that train and test it.
+
+    Args:
+        network: on ``world.device`` already, the same on every process.
+        config: the run's options.
+        world: this process's place; its process group must have been joined.
+    """
+
+    def __init__(self, network: nn.Module, config: ResolvedConfig, world: World) -> None:
+        self.network = network
+        self.config = config
+        self.world = world
+        if config.channels_last:
+            network.to(memory_format=torch.channels_last)
+        # every shape has a program of its own: one for all would depend on which came first
+        compiled = torch.compile(network, dynamic=False) if config.compile else network
+        self.model = data_parallel(cast(nn.Module, compiled), world)
+        self.optimizer = make_optimizer(network, config)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
+        self.average = (
+            AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            if config.ema
+            else None
+        )
+        self.position = Position(epoch=1, step=0)
+        """What comes next."""
+        self._tally = Tally(world.device)
+        self.skipped = 0
+        """Steps left out so far because something was not finite."""
+        self.waited = 0.0
+        """Seconds for which steps of this epoch have waited for their images."""
+        self.mark: Callable[[str], None] = lambda doing: None
+        """Told what the trainer is doing, whenever that changes."""
+
+    @property
+    def tested(self) -> nn.Module:
+        """The network that is tested and kept: the average of the weights, where there is one."""
+        return self.network if self.average is None else self.average.module
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of ``--amp`` for forward passes."""
+        dtype = AMP_DTYPES[self.config.amp]
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
+
+    def step(
+        self, images: Tensor, labels: Tensor, batch_size: int, lr: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """Train on this process's share of a batch of ``batch_size`` samples over all processes.
+
+        Returns:
+            The mean loss over the share, and its logits; None for a step that was left out.
+
+        Raises:
+            TrainingError: on every process, when too many steps have been left out.
+        """
+        skips = self.config.non_finite == "skip"
+        buffers = [buffer.clone() for buffer in self.network.buffers()] if skips else []
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        loss, logits = self._backward(images, labels, batch_size)
+        if skips and not self._is_finite(loss):
+            self._leave_out(buffers)
+            return None
+        if self.config.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        return loss, logits
+
+    def _backward(self, images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Add up the gradient of the share, part by part; its mean loss and its logits.
+
+        Only after the last part are the processes' gradients averaged.
+        """
+        part_size = -(-len(labels) // self.config.accumulate)
+        parts = list(zip(images.split(part_size), labels.split(part_size), strict=True))
+        losses, logits = [], []
+        for number, (part, part_labels) in enumerate(parts, 1):
+            alone = isinstance(self.model, DistributedDataParallel) and number < len(parts)
+            with self.model.no_sync() if alone else nullcontext():  # type: ignore[operator]
+                with self.autocast():
+                    said = self.model(part)
+                    loss = F.cross_entropy(
+                        said, part_labels, label_smoothing=self.config.label_smoothing
+                    )
+                # Gradients are averaged over processes; with this weight that is the mean over
+                # the batch however unevenly it is shared.
+                weight = len(part_labels) * self.world.world_size / batch_size
+                self.scaler.scale(loss * weight).backward()
+            losses.append(loss.detach() * (len(part_labels) / len(labels)))
+            logits.append(said.detach())
+        return torch.stack(losses).sum(), torch.cat(logits)
+
+    def _is_finite(self, loss: Tensor) -> bool:
+        """Whether the loss of every process, and the gradient, is finite; a collective."""
+        finite = [loss.detach().isfinite()]
+        if not self.scaler.is_enabled():  # which leaves out steps itself until its scale fits
+            gradients = (p.grad for p in self.network.parameters() if p.grad is not None)
+            finite += [gradient.isfinite().all() for gradient in gradients]
+        (broken,) = largest([not torch.stack(finite).all()])
+        return not broken
+
+    @torch.no_grad()
+    def _leave_out(self, buffers: Sequence[Tensor]) -> None:
+        for buffer, before in zip(self.network.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        self.skipped += 1
+        if self.skipped > self.config.max_skipped:
+            raise TrainingError(
+                f"{self.skipped} steps had a loss or gradient that is not finite, the last of "
+                f"them step {self.position.step + 1} of epoch {self.position.epoch}: try a lower "
+                f"--lr, or let --max-skipped be larger"
+            )
+
+    def settle_buckets(self, image_shape: Sequence[int]) -> None:
+        """Have DDP group its buckets before the first step.
+
+        It groups them anew after its first backward, by the order in which gradients came, and
+        the order in which processes' gradients are summed follows the groups. Without this a
+        run that goes on from a checkpoint would take its first step with the first grouping,
+        and with three processes or more end with other bits.
+
+        Args:
+            image_shape: (channels, height, width).
+        """
+        if self.world.world_size == 1:
+            return
+        before = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+        self.network.train()
+        images = torch.zeros((2, *image_shape), device=self.world.device)
+        with self.autocast():
+            self.model(images).sum().backward()
+        self.optimizer.zero_grad()
+        self._set_buffers(before)
+
+    def train_epoch(
+        self, split: Split, progress: Progress, after_step: Callable[[int], None]
+    ) -> Score:
+        """The rest of the epoch that :attr:`position` is in.
+
+        Args:
+            split: the training images.
+            progress: shows it.
+            after_step: called after each step with the number of steps left.
+
+        Raises:
+            TrainingError: on every process, if the loss of any is not finite.
+        """
+        config, world = self.config, self.world
+        epoch, done = self.position.epoch, self.position.step
+        batches = global_batches(len(split), config.batch_size, config.seed, epoch)
+        shares = [share(batch, world.rank, world.world_size) for batch in batches[done:]]
+        if not done:
+            self._tally = Tally(world.device)
+            # what dropout draws must differ between processes
+            torch.manual_seed(random_key("dropout", config.seed, epoch, world.rank))
+        self.model.train()
+        self.waited = 0.0
+        fetched = self._fetched(split.batches(shares, epoch, world.device))
+        for step, (images, labels) in enumerate(progress.steps(fetched, len(batches), done), done):
+            lr = config.lr_at((epoch - 1 + step / len(batches)) / config.epochs)
+            result = self.step(images, labels, config.batch_size, lr)
+            if result is not None:
+                self._tally.add(*result, labels)
+            self.position = Position(epoch, step + 1)
+            if (step + 1) % _STEPS_BETWEEN_CHECKS == 0:
+                progress.show(self.check(), self.waited)
+            after_step(len(batches) - step - 1)
+        return self.check()
+
+    def _fetched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass ``batches`` on, timing how long they are waited for."""
+        while True:
+            place = f"step {self.position.step + 1} of epoch {self.position.epoch}"
+            self.mark(f"reading the images of {place}")
+            began = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - began
+            if batch is None:
+                return
+            self.mark(f"in {place}")
+            images, labels = batch
+            if self.config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            yield images, labels
+
+    def check(self) -> Score:
+        """The training score of the epoch so far; a collective.
+
+        Raises:
+            TrainingError: on every process, if it, the weights or the running statistics of any
+                process are not finite.
+        """
+        score = self._tally.score()
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+        (broken,) = largest([not finite])
+        if broken or not math.isfinite(score.loss):
+            what = "weights are not" if math.isfinite(score.loss) else f"loss is {score.loss}, not"
+            raise TrainingError(
+                f"the {what} finite in epoch {self.position.epoch}, by step {self.position.step}: "
+                f"try a lower --lr" + ("" if self.config.amp == "none" else ", or --amp none")
+            )
+        return score
+
+    def shared_state(self) -> dict[str, Any]:
+        """What is the same on every process."""
+        return {
+            "parameters": {name: p.detach() for name, p in self.network.named_parameters()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
+            "average": {}
+            if self.average is None
+            else {name: p.detach() for name, p in self.average.named_parameters()},
+        }
+
+    def own_state(self) -> dict[str, Any]:
+        """What is this process's own."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.world.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.world.device)
+        return {
+            "buffers": dict(self.network.named_buffers()),
+            "average": {} if self.average is None else dict(self.average.named_buffers()),
+            "random": random,
+            "tally": self._tally.state(),
+        }
+
+    @torch.no_grad()
+    def restore(self, position: Position, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`shared_state` gave at ``position``."""
+        self.position = position
+        for name, parameter in self.network.named_parameters():
+            parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]
+        if self.average is not None:
+            for name, parameter in self.average.named_parameters():
+                parameter.copy_(state["average"][name])
+
+    def restore_own(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`own_state` gave."""
+        self._set_buffers(state["buffers"])
+        if self.average is not None:
+            for name, buffer in self.average.named_buffers():
+                buffer.copy_(state["average"][name])
+        self._tally.restore(state["tally"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if "cuda" in state["random"] and self.world.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.world.device)
+
+    @torch.no_grad()
+    def _set_buffers(self, values: Mapping[str, Tensor]) -> None:
+        for name, buffer in self.network.named_buffers():
+            buffer.copy_(values[name])
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> Score:
+        """Score the network in eval mode on every sample of ``split``, each exactly once.
+
+        The score's number of samples is less than the split's where images could not be read.
+        """
+        average_running_statistics(self.tested)
+        world = self.world
+        mine = share(torch.arange(len(split)), world.rank, world.world_size)
+        per_process = max(1, self.config.batch_size // world.world_size)
+        self.tested.eval()
+        tally = Tally(world.device)
+        chunks = mine.split(per_process) if len(mine) else ()
+        for number, (images, labels) in enumerate(split.batches(chunks, None, world.device), 1):
+            self.mark(f"testing, at batch {number} of {len(chunks)}")
+            with self.autocast():
+                # not through DDP: shares may differ in their number of batches
+                logits = self.tested(images)
+                loss = F.cross_entropy(logits, labels)
+            tally.add(loss, logits, labels)
+        self.mark("waiting for the others' test scores")
+        return tally.score()
+
+
+def make_optimizer(network: nn.Module, config: ResolvedConfig) -> torch.optim.Optimizer:
+    """The optimiser over every parameter, the norms' included, as in the paper's code."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    lr, weight_decay = config.lr, config.weight_decay
+    if config.opt == "sgd":
+        momentum = config.momentum
+        return torch.optim.SGD(
+            parameters, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0
+        )
+    if config.opt == "adam":
+        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay)
+    return torch.optim.RMSprop(parameters, lr, weight_decay=weight_decay)

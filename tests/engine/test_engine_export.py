@@ -1,0 +1,160 @@
+"""What a finished run leaves for others: weights, a report, and a network to use on images."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import effdense
+from effdense.__main__ import main
+from effdense.engine.config import TrainConfig
+from effdense.engine.data import generator
+from effdense.engine.errors import UserError
+from effdense.engine.export import read_safetensors, safetensors_bytes
+from effdense.engine.plots import read
+from effdense.engine.training import run
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("digits") / "run"
+    options = {"depth": 10, "growth_rate": 8, "epochs": 3, "threads": 1, "tensorboard": True}
+    run(TrainConfig(work_dir=path, **options, memory_budget="2GiB"))  # type: ignore[arg-type]
+    return path
+
+
+def test_the_format_is_what_its_own_package_reads_and_writes(tmp_path: Path) -> None:
+    tensors = {
+        "weights": torch.randn(3, 5),
+        "transposed": torch.randn(4, 6).t(),
+        "half": torch.randn(7).half(),
+        "brain": torch.randn(2, 1).bfloat16(),
+        "double": torch.randn(3).double(),
+        "count": torch.tensor(12),
+        "mask": torch.tensor([True, False]),
+        "nothing": torch.empty(0, 3),
+    }
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    ours.write_bytes(safetensors_bytes(tensors, {"made": "here"}))
+    safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, theirs)
+    for found in (safetensors.torch.load_file(ours), read_safetensors(theirs)):
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 40, b"\2\0\0\0\0\0\0\0{}..."[:9]])
+def test_what_is_no_safetensors_file_is_said(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="is not a safetensors file"):
+        read_safetensors(tmp_path / "model.safetensors")
+
+
+def test_the_names_are_torchvision_s(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors_bytes(effdense.densenet121(num_classes=7).state_dict(), {}))
+    theirs = torchvision.models.densenet121(num_classes=7)
+    theirs.load_state_dict(safetensors.torch.load_file(path))
+
+
+def test_a_run_s_weights_are_the_same_in_both_files(digits_run: Path) -> None:
+    pickled = torch.load(digits_run / "model.pt", weights_only=True)
+    found = safetensors.torch.load_file(digits_run / "model.safetensors")
+    assert found.keys() == pickled.keys()
+    assert all(torch.equal(found[name], pickled[name]) for name in pickled)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits' test images as files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=generator("digits"))
+    for i in order[: len(order) // 5 + 1].tolist():
+        (folder / str(digits.target[i])).mkdir(exist_ok=True)
+        pixels = (digits.images[i] * (255 / 16)).round().astype("uint8")
+        Image.fromarray(pixels).save(folder / str(digits.target[i]) / f"{i}.png")
+    return folder
+
+
+def test_evaluate_on_files_repeats_the_run_s_own_test(
+    digits_run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["evaluate", str(digits_run), str(pictures)])
+    error, loss, images = re.findall(r"[\d.]+", capsys.readouterr().out)
+    test = read(digits_run / "test.csv")
+    assert images == "360"
+    assert float(loss) == pytest.approx(test["loss"][-1], rel=0.02)  # bytes, not 0..16
+    assert float(error) == pytest.approx(test["error"][-1], abs=0.6)
+
+
+def test_predict_names_the_classes(
+    digits_run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["predict", str(digits_run), str(pictures)])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(rows) == 360
+    wrong = sum(Path(row["image"]).parent.name != row["class"] for row in rows)
+    assert 100 * wrong / 360 == pytest.approx(read(digits_run / "test.csv")["error"][-1], abs=0.6)
+    assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_mistakes_in_using_a_run(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wolf").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "wolf" / "1.png")
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    for arguments, said in (
+        (["evaluate", tmp_path, tmp_path], "there is no config.yaml"),
+        (["evaluate", digits_run, tmp_path / "wolf"], "is not in a folder of"),
+        (["evaluate", digits_run, tmp_path / "nothing"], "there is no image in"),
+        (["predict", digits_run, tmp_path / "cut.png"], "cannot be read as an image"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        assert exit_.value.code == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+
+
+def test_the_report_is_one_page_with_everything_in_it(digits_run: Path) -> None:
+    page = (digits_run / "report.html").read_text()
+    assert page.count("<svg") == 4
+    for part in ("Test error <b>", "growth_rate", "features.denseblock1", effdense.__version__):
+        assert part in page
+    assert not re.findall(r'(?:src|href)="(?!#)', page)  # it needs no other file
+    for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        xml.etree.ElementTree.fromstring(svg)
+
+
+def test_speed_and_memory_are_recorded_and_drawn(digits_run: Path) -> None:
+    speed = read(digits_run / "speed.csv", ["images_per_second", "wait_percent", "memory_mib"])
+    assert speed["epoch"] == [1, 2, 3]
+    assert min(speed["images_per_second"]) > 1
+    assert all(0 <= share <= 100 for share in speed["wait_percent"])
+    assert min(speed["memory_mib"]) > 50
+    for name in ("images-per-second.png", "memory.png"):
+        with Image.open(digits_run / name) as image:
+            image.verify()
+
+
+def test_tensorboard_gets_the_scores(digits_run: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(digits_run / "tensorboard"))
+    events.Reload()
+    got = [(scalar.step, scalar.value) for scalar in events.Scalars("error/test")]
+    test = read(digits_run / "test.csv")
+    assert got == [(e, pytest.approx(v)) for e, v in zip((1, 2, 3), test["error"], strict=True)]

@@ -1,0 +1,116 @@
+"""A run that goes on from a checkpoint ends with the bits of one that was never interrupted."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import meddlers
+import numpy as np
+import pytest
+import torch
+from chaos import chaos
+from conftest import flags
+from PIL import Image
+from ranks import RUN, Ranks, final_state, wait_for
+
+from effdense.engine.checkpoint import Position
+from effdense.engine.data import global_batches
+from effdense.engine.plots import read
+
+
+@pytest.mark.parametrize("published", ["epoch-00001-step-0000006", "epoch-00002-step-0000000"])
+def test_killed_and_started_again(published: str, uninterrupted: Path, tmp_path: Path) -> None:
+    with Ranks(tmp_path, RUN, 3) as ranks:
+        wait_for(lambda: (tmp_path / "run" / "checkpoints" / published).exists())
+        ranks.kill()
+        assert set(ranks.wait()) == {-signal.SIGKILL}
+    with Ranks(tmp_path, RUN, 3) as ranks:
+        assert ranks.wait() == [0, 0, 0], ranks.said()
+        assert "going on from epoch" in ranks.said()
+    assert final_state(tmp_path / "run") == final_state(uninterrupted)
+
+
+def test_a_finished_run_is_left_as_it_is(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "model.pt").unlink()  # as if killed just before
+    with Ranks(tmp_path, RUN, 3) as ranks:
+        assert ranks.wait() == [0, 0, 0], ranks.said()
+        assert "going on from the end of the training" in ranks.said()
+    assert final_state(tmp_path / "run") == final_state(uninterrupted)
+
+
+def test_mid_epoch_with_loader_processes_and_augmentation(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for part, per_class in (("train", 20), ("val", 3)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                pixels = generator.integers(0, 256, (24, 20 + i % 3, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    options: dict[str, Any] = {
+        "data": "imagefolder",
+        "data_dir": tmp_path / "images",
+        "arch": "densenet_bc",
+        "depth": 10,
+        "growth_rate": 4,
+        "image_size": 16,
+        "epochs": 1,
+        "batch_size": 4,
+        "drop_rate": 0.2,
+        "threads": 1,
+        "num_workers": 1,
+        "checkpoint_steps": 3,
+    }
+    with Ranks(tmp_path, flags(**options, work_dir="whole"), 2) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said()
+    with Ranks(tmp_path, flags(**options, work_dir="cut"), 2) as ranks:
+        wait_for(lambda: (tmp_path / "cut" / "checkpoints" / str(Position(1, 6))).exists())
+        ranks.kill()
+    # another number of loader processes makes no difference
+    options["num_workers"] = 2
+    with Ranks(tmp_path, flags(**options, work_dir="cut"), 2) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said()
+    assert "going on from epoch 1 of 1, step 7" in ranks.said()
+    assert final_state(tmp_path / "cut") == final_state(tmp_path / "whole")
+
+
+def test_other_options_are_named(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    before = final_state(tmp_path / "run")
+    with Ranks(tmp_path, [*RUN, "--lr", 0.3, "--opt", "adam"], 1) as ranks:
+        assert ranks.wait() == [2]
+    assert "with other options: --opt is adam, was sgd; --lr is 0.3, was 0.1" in ranks.said()
+    assert final_state(tmp_path / "run") == before
+
+
+def test_another_number_of_processes(tmp_path: Path) -> None:
+    """The samples and their order stay; what is no longer bit-exact is said."""
+    run = [*RUN, "--drop-rate", 0.0]
+    at = Position(1, 6)
+    with Ranks(tmp_path, run, 3) as ranks:
+        wait_for(lambda: (tmp_path / "run" / "checkpoints" / str(at)).exists())
+        ranks.kill()
+    with Ranks(tmp_path, run, 2, meddle=meddlers.record_indices) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said()
+    said = ranks.said()
+    assert "not bit-exact from here on: processes 3 -> 2. The samples and their order" in said
+    asked = [torch.load(tmp_path / f"asked-{rank}.pt", weights_only=True) for rank in range(2)]
+    for epoch, part in ((1, asked[0][0]), (2, asked[0][1])):
+        batches = global_batches(640, 64, 0, epoch)[at.step if epoch == 1 else 0 :]
+        other = asked[1][epoch - 1]
+        together = [one + two for one, two in zip(part, other, strict=True)]
+        assert together == [batch.tolist() for batch in batches]
+    train = read(tmp_path / "run" / "train.csv")
+    assert train["epoch"] == [1, 2]
+    # the scores of the three that were cut off are counted
+    assert 0 < train["error"][0] < 100
+
+
+def test_chaos(tmp_path: Path) -> None:
+    """A sample; ``make chaos`` kills fifty times."""
+    kills, runs = chaos(tmp_path, kills=3, seed=1000)
+    assert (len(kills), runs) == (3, 1)
