@@ -1,5 +1,6 @@
 """effdense: DenseNets in linear memory, exact, and faster than the naive network."""
 
+from .conversion import ConversionReport, convert, revert
 from .dense_block import SAVE_MODES, Save
 from .estimation import BlockEstimate, Estimate, estimate
 from .models import (
@@ -18,6 +19,7 @@ __all__ = [
     "SAVE_MODES",
     "BlockEstimate",
     "BudgetError",
+    "ConversionReport",
     "DenseBlock",
     "DenseNet",
     "Estimate",
@@ -26,6 +28,7 @@ __all__ = [
     "Transition",
     "__version__",
     "budget_bytes",
+    "convert",
     "deepest",
     "densenet121",
     "densenet161",
@@ -35,4 +38,5 @@ __all__ = [
     "estimate",
     "largest_batch",
     "plan",
+    "revert",
 ]
