@@ -88,14 +88,15 @@ def _class_for(kind: Kind, original: type[Any]) -> type[Any]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    made = type(original)(original.__name__, (_MIXINS[kind], original), names)
+    metaclass: Any = type(original)
+    made: type[Any] = metaclass(original.__name__, (_MIXINS[kind], original), names)
     return _classes.setdefault((kind, original), made)
 
 
 def _blank(kind: Kind, original: type[nn.Module]) -> nn.Module:
     """An instance without state, for copies and pickles to fill."""
-    made = _class_for(kind, original)
-    return made.__new__(made)
+    made: nn.Module = nn.Module.__new__(_class_for(kind, original))
+    return made
 
 
 @dataclass
@@ -325,7 +326,10 @@ def _convert_readers(model: nn.Module, found: ConversionReport) -> None:
     for name, module in list(model.named_modules()):
         if (
             type(module).forward is nn.Sequential.forward
-            and any(isinstance(child, BlockForward) for child in module.children())
+            and any(
+                isinstance(child, BlockForward) and child.fused_layers
+                for child in module.children()
+            )
             and not isinstance(module, SequentialForward)
             and _class_objection(module, ("plain", "backend")) is None
         ):
