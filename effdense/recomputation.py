@@ -104,10 +104,10 @@ class _Features:
         self.buffer: Tensor | None = None
 
     def read(self) -> Tensor:
-        """All features so far, dense: layers may take views of their input."""
+        """A dense copy of all features so far: layers may take views of it, or change it."""
         if self.buffer is None:
-            return self.x
-        return dense(self.buffer[:, self._channels(0, sum(self.widths))], self.x)
+            return dense_copy(self.x, self.x)
+        return dense_copy(self.buffer[:, self._channels(0, sum(self.widths))], self.x)
 
     def add(self, new: Tensor) -> None:
         width = sum(self.widths)
@@ -121,7 +121,7 @@ class _Features:
         assert self.buffer is not None
         if self.buffer.shape[1] == width:
             return self.buffer
-        return dense(self.buffer[:, self._channels(0, width)], self.x)
+        return dense_copy(self.buffer[:, self._channels(0, width)], self.x)
 
     def _fit(self, new: Tensor, width: int) -> None:
         """A buffer for ``width`` channels and, if the layers to come add as many, for theirs."""
@@ -178,7 +178,7 @@ class _SecondRun:
             grads[:0] = own
         if not needs_x:
             return None, grads
-        grad_x = dense(d[:, self._channels(0, self.stops[0])], d)
+        grad_x = dense_copy(d[:, self._channels(0, self.stops[0])], d)
         return grad_x.to(self.input_dtype), grads
 
     def _layer_backward(
@@ -193,7 +193,7 @@ class _SecondRun:
             for parameter, need in zip(self.parameters[index], wanted, strict=True)
         ]
         with torch.enable_grad():
-            new = self._call(index, x, parameters)
+            new = self._call(index, dense_copy(x, buffer), parameters)
         asked = [t for t in (x, *parameters) if t.requires_grad]
         if not new.requires_grad:
             return [None] * len(parameters)
@@ -215,7 +215,7 @@ class _SecondRun:
         return _split(out, x.shape[1], run.chain)
 
     def _input(self, index: int, buffer: Tensor) -> Tensor:
-        x = dense(buffer[:, self._channels(0, self.stops[index])], buffer).detach()
+        x = buffer[:, self._channels(0, self.stops[index])].detach()
         # the first layer read x itself, before later features' type widened the buffer
         return x.to(self.input_dtype) if index == 0 else x
 
@@ -235,9 +235,9 @@ def channels(start: int, stop: int, width: int, newest_first: bool) -> slice:
     return slice(width - stop, width - start) if newest_first else slice(start, stop)
 
 
-def dense(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` (N, c, *spatial) without gaps, a copy where it has some."""
-    return x.contiguous(memory_format=_layout(like))
+def dense_copy(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` (N, c, *spatial) without gaps, in the layout of ``like``."""
+    return x.clone(memory_format=_layout(like))
 
 
 def _layout(x: Tensor) -> torch.memory_format:

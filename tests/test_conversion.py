@@ -47,6 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
 import effdense
+from effdense.__main__ import main
 from effdense.dense_block import dropout_mask
 
 # Importing other people's packages warns about matters of their own.
@@ -676,3 +677,37 @@ def test_a_users_own_chain_is_recomputed() -> None:
     assert dict(report.converted) == {"": "dense block, 4 layers, each recomputed in backward"}
     x = images(2, 5, 7, 6)
     assert_same_step(_random_step(ours, x), _random_step(naive, x))
+
+
+# -------------------------------------------------------------------- command line
+
+
+def test_the_report_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["convert-report", "torchvision.models:densenet121"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert lines[0].split(maxsplit=2)[:2] == ["converted", "features.denseblock1"]
+    main(["convert-report", "torchvision.models:resnet18"])
+    assert capsys.readouterr().out == "no dense block found\n"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("torchvision.models", "expected MODULE:CALLABLE"),
+        ("no_such_module:model", "No module named 'no_such_module'"),
+        ("torchvision.models:no_such_model", "no_such_model"),
+        ("torch:__version__", "can't be called"),
+        ("torch:rand", "failed"),
+        ("builtins:dict", "returned a dict, not a torch.nn.Module"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(
+    argument: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(["convert-report", argument])
+    assert status.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
