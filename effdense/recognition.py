@@ -442,6 +442,8 @@ def _double_copy(module: nn.Module, original: type[nn.Module]) -> Any:
             memo[id(tensor)] = torch.rand(tensor.shape, dtype=torch.float64) + 0.5
         elif name.endswith("running_mean"):
             memo[id(tensor)] = torch.randn(tensor.shape, dtype=torch.float64)
+        elif tensor.is_meta:
+            memo[id(tensor)] = torch.zeros_like(tensor, device="cpu")
         elif tensor.is_floating_point():
             memo[id(tensor)] = tensor.detach().to("cpu", torch.float64, copy=True)
         else:
