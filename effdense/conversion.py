@@ -162,7 +162,7 @@ def convert(
         model: any module tree; wrapped models (DDP, Lightning) too.
         save: what each layer keeps for backward, as of :class:`effdense.DenseNet`; one mode,
             or one per dense block in the order of ``model.modules()``.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "cpu" or "triton".
         report: return a :class:`ConversionReport` instead of the model; print it for a table.
 
     Returns:
@@ -180,7 +180,7 @@ def convert(
     for mode in [save] if isinstance(save, str) else save:
         check_save(mode)
     if backend not in BACKENDS:
-        raise ValueError(f'backend must be "auto", "torch" or "triton", got {backend!r}')
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel):
             raise ValueError(
