@@ -1,5 +1,6 @@
 """effdense: DenseNets in linear memory, exact, and faster than the naive network."""
 
+from .conversion import ConversionReport, convert, revert
 from .dense_block import SAVE_MODES, Save
 from .estimation import BlockEstimate, Estimate, estimate
 from .models import (
@@ -19,6 +20,7 @@ __all__ = [
     "SAVE_MODES",
     "BlockEstimate",
     "BudgetError",
+    "ConversionReport",
     "DenseBlock",
     "DenseNet",
     "Estimate",
@@ -27,6 +29,7 @@ __all__ = [
     "Transition",
     "__version__",
     "budget_bytes",
+    "convert",
     "deepest",
     "densenet121",
     "densenet161",
@@ -37,4 +40,5 @@ __all__ = [
     "largest_batch",
     "offload",
     "plan",
+    "revert",
 ]

@@ -17,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_plan(commands)
     _add_evaluate(commands)
     _add_predict(commands)
+    _add_convert_report(commands)
     options = parser.parse_args(arguments)
     with one_line_errors():
         options.run(options)
@@ -160,6 +161,55 @@ def _predict(options: argparse.Namespace) -> None:
     for path, probabilities in predictions(model, paths, options.batch_size):
         best = int(probabilities.argmax())
         writer.writerow([path, model.classes[best], f"{float(probabilities[best]):.4f}"])
+
+
+def _add_convert_report(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> None:
+    parser = commands.add_parser(
+        "convert-report",
+        help="list what effdense.convert would make linear in a model, what not, and why",
+        description="Build a model on the meta device by calling MODULE:CALLABLE without "
+        "arguments, convert it and list what was converted, what was left and why. "
+        "For example: python -m effdense convert-report torchvision.models:densenet121",
+    )
+    parser.add_argument("model", metavar="MODULE:CALLABLE", help="what returns the model")
+    parser.set_defaults(run=_convert_report)
+
+
+def _convert_report(options: argparse.Namespace) -> None:
+    import importlib
+    import os
+    import sys
+
+    import torch
+
+    import effdense
+
+    name, _, path = options.model.partition(":")
+    if not name or not path:
+        raise UserError(f"expected MODULE:CALLABLE, got {options.model!r}")
+    # as python -m of one's own module finds it
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(name)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"can't find {options.model}: {error}") from None
+    if not callable(found):
+        raise UserError(f"{options.model} is a {type(found).__name__}, which can't be called")
+    model: object = found
+    if not isinstance(found, torch.nn.Module):
+        try:
+            with torch.device("meta"):
+                model = found()
+        except Exception as error:
+            line = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"calling {options.model} without arguments failed: {line}") from None
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(f"{options.model} returned a {type(model).__name__}, not a torch.nn.Module")
+    print(effdense.convert(model, report=True))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Symbols (P positions = batch x pixels; all matrices are rows of channels-last te
 
     X (P, C)    every feature of the block; layer l reads X[:, :c], c = C0 + l k, and
                 writes X[:, c:c+k]; never concatenated, "the first c channels" is a view
+                (with newest_first it reads the last c and writes the k before them)
     Z (P, c)    relu(norm1(X[:, :c])), never stored: the prologue of the next product
     Y (P, B)    the bottleneck, Z @ W1^T; rebuilt in backward unless save="bottlenecks"
     O (P, k)    conv3x3(relu(norm2(Y))), the layer's new features
@@ -79,6 +80,8 @@ class LayerSpec(NamedTuple):
     norm2: NormSpec | None
     drop_rate: float
     # 0 outside training
+    drop_channels: bool = False
+    # a channel of an image at a time instead of element by element
 
 
 class StageSpec(NamedTuple):
@@ -94,6 +97,8 @@ class StageSpec(NamedTuple):
     # False under no_grad: nothing will be asked for, nothing is kept
     seed: int
     # of this forward's dropout masks
+    newest_first: bool = False
+    # each layer's features stand before those it read, as after ``cat([new, x])``
 
 
 class LayerTensors(NamedTuple):
@@ -224,7 +229,7 @@ class _Stage:
         if not self.layers:
             return rows
         buffer = torch.empty((self.positions, self.width), dtype=self.dtype, device=self.device)
-        buffer[:, : self.c0] = rows
+        buffer[:, self._read(0)] = rows
         return buffer
 
     # ---------------------------------------------------------------- forward
@@ -239,7 +244,7 @@ class _Stage:
         self.mean2 = self.mean.new_zeros(sum(self.bottleneck))
         self.var2 = torch.zeros_like(self.mean2)
 
-        self._reduce(slice(0, self.c0))
+        self._reduce(self._read(0))
         keep_y = self.spec.keep and self.spec.save == "bottlenecks"
         y = None
         for index in range(len(self.layers)):
@@ -247,12 +252,11 @@ class _Stage:
                 if keep_y:
                     self.bottlenecks.append(self._bottleneck_like(index, None))
                 continue
-            c = self._width_before(index)
             y = self._bottleneck(index, None if keep_y else y, first_time=True)
             if keep_y and y is not None:
                 self.bottlenecks.append(y)
             self._new_features(index, y)
-            self._reduce(slice(c, c + self.k))
+            self._reduce(self._written(index))
         return self._tail_forward()
 
     def _neighbour_stands_for(self, index: int) -> bool:
@@ -260,8 +264,17 @@ class _Stage:
         has_bottleneck = self.bottleneck[index] > 0
         return has_bottleneck and neighbour_stands_for(self.x, index, len(self.layers))
 
-    def _width_before(self, index: int) -> int:
-        return self.c0 + index * self.k
+    def _read(self, index: int) -> slice:
+        """X's channels that layer ``index`` reads."""
+        width = self.c0 + index * self.k
+        return slice(self.width - width, self.width) if self.spec.newest_first else slice(0, width)
+
+    def _written(self, index: int) -> slice:
+        """X's channels that layer ``index`` writes."""
+        read = self._read(index)
+        if self.spec.newest_first:
+            return slice(read.start - self.k, read.start)
+        return slice(read.stop, read.stop + self.k)
 
     def _reduce(self, channels: slice) -> None:
         # See NOTE [ shared statistics ].
@@ -270,8 +283,9 @@ class _Stage:
             self.mean[channels], self.var[channels] = mean, var
 
     def _norm1(self, index: int) -> Normalization:
-        layer, c = self.layers[index], self._width_before(index)
-        mean, var = self._frozen(layer.frozen_mean1, layer.frozen_var1, self.mean[:c], self.var[:c])
+        layer, read = self.layers[index], self._read(index)
+        mean, var = self.mean[read], self.var[read]
+        mean, var = self._frozen(layer.frozen_mean1, layer.frozen_var1, mean, var)
         eps = self.spec.layers[index].norm1.eps
         return normalization(eps, layer.gamma1, layer.beta1, mean, var)
 
@@ -316,7 +330,7 @@ class _Stage:
         out = self._bottleneck_like(index, out)
         take = first_time and spec.batch_statistics
         x, norm1, weight1 = (
-            self.x[:, : self._width_before(index)],
+            self.x[:, self._read(index)],
             self._norm1(index),
             self._weight1(index),
         )
@@ -339,8 +353,7 @@ class _Stage:
     def _new_features(self, index: int, y: Tensor | None) -> None:
         """X[:, c:c+k] of layer ``index``."""
         source, norm, weight = self._convolution(index, y)
-        c = self._width_before(index)
-        new = self.x[:, c : c + self.k]
+        new = self.x[:, self._written(index)]
         self.ops.bn_relu_conv3(source, norm, weight, (self.images, *self.spatial), new)
         mask = self._dropout_mask(index)
         if mask is not None:
@@ -348,19 +361,23 @@ class _Stage:
 
     def _convolution(self, index: int, y: Tensor | None) -> tuple[Tensor, Normalization, Tensor]:
         """What the layer's 3x3 convolution reads: (source, its norm, the weight)."""
-        layer, c = self.layers[index], self._width_before(index)
+        layer = self.layers[index]
         if y is None:
-            return self.x[:, :c], self._norm1(index), layer.weight1.to(self.dtype)
+            source = self.x[:, self._read(index)]
+            return source, self._norm1(index), layer.weight1.to(self.dtype)
         assert layer.weight2 is not None
         return y, self._norm2(index), layer.weight2.to(self.dtype)
 
     def _dropout_mask(self, index: int) -> Tensor | None:
         """(P, k) of 0 and 1/(1-p); the same at every call, so backward needs none stored."""
-        p = self.spec.layers[index].drop_rate
-        if p == 0:
+        spec = self.spec.layers[index]
+        if spec.drop_rate == 0:
             return None
-        shape = (self.positions, self.k)
-        return dropout_mask(self.spec.seed, index, shape, p, self.dtype, self.device)
+        shape = (self.images if spec.drop_channels else self.positions, self.k)
+        mask = dropout_mask(self.spec.seed, index, shape, spec.drop_rate, self.dtype, self.device)
+        if not spec.drop_channels:
+            return mask
+        return mask.repeat_interleave(self.positions // self.images, dim=0)
 
     # --------------------------------------------------------------- backward
 
@@ -387,7 +404,7 @@ class _Stage:
                 like = zip(self.layers[index], needs[own], strict=True)
                 grads[own] = [None if p is None or not n else torch.empty_like(p) for p, n in like]
                 continue
-            do = self._finish(d, slice(self._width_before(index), self._width_before(index + 1)))
+            do = self._finish(d, self._written(index))
             mask = self._dropout_mask(index)
             if mask is not None:
                 do *= mask
@@ -400,12 +417,14 @@ class _Stage:
                 y = self._bottleneck(index, None)
             assert y is not None
             dz = self._bottleneck_like(index, dz)
-            before = index - 1 if index > first and not kept else None
+            # a backend rebuilds from the first channels of a pass, so not where old ones stand last
+            ahead = index > first and not kept and not self.spec.newest_first
+            before = index - 1 if ahead else None
             grads[own], y = self._bottleneck_layer_backward(index, d, do, y, dz, needs[own], before)
 
         if not needs_x:
             return None, grads
-        gradient = self._finish(d, slice(0, self.c0))
+        gradient = self._finish(d, self._read(0))
         return channels_first(gradient, self.images, self.spatial), grads
 
     def _finish(self, d: Tensor, channels: slice) -> Tensor:
@@ -440,7 +459,7 @@ class _Stage:
         """
         spec = self.spec.layers[index]
         need = LayerTensors(*needs)  # type: ignore[arg-type]
-        c = self._width_before(index)
+        read = self._read(index)
         assert spec.norm2 is not None
 
         source, norm2, weight2 = self._convolution(index, y)
@@ -455,16 +474,16 @@ class _Stage:
             rebuild = Rebuild(self._norm1(before), self._weight1(before), y_before)
         norm1 = self._norm1(index)
         dw1, s1, t1 = self.ops.bn_relu_conv1x1_backward(
-            self.x[:, :c],
+            self.x[:, read],
             norm1,
             self._weight1(index),
             dz,
-            d[:, :c],
+            d[:, read],
             bool(need.weight1),
             PendingNorm(y, norm2, correction),
             rebuild,
         )
-        self._defer(spec.norm1, norm1, s1, t1)
+        self._defer(spec.norm1, norm1, s1, t1, read)
         found = LayerTensors(t1, s1, None, None, dw1, t2, s2, None, None, dw2)  # type: ignore[arg-type]
         return _as_gradients(found, self.layers[index], needs), y_before
 
@@ -472,23 +491,24 @@ class _Stage:
         self, index: int, d: Tensor, do: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
         layer, spec = self.layers[index], self.spec.layers[index]
-        c = self._width_before(index)
+        read = self._read(index)
         source, norm1, weight = self._convolution(index, None)
         need = LayerTensors(*needs)  # type: ignore[arg-type]
         shape = (self.images, *self.spatial)
         dw, s, t = self.ops.bn_relu_conv3_backward(
-            source, norm1, weight, do, shape, bool(need.weight1), None, d[:, :c]
+            source, norm1, weight, do, shape, bool(need.weight1), None, d[:, read]
         )
-        self._defer(spec.norm1, norm1, s, t)
+        self._defer(spec.norm1, norm1, s, t, read)
         found = LayerTensors(t, s, None, None, dw, None, None, None, None, None)  # type: ignore[arg-type]
         return _as_gradients(found, layer, needs)
 
-    def _defer(self, spec: NormSpec, norm: Normalization, s: Tensor, t: Tensor) -> None:
-        """Add one reader's correction; a frozen norm makes none."""
+    def _defer(
+        self, spec: NormSpec, norm: Normalization, s: Tensor, t: Tensor, read: slice
+    ) -> None:
+        """Add the correction of one reader of some channels; a frozen norm makes none."""
         if spec.batch_statistics:
-            c = s.shape[0]
-            self.s[:c].addcmul_(norm.scale, s)
-            self.t[:c].addcmul_(norm.scale * norm.rstd, t)
+            self.s[read].addcmul_(norm.scale, s)
+            self.t[read].addcmul_(norm.scale * norm.rstd, t)
 
     # ------------------------------------------------------------------- tail
 
@@ -547,7 +567,7 @@ class _Stage:
                 t += sums[1]
             if dw is not None:
                 t = second_sum(norm, (weight * dw).sum(0), s, t, channels)
-        self._defer(self.spec.tail_norm, norm, s, t)
+        self._defer(self.spec.tail_norm, norm, s, t, ALL_CHANNELS)
         found = TailTensors(t, s, None, None, dw)
         return d, _as_gradients(found, self.tail, needs)
 

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as module_globals
 
 from . import reference
 from .autocast import autocast_dtype
 from .dense_block import Save, check_save
 from .eligibility import graph_is_recorded, has_hooks, refuse_replica
-from .modules import DenseBlock, Features, Transition
+from .modules import DenseBlock, Features, Transition, has_global_hooks
 from .reference import Init
 
 _TORCHVISION_VARIANTS: dict[str, dict[str, Any]] = {
@@ -187,10 +186,10 @@ class DenseNet(reference.DenseNet):
             type(features) is not Features
             or features.plain
             or graph_is_recorded()
-            or bool(module_globals._global_forward_hooks)
-            or bool(module_globals._global_forward_pre_hooks)
+            or has_global_hooks()
             or has_hooks(features)
-            or any(has_hooks(child) for child in features.children())
+            # the last norm and block would be one stage
+            or any(has_hooks(child) for child in list(features.children())[-2:])
         )
 
 

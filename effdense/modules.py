@@ -1,42 +1,50 @@
-"""The reference's modules with linear-memory forwards: same parameters, same names.
+"""Forwards in linear memory, for this package's modules and for converted ones alike.
 
-A :class:`DenseBlock` and what reads it run as one stage (see dense_block.py, NOTE
-[ who owns the gradient buffer ]); each module also runs alone, for people who hook,
-slice or rearrange ``model.features``.
+Each is a mixin over a module class, whose own ``forward`` is the plain path: over the
+reference's modules in this file, over anybody's in conversion.py. A dense block and what
+reads it run as one stage (see dense_block.py, NOTE [ who owns the gradient buffer ]); each
+module also runs alone, for people who hook, slice or rearrange ``model.features``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
 
 from . import reference
 from .autocast import autocast_dtype
 from .backends.select import get_backend
 from .dense_block import DenseStage, LayerSpec, Save, StageSpec, check_save
 from .eligibility import (
-    block_objection,
     graph_is_recorded,
     has_hooks,
     norm_objection,
     outside_graphs,
     refuse_replica,
-    transition_objection,
     warn_once,
 )
 from .norms import count_positions, read_norm, update_running_statistics
 from .offloading import offload
-from .stem import norm_relu_max_pool, stem_objection
+from .recognition import (
+    BlockParts,
+    TransitionParts,
+    read_block,
+    read_chain,
+    read_transition,
+)
+from .recomputation import run_chain
+from .stem import run_stem
 
-_Module = TypeVar("_Module", bound=nn.Module)
+_Mixin = TypeVar("_Mixin")
 
 
-class DenseBlock(reference.DenseBlock):
+class BlockForward:
     """A dense block: (N, C0, *spatial) -> (N, C0 + L k, *spatial).
 
     ``save`` says what a layer keeps for backward: "all" (plain autograd), "bottlenecks",
@@ -48,175 +56,247 @@ class DenseBlock(reference.DenseBlock):
     backend: str = "auto"
     # whether what is kept for backward is kept elsewhere: see offloading.py
     offload: bool = False
+    # whose forward is the plain path
+    original: ClassVar[type[nn.Module]]
+    # whether layers that are no BN-ReLU-Conv may be recomputed through autograd
+    any_layers: ClassVar[bool] = False
+    fused_layers: ClassVar[bool] = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        objection = self.objection(x)
-        if objection is None and len(self):
-            return run_stage(self, x)
-        return self.plain_forward(x)
-
-    def plain_forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) == 1 and not kwargs and _may_run(self.save == "all", args[0]):
+            output = run_block(self, args[0])
+            if output is not None:
+                return output
         with offload() if self.offload else nullcontext():
-            return super().forward(x)
-
-    def objection(self, x: Tensor) -> str | None:
-        """Why this forward must take the plain path, or None; warns where that is a surprise."""
-        if self.save == "all":
-            return 'save="all"'
-        check_save(self.save)
-        if graph_is_recorded():
-            return "the graph is being recorded"
-        if x.numel() == 0 or not x.is_floating_point():
-            # the plain path's error, or its result, is torch's own
-            return "the input is empty or not real floating-point"
-        objection = block_objection(list(self.values()))
-        if objection is not None:
-            warn_once(self, objection)
-        return objection
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-class Transition(reference.Transition):
+class TransitionForward:
     """BN-ReLU-Conv1x1-AvgPool that keeps only its input for backward."""
 
     backend: str = "auto"
     # save="all" of the network: plain autograd throughout
     plain: bool = False
+    original: ClassVar[type[nn.Module]]
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.objection(x) is None:
-            return run_stage(None, x, self)
-        return self.plain_forward(x)
-
-    def plain_forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-    def objection(self, x: Tensor) -> str | None:
-        if self.plain:
-            return 'save="all"'
-        if graph_is_recorded() or x.numel() == 0 or not x.is_floating_point():
-            return "the graph is being recorded, or the input empty or not real"
-        if min(x.shape[2:], default=2) < 2:
-            raise ValueError(
-                f"a transition halves every spatial size and needs at least 2, got input of "
-                f"shape {tuple(x.shape)}; use larger inputs or fewer blocks"
-            )
-        objection = transition_objection(self)
-        if objection is not None:
-            warn_once(self, objection)
-        return objection
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) == 1 and not kwargs and _may_run(self.plain, args[0]):
+            output = run_block(None, args[0], self)
+            if output is not None:
+                return output
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-class Features(nn.Sequential):
-    """``features`` of a DenseNet: called, it runs module by module and returns norm5's output."""
+class SequentialForward:
+    """Modules one after the other, a block and its transition as one stage."""
 
     backend: str = "auto"
     plain: bool = False
+    original: ClassVar[type[nn.Module]]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _may_run(self.plain, input) and not has_global_hooks():
+            return self._by_stages(input, pool=False)
+        return super().forward(input)  # type: ignore[misc]
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Features after norm5, ReLU and global average pooling, (N, C), stage by stage."""
-        modules = list(self._modules.values())
+        """Features after the last norm, ReLU and global average pooling, (N, C)."""
+        return self._by_stages(x, pool=True)
+
+    def _by_stages(self, x: Tensor, pool: bool) -> Tensor:
+        modules: list[nn.Module] = list(self.children())  # type: ignore[attr-defined]
         i = 0
         while i < len(modules):
-            module = modules[i]
-            assert module is not None
-            following = modules[i + 1] if i + 1 < len(modules) else None
-            if _is_unchanged(module, DenseBlock):
-                if _is_unchanged(following, Transition) and self._fits(module, following, x):
-                    x = run_stage(module, x, following)
-                    i += 2
-                    continue
-                if i + 2 == len(modules) and self._is_last_norm(following, module, x):
-                    return run_stage(module, x, following)
-            elif stem_objection(modules[i : i + 3], x, self.plain) is None:
-                norm, _, pool = modules[i : i + 3]
-                x = norm_relu_max_pool(x, norm, pool, self.backend)
-                i += 3
-                continue
-            x = module(x)
-            i += 1
-        return F.relu(x).mean(dim=tuple(range(2, x.dim())))
-
-    def _fits(self, block: DenseBlock, transition: Transition, x: Tensor) -> bool:
-        return block.objection(x) is None and transition.objection(x) is None
-
-    def _is_last_norm(self, norm: nn.Module | None, block: DenseBlock, x: Tensor) -> bool:
-        return norm_objection("norm5", norm) is None and block.objection(x) is None
+            module, following = modules[i], modules[i + 1] if i + 1 < len(modules) else None
+            output, used = None, 1
+            if is_unchanged(module, BlockForward) and module.save != "all":
+                if is_unchanged(following, TransitionForward) and not following.plain:
+                    output, used = run_block(module, x, following), 2
+                elif pool and i + 2 == len(modules) and norm_objection("", following) is None:
+                    output = run_block(module, x, following)
+                    if output is not None:
+                        return output
+            else:
+                output, used = run_stem(modules[i : i + 3], x, self.backend)
+            if output is None:
+                output, used = module(x), 1
+            x = output
+            i += used
+        return F.relu(x).mean(dim=tuple(range(2, x.dim()))) if pool else x
 
 
-def _is_unchanged(module: nn.Module | None, kind: type[_Module]) -> TypeGuard[_Module]:
-    """Whether calling ``module`` means what ``kind`` says, with nobody watching."""
+class DenseBlock(BlockForward, reference.DenseBlock):
+    """A dense block of any layers, in memory linear in their number.
+
+    ``DenseBlock([f1, f2, ...])``: each layer maps the (N, c, *spatial) concatenation of all
+    features before it to its new ones; the block returns all features. Layers of
+    BN-ReLU-Conv1x1-BN-ReLU-Conv3x3 (or BN-ReLU-Conv3x3) run fused; blocks of other layers
+    keep one feature buffer and run each layer again in backward.
+
+    Args:
+        layers: modules, in order or by name.
+
+    Attributes:
+        save: what a layer keeps for backward: "all" (plain autograd), "bottlenecks",
+            "features" or "input". Without fused layers "bottlenecks" is "features".
+        backend: "auto", "torch" or "triton", for fused layers.
+
+    Both may be changed between forwards.
+    """
+
+    original = reference.DenseBlock
+    any_layers = True
+
+
+class Transition(TransitionForward, reference.Transition):
+    """BN-ReLU-Conv1x1-AvgPool that keeps only its input for backward."""
+
+    original = reference.Transition
+
+
+class Features(SequentialForward, nn.Sequential):
+    """``features`` of a DenseNet: called, it returns norm5's output."""
+
+    original = nn.Sequential
+
+
+def is_unchanged(module: nn.Module | None, mixin: type[_Mixin]) -> TypeGuard[_Mixin]:
+    """Whether calling ``module`` means what ``mixin`` says, with nobody watching."""
     return (
-        isinstance(module, kind) and type(module).forward is kind.forward and not has_hooks(module)
+        isinstance(module, mixin)
+        and type(module).forward is mixin.forward  # type: ignore[attr-defined]
+        and not has_hooks(module)  # type: ignore[arg-type]
     )
 
 
+def has_global_hooks() -> bool:
+    """Whether hooks for all modules are set, which must see every module called."""
+    return bool(module_globals._global_forward_hooks) or bool(
+        module_globals._global_forward_pre_hooks
+    )
+
+
+def _may_run(plain: bool, x: Any) -> bool:
+    """Whether anything but the plain path comes into question; else its result is torch's own."""
+    if plain or graph_is_recorded() or not isinstance(x, Tensor):
+        return False
+    return x.is_floating_point() and x.numel() > 0
+
+
 @outside_graphs
-def run_stage(block: DenseBlock | None, x: Tensor, tail: nn.Module | None = None) -> Tensor:
-    """One dense block and its reader in linear memory; either may be absent.
+def run_block(block: Any, x: Tensor, tail: Any = None) -> Tensor | None:
+    """A dense block and its reader in linear memory, either may be absent; None where it can't be.
 
     Args:
-        block: None for a tail alone, which then reads x itself.
-        x: (N, C0, *spatial), any layout.
-        tail: a :class:`Transition`, a batch norm (which stands for BN-ReLU-global
+        block: a :class:`BlockForward`, or None for a tail alone, which then reads x itself.
+        x: (N, C0, *spatial), any layout, real floating-point.
+        tail: a :class:`TransitionForward`, a batch norm (which stands for BN-ReLU-global
             average pooling), or None to return the features.
 
     Raises:
         ValueError: for an input whose channels, dtype or device don't fit the parameters,
             or a batch too small for batch statistics.
     """
-    owner: Any = block if block is not None else tail
+    owner = block if block is not None else tail
     refuse_replica(owner)
-    layers: Sequence[Any] = [] if block is None else list(block.values())
+    tail_parts: Any = tail
+    if isinstance(tail, TransitionForward):
+        tail_parts = read_transition(tail, tail.original)  # type: ignore[arg-type]
+        if isinstance(tail_parts, str):
+            warn_once(tail, tail_parts)  # type: ignore[arg-type]
+            return None
+        if min(x.shape[2:], default=2) < 2:
+            raise ValueError(
+                f"a transition halves every spatial size and needs at least 2, got input of "
+                f"shape {tuple(x.shape)}; use larger inputs or fewer blocks"
+            )
+    if block is None:
+        return run_stage(x, None, tail_parts, "features", tail.backend)
+    with offload() if block.offload else nullcontext():
+        return _run_with_block(block, x, tail, tail_parts)
+
+
+def _run_with_block(block: Any, x: Tensor, tail: Any, tail_parts: Any) -> Tensor | None:
+    save = check_save(block.save)
+    parts = read_block(block, block.original) if block.fused_layers else "not to be fused"
+    if not isinstance(parts, str):
+        if not parts.layers and tail is None:
+            return None
+        return run_stage(x, parts, tail_parts, save, block.backend)
+    if block.any_layers:
+        if tail is not None:
+            # its layers may be recomputed, but not with their reader
+            return None
+        chain = read_chain(block, block.original)
+        if not isinstance(chain, str):
+            return run_chain(block, chain, x, save)
+        parts = chain
+    warn_once(block, parts)
+    return None
+
+
+def run_stage(
+    x: Tensor,
+    block: BlockParts | None,
+    tail: TransitionParts | nn.Module | None,
+    save: Save,
+    backend: str,
+) -> Tensor:
+    """The fused stage of what was read: (N, C0, *spatial) to the tail's output or all features."""
+    layers = () if block is None else block.layers
     tensors: list[Tensor | None] = []
     specs = []
     for layer in layers:
         norm1, norm1_tensors = read_norm(layer.norm1)
         tensors += [*norm1_tensors, layer.conv1.weight]
         norm2 = None
-        if hasattr(layer, "norm2"):
+        if layer.norm2 is not None:
             norm2, norm2_tensors = read_norm(layer.norm2)
             tensors += [*norm2_tensors, layer.conv2.weight]
         else:
             tensors += [None] * 5
-        specs.append(LayerSpec(norm1, norm2, layer.drop_rate if layer.training else 0.0))
+        specs.append(LayerSpec(norm1, norm2, layer.drop_rate, layer.drop_channels))
 
-    tail_norm = kind = None
-    if isinstance(tail, Transition):
-        tail_norm, norm_tensors = read_norm(tail.norm)
-        tensors += [*norm_tensors, tail.conv.weight]  # type: ignore[list-item]
+    tail_norm = kind = last = None
+    if isinstance(tail, TransitionParts):
+        last = tail.norm
+        tail_norm, norm_tensors = read_norm(last)
+        tensors += [*norm_tensors, tail.conv.weight]
         kind = "transition"
     elif tail is not None:
+        last = tail
         tail_norm, norm_tensors = read_norm(tail)
         tensors += [*norm_tensors, None]
         kind = "pool"
 
-    first: Any = layers[0].norm1 if layers else getattr(tail, "norm", tail)
+    first: Any = layers[0].norm1 if layers else last
     dtype = _check_input(x, first, [t for t in tensors if t is not None])
     used = [spec.norm1 for spec in specs] + [s.norm2 for s in specs if s.norm2 is not None]
     used += [] if tail_norm is None else [tail_norm]
     positions = count_positions(x, used)
 
     dropping = any(spec.drop_rate > 0 for spec in specs)
+    newest_first = block is not None and block.newest_first
     spec = StageSpec(
-        backend=get_backend(getattr(owner, "backend", "auto"), x.device, dtype),
-        save="features" if block is None else check_save(block.save),
+        backend=get_backend(backend, x.device, dtype),
+        save=save,
         layers=tuple(specs),
         tail=kind,  # type: ignore[arg-type]
         tail_norm=tail_norm,
         compute_dtype=dtype,
         keep=torch.is_grad_enabled(),
         seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if dropping else 0,
+        newest_first=newest_first,
     )
-    with offload() if getattr(owner, "offload", False) else nullcontext():
-        output, mean, var, mean2, var2 = DenseStage.apply(spec, x, *tensors)
-    _move_buffers(layers, tail, tail_norm is not None, positions, (mean, var, mean2, var2))
+    output, mean, var, mean2, var2 = DenseStage.apply(spec, x, *tensors)
+    _move_buffers(layers, last, newest_first, positions, (mean, var, mean2, var2))
     return output
 
 
 def _move_buffers(
     layers: Sequence[Any],
-    tail: nn.Module | None,
-    tail_has_norm: bool,
+    last: Any,
+    newest_first: bool,
     count: int,
     statistics: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
@@ -227,19 +307,18 @@ def _move_buffers(
     offset = 0
     for layer in layers:
         width = layer.norm1.num_features
+        read = slice(len(mean) - width, None) if newest_first else slice(width)
         norms.append(layer.norm1)
-        means.append(mean[:width])
-        variances.append(var[:width])
-        if hasattr(layer, "norm2"):
+        means.append(mean[read])
+        variances.append(var[read])
+        if layer.norm2 is not None:
             own = slice(offset, offset + layer.norm2.num_features)
             offset = own.stop
             norms.append(layer.norm2)
             means.append(mean2[own])
             variances.append(var2[own])
-    if tail_has_norm:
-        norm = getattr(tail, "norm", tail)
-        assert isinstance(norm, nn.Module)
-        norms.append(norm)
+    if last is not None:
+        norms.append(last)
         means.append(mean)
         variances.append(var)
     update_running_statistics(norms, means, variances, count)

@@ -11,7 +11,7 @@ concatenation and a normalised copy of all features before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -65,28 +65,45 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.ModuleDict):
-    """Layers that read everything before them: (N, C0, *spatial) to (N, C0 + L k, *spatial)."""
+    """Layers that read everything before them: (N, C0, *spatial) to (N, C0 + sum of k, *spatial).
 
-    def __init__(
-        self,
-        num_layers: int,
-        in_channels: int,
-        growth_rate: int,
-        bn_size: int | None,
-        drop_rate: float,
-        spatial_dims: int = 2,
-    ) -> None:
+    ``layers`` by name, or in order ("0", "1", ...). Each maps the (N, c, *spatial)
+    concatenation of all features before it to its new ones.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module] | Iterable[nn.Module]) -> None:
         super().__init__()
-        for i in range(num_layers):
-            width = in_channels + i * growth_rate
-            layer = DenseLayer(width, growth_rate, bn_size, drop_rate, spatial_dims)
-            self[f"denselayer{i + 1}"] = layer
+        if not isinstance(layers, Mapping):
+            layers = {str(i): layer for i, layer in enumerate(layers)}
+        for name, layer in layers.items():
+            if not isinstance(layer, nn.Module):
+                raise ValueError(
+                    f"a dense block's layers are modules, got a {type(layer).__name__}"
+                )
+            self[name] = layer
 
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
         for layer in self.values():
             features.append(layer(torch.cat(features, 1)))
         return torch.cat(features, 1)
+
+
+def dense_layers(
+    num_layers: int,
+    in_channels: int,
+    growth_rate: int,
+    bn_size: int | None,
+    drop_rate: float = 0.0,
+    spatial_dims: int = 2,
+) -> dict[str, nn.Module]:
+    """The layers of a block under torchvision's names; arguments as of :class:`DenseLayer`."""
+    return {
+        f"denselayer{i + 1}": DenseLayer(
+            in_channels + i * growth_rate, growth_rate, bn_size, drop_rate, spatial_dims
+        )
+        for i in range(num_layers)
+    }
 
 
 class Transition(nn.Sequential):
@@ -174,10 +191,8 @@ class DenseNet(nn.Module):
             self.features.add_module("relu0", nn.ReLU(inplace=True))
             self.features.add_module("pool0", pool0)
         for i, num_layers in enumerate(block_config):
-            block = self.block_type(
-                num_layers, width, growth_rate, bn_size, drop_rate, spatial_dims
-            )
-            self.features.add_module(f"denseblock{i + 1}", block)
+            layers = dense_layers(num_layers, width, growth_rate, bn_size, drop_rate, spatial_dims)
+            self.features.add_module(f"denseblock{i + 1}", self.block_type(layers))
             width += num_layers * growth_rate
             if i != len(block_config) - 1:
                 out = int(width * compression)

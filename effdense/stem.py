@@ -14,33 +14,44 @@ from torch.autograd.function import once_differentiable
 from .autocast import without_autocast
 from .backends.base import Backend, accumulate_dtype
 from .backends.select import get_backend
-from .eligibility import graph_is_recorded, has_hooks, norm_objection, outside_graphs
+from .eligibility import BATCH_NORMS, has_hooks, outside_graphs
 from .layout import channels_first, pieces
 from .layout import rows as rows_of
 from .norms import NormSpec, count_positions, normalization, read_norm, update_running_statistics
+from .recognition import read_norm_relu
 
 _MAX_POOL = {nn.MaxPool1d: F.max_pool1d, nn.MaxPool2d: F.max_pool2d, nn.MaxPool3d: F.max_pool3d}
 
 
-def stem_objection(modules: Sequence[nn.Module | None], x: Tensor, plain: bool) -> str | None:
-    """Why these three modules aren't a BN-ReLU-MaxPool that can be fused, or None."""
-    if plain or len(modules) < 3 or x.numel() == 0 or graph_is_recorded():
-        return "not to be fused"
-    norm, relu, pool = modules
-    if type(relu) is not nn.ReLU or type(pool) not in _MAX_POOL or has_hooks(relu):
-        return "not followed by ReLU and max pooling"
-    assert isinstance(pool, nn.modules.pooling._MaxPoolNd)
-    if has_hooks(pool) or pool.return_indices:
-        return "the pooling has hooks or returns indices"
-    return norm_objection("norm0", norm)
+def run_stem(modules: Sequence[nn.Module], x: Tensor, backend: str) -> tuple[Tensor | None, int]:
+    """BN-ReLU-MaxPool at the head of ``modules``, and how many they are; (None, 1) for others."""
+    if not isinstance(modules[0], BATCH_NORMS) or has_hooks(modules[0]):
+        return None, 1
+    return _run_stem(modules, x, backend)
 
 
 @outside_graphs
+def _run_stem(modules: Sequence[nn.Module], x: Tensor, backend: str) -> tuple[Tensor | None, int]:
+    found = read_norm_relu(modules)
+    if isinstance(found, str) or len(modules) <= found[1]:
+        return None, 1
+    norm, used = found
+    pool = modules[used]
+    if type(pool) not in _MAX_POOL or has_hooks(pool) or pool.return_indices:
+        return None, 1
+    return norm_relu_max_pool(x, norm, pool, backend), used + 1
+
+
 def norm_relu_max_pool(x: Tensor, norm: nn.Module, pool: Any, backend: str) -> Tensor:
     """MaxPool(relu(norm(x))) for x (N, C, *spatial); moves the norm's running statistics."""
     spec, tensors = read_norm(norm)
     positions = count_positions(x, [spec])
     ops = get_backend(backend, x.device, x.dtype)
+    if not spec.batch_statistics and not torch.is_grad_enabled():
+        # nothing is kept and no statistics are taken: no second copy of x as a matrix either
+        step = ops.images_per_step(x.shape[0], x[0].numel() * x.element_size())
+        parts = [_NormReluMaxPool.apply(ops, spec, pool, part, *tensors) for part in x.split(step)]
+        return parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts])
     output, mean, var = _NormReluMaxPool.apply(ops, spec, pool, x, *tensors)
     update_running_statistics([norm], [mean], [var], positions)
     return output

@@ -40,11 +40,24 @@ def main(job: dict[str, Any]) -> dict[str, int]:
     from effdense import reference
 
     def build(depth: int) -> torch.nn.Module:
-        if job["model"] == "naive":
-            return reference.densenet_bc(depth, job["growth_rate"])
-        model = effdense.densenet_bc(depth, job["growth_rate"], save=job["save"])
-        model.offload = job.get("offload", False)
+        if job["model"] == "effdense":
+            ours = effdense.densenet_bc(depth, job["growth_rate"], save=job["save"])
+            ours.offload = job.get("offload", False)
+            return ours
+        model = reference.densenet_bc(depth, job["growth_rate"])
+        if job.get("group_norm"):
+            for layer in model.modules():
+                if isinstance(layer, reference.DenseLayer):
+                    layer.norm1 = torch.nn.GroupNorm(1, layer.norm1.num_features)
+                    layer.norm2 = torch.nn.GroupNorm(1, layer.norm2.num_features)
+        if job["model"] == "converted":
+            effdense.convert(model, report=True)
         return model
+
+    def infer(model: torch.nn.Module, batch: int, size: int) -> int:
+        with torch.inference_mode():
+            model.eval()(torch.randn(batch, 3, size, size))
+        return 0
 
     def train(model: torch.nn.Module, batch: int, size: int) -> int:
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -65,13 +78,14 @@ def main(job: dict[str, Any]) -> dict[str, int]:
         return sum(saved.values())
 
     torch.manual_seed(0)
-    train(build(10), 2, 8)
+    run = infer if job.get("eval") else train
+    run(build(10), 2, 8)
     start = _resident("VmRSS")
     # Forget the peak of the imports, where the kernel can.
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     model = build(job["depth"])
-    saved = train(model, job["batch"], job.get("size", 32))
+    saved = run(model, job["batch"], job.get("size", 32))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {"peak": _resident("VmHWM") - start, "state": 3 * weights, "saved": saved}
 

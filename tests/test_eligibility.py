@@ -71,6 +71,7 @@ def _layer2(change: Callable[[Any], object]) -> Change:
     return lambda model: change(model.features.denseblock2.denselayer2)
 
 
+# The reason that is named; none for layers that are recomputed instead (recomputation.py).
 CHANGES: dict[str, tuple[Change, str]] = {
     "forward hook on a convolution": (
         _layer2(lambda layer: layer.conv1.register_forward_hook(lambda m, i, o: 2 * o)),
@@ -82,7 +83,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     ),
     "backward hook on a layer": (
         _layer2(lambda layer: layer.register_full_backward_hook(lambda m, i, o: (i[0] * 2,))),
-        "a dense layer has hooks",
+        "denselayer2 has hooks",
     ),
     "hook on a ReLU": (
         _layer2(lambda layer: layer.relu1.register_forward_hook(lambda m, i, o: o * 3)),
@@ -90,9 +91,9 @@ CHANGES: dict[str, tuple[Change, str]] = {
     ),
     "parametrisation": (
         _layer2(lambda x: parametrize.register_parametrization(x.conv1, "weight", _Doubled())),
-        "conv1 is a ParametrizedConv2d",
+        "conv1 is parametrised",
     ),
-    "spectral norm": (_spectral_norm, "conv2 is a ParametrizedConv2d"),
+    "spectral norm": (_spectral_norm, "conv2 is parametrised"),
     "weight norm": (_weight_norm, "conv1 has hooks"),
     "pruning": (
         _layer2(lambda layer: prune.l1_unstructured(layer.conv2, "weight", 0.5)),
@@ -100,32 +101,32 @@ CHANGES: dict[str, tuple[Change, str]] = {
     ),
     "group norm": (
         _layer2(lambda layer: _replace(layer, "norm2", nn.GroupNorm(2, 16))),
-        "norm2 is a GroupNorm",
+        "",
     ),
     "another activation": (
         _layer2(lambda layer: _replace(layer, "relu2", nn.SiLU())),
-        "relu2 is a SiLU",
+        "",
     ),
     "no affine map": (
         _layer2(lambda layer: _replace(layer, "norm2", nn.BatchNorm2d(16, affine=False))),
-        "norm2 has no weight and bias",
+        "",
     ),
     "dilated convolution": (
         _layer2(lambda layer: vars(layer.conv2).update(dilation=(2, 2), padding=(2, 2))),
-        "conv2 is Conv2d",
+        "",
     ),
     "bias": (
         # the gradient of a bias before a batch norm is zero up to rounding
         _layer2(lambda x: setattr(x.conv1, "bias", nn.Parameter(torch.ones(16).double(), False))),
-        "conv1 is Conv2d",
+        "",
     ),
     "extra child": (
         _layer2(lambda layer: layer.add_module("gate", nn.Identity())),
-        "a dense layer's children are",
+        "",
     ),
-    "layer type with its own forward": (_own_layer, "a dense layer is a _OwnLayer"),
+    "layer type with its own forward": (_own_layer, ""),
     "forward replaced on an instance": (_patched_forward, "relu1 has hooks"),
-    "unequal growth": (_narrow_last_layer, "channels"),
+    "unequal growth": (_narrow_last_layer, ""),
     "transition without its pooling": (
         lambda model: _replace(model.features.transition1, "pool", nn.MaxPool2d(2)),
         "pool is a MaxPool2d",
@@ -150,9 +151,8 @@ def test_a_change_is_honoured_and_named_once(name: str) -> None:
         actual = step(ours, x)
         fused = stages_in(ours(x))
     found = [str(w.message) for w in caught if "effdense" in str(w.message)]
-    assert len(found) == 1
-    assert reason in found[0]
-    assert "layer by layer" in found[0]
+    assert len(found) == bool(reason)
+    assert all(reason in message and "layer by layer" in message for message in found)
     assert fused > 0, "the rest of the network stays fused"
     expected = step(naive, x)
     assert_same_step(actual, expected._replace(buffers=actual.buffers))

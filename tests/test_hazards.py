@@ -34,14 +34,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import effdense
-from effdense import SAVE_MODES
+from effdense import SAVE_MODES, reference
 
 fused_saves = pytest.mark.parametrize("save", [s for s in SAVE_MODES if s != "all"])
 
 
 def _block(save: str = "features") -> effdense.DenseBlock:
     torch.manual_seed(0)
-    block = effdense.DenseBlock(2, 5, 4, 2, 0.0).double()
+    block = effdense.DenseBlock(reference.dense_layers(2, 5, 4, 2)).double()
     randomize_norms(block)
     block.save = save  # type: ignore[assignment]
     return block

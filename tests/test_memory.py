@@ -51,3 +51,26 @@ def test_saved_tensors_are_the_features_and_the_kept_bottlenecks(save: str) -> N
         width, size = (width + layers * growth) // 2, size // 2
     # besides: the images, statistics, the classifier's input
     assert expected <= _measured(100, batch, save)["saved"] <= 1.03 * expected
+
+
+@functools.cache
+def _other(model: str, depth: int, **job: bool) -> int:
+    """Peak of a naive or converted network without parameters, gradients and momentum."""
+    found = measure(model=model, save=None, depth=depth, growth_rate=12, batch=8, **job)
+    return found["peak"] - found["state"]
+
+
+def test_a_converted_network_takes_hardly_more_than_ours() -> None:
+    ours = _measured(100, 8, "features")
+    # its last norm and pooling are called by a model that we don't know
+    assert _other("converted", 100) <= 1.25 * (ours["peak"] - ours["state"])
+
+
+def test_inference_of_a_converted_network_takes_no_more_than_the_originals() -> None:
+    assert _other("converted", 100, eval=True) <= _other("naive", 100, eval=True)
+
+
+def test_recomputed_layers_take_linear_memory() -> None:
+    shallow, deep = (_other("converted", depth, group_norm=True) for depth in (22, 64))
+    assert math.log(deep / shallow) / math.log(60 / 18) <= 1.2
+    assert deep <= _other("naive", 64, group_norm=True) / 3

@@ -293,7 +293,7 @@ def test_an_empty_batch_gives_an_empty_output_in_eval(save: Any) -> None:
 @pytest.mark.parametrize("kind", ["block", "transition"])
 def test_bad_inputs_of_a_module_alone_raise(kind: str, x: Tensor, message: str) -> None:
     if kind == "block":
-        module: nn.Module = effdense.DenseBlock(2, 5, 4, 2, 0.0)
+        module: nn.Module = effdense.DenseBlock(reference.dense_layers(2, 5, 4, 2))
     else:
         module = effdense.Transition(5, 3)
     with pytest.raises(ValueError, match=message):

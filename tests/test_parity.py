@@ -107,13 +107,13 @@ def test_dropout_equals_naive_with_the_same_masks(save: str, bn_size: int | None
 
 
 def test_dropout_drops_the_asked_fraction_of_new_features() -> None:
-    block = effdense.DenseBlock(1, 4, 8, 2, 0.3)
+    block = effdense.DenseBlock(reference.dense_layers(1, 4, 8, 2, 0.3))
     kept = block(torch.randn(8, 4, 32, 32))[:, 4:] != 0
     assert ((kept.double().mean((0, 2, 3)) - 0.7).abs() < 0.03).all()
 
 
 def test_layers_and_forwards_drop_independently() -> None:
-    block = effdense.DenseBlock(3, 4, 8, 2, 0.5)
+    block = effdense.DenseBlock(reference.dense_layers(3, 4, 8, 2, 0.5))
     first = block(torch.randn(4, 4, 16, 16))[:, 4:] != 0
     again = block(torch.randn(4, 4, 16, 16))[:, 4:] != 0
     masks = [*first.split(8, 1), *again.split(8, 1)]
@@ -321,8 +321,8 @@ def test_ties_in_the_stem_pooling_equal_naive() -> None:
 
 def _blocks(bn_size: int | None, **arguments: Any) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    naive = reference.DenseBlock(3, 5, 4, bn_size, 0.0).double()
-    ours = effdense.DenseBlock(3, 5, 4, bn_size, 0.0).double()
+    naive = reference.DenseBlock(reference.dense_layers(3, 5, 4, bn_size)).double()
+    ours = effdense.DenseBlock(reference.dense_layers(3, 5, 4, bn_size)).double()
     randomize_norms(naive)
     randomize_norms(ours)
     ours.load_state_dict(naive.state_dict())

@@ -18,7 +18,8 @@ import torch
 from compare import Step, images, norms_of, randomize_norms, step, twins
 from torch import Tensor, nn
 
-from effdense import SAVE_MODES
+import effdense
+from effdense import SAVE_MODES, reference
 
 SEEDS = range(7)
 # added to twice the naive error, per type
@@ -155,5 +156,38 @@ def test_float_norms_in_a_narrow_network(dtype: torch.dtype) -> None:
         exact.load_state_dict(naive.state_dict())
         x = images(4, 3, 16, 16, dtype=dtype, seed=seed)
         return step(ours, x), step(naive, x), step(exact, x.double())
+
+    _assert_at_most_twice_the_naive_error(run, dtype)
+
+
+class _Recomputed(nn.Module):
+    """A dense block of layers that can't be fused, between a convolution and a pooling."""
+
+    def __init__(self, block: type[reference.DenseBlock]) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = block(
+            nn.Sequential(nn.GroupNorm(2, c), nn.GELU(), nn.Conv2d(c, 8, 3, padding=1))
+            for c in (8, 16, 24)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.conv0(x)).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_error_of_recomputed_layers(dtype: torch.dtype, autocast: bool) -> None:
+    def run(seed: int) -> tuple[Step, Step, Step]:
+        torch.manual_seed(seed)
+        naive = _Recomputed(reference.DenseBlock)
+        ours = _Recomputed(effdense.DenseBlock)
+        narrow = torch.float32 if autocast else dtype
+        naive.to(narrow), ours.to(narrow).load_state_dict(naive.state_dict())
+        exact = copy.deepcopy(naive).double()
+        x = images(2, 3, 9, 10, seed=seed).to(narrow)
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            found = [step(model, x) for model in (ours, naive)]
+        return found[0], found[1], step(exact, x.double())
 
     _assert_at_most_twice_the_naive_error(run, dtype)

@@ -12,6 +12,7 @@ built, so parameters count.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -23,8 +24,10 @@ import torch
 
 from effdense import timeline
 
-from . import grid, machine, providers
+from . import grid, machine, packages, providers
 from .case import CIFAR_FAMILY, Case
+from .providers import Job
+from .worker import timed
 
 
 def main() -> None:
@@ -35,8 +38,9 @@ def main() -> None:
         if request["mode"] == "grid":
             answer = _grid(grid.from_request(request["configuration"]), request.get("timed", 0))
         else:
-            measure = {"resident": _resident, "live": _live, "cuda": _cuda}[request["mode"]]
-            answer = measure(request, Case(**request["case"]))
+            modes = {"resident": _resident, "live": _live, "cuda": _cuda}
+            modes |= {"inference": _inference, "package times": _package_times}
+            answer = modes[request["mode"]](request, Case(**request["case"]))
     except (MemoryError, torch.OutOfMemoryError) as error:
         answer = {"error": _first_line(error), "out_of_memory": True}
     except Exception as error:
@@ -57,11 +61,21 @@ def _warm_up(request: dict[str, Any], case: Case) -> None:
     See NOTE [ what the baseline contains ]. An optimizer's constructor alone may import
     150 MiB of torch's compiler, which is not the memory of the network that comes after.
     """
-    tiny = Case(CIFAR_FAMILY, 10, 4, 2, 8, case.dtype, case.device)
-    providers.setup(request["provider"], tiny).step()
+    if case.arch in packages.MODELS:
+        # its imports count as the interpreter's
+        packages.setup(request["provider"], dataclasses.replace(case, batch_size=2)).step()
+    else:
+        tiny = Case(CIFAR_FAMILY, 10, 4, 2, 8, case.dtype, case.device)
+        providers.setup(request["provider"], tiny).step()
     # wakes every thread of the pool, whose stacks count as resident
     torch.randn(1 << 18, device=case.device).add_(1).sum().item()
     gc.collect()
+
+
+def _setup(provider: str, case: Case) -> Job:
+    if case.arch in packages.MODELS:
+        return packages.setup(provider, case)
+    return providers.setup(provider, case)
 
 
 def _limit(request: dict[str, Any]) -> None:
@@ -76,7 +90,7 @@ def _resident(request: dict[str, Any], case: Case) -> dict[str, Any]:
     machine.reset_peak_resident()
     baseline = machine.resident_bytes()
     start = time.perf_counter()
-    job = providers.setup(request["provider"], case)
+    job = _setup(request["provider"], case)
     # as in every step but a training's first
     job.make_optimizer_state()
     for _ in range(request["steps"]):
@@ -86,6 +100,36 @@ def _resident(request: dict[str, Any], case: Case) -> dict[str, Any]:
         "peak": machine.peak_resident_bytes() - baseline,
         "seconds": time.perf_counter() - start,
     }
+
+
+def _inference(request: dict[str, Any], case: Case) -> dict[str, Any]:
+    """Peak resident bytes over the baseline of forwards in eval mode without gradients."""
+    _warm_up(request, case)
+    machine.reset_peak_resident()
+    baseline = machine.resident_bytes()
+    job = _setup(request["provider"], case)
+    job.model.eval()
+    with torch.inference_mode():
+        for _ in range(request["steps"]):
+            job.model(job.x)
+    return {"baseline": baseline, "peak": machine.peak_resident_bytes() - baseline}
+
+
+def _package_times(request: dict[str, Any], case: Case) -> dict[str, Any]:
+    """Seconds of training steps and of inference, original and converted in turn."""
+    jobs = {provider: packages.setup(provider, case) for provider in packages.PROVIDERS}
+    samples: dict[str, list[float]] = {}
+    for turn in range(request["rounds"] + 1):
+        for provider, job in jobs.items():
+            job.model.train()
+            training = timed(job.step, 1, False)
+            job.model.eval()
+            with torch.inference_mode():
+                inference = timed(lambda job=job: job.model(job.x), 1, False)
+            if turn > 0:  # the first is a warm-up
+                samples.setdefault(f"training {provider}", []).append(training)
+                samples.setdefault(f"inference {provider}", []).append(inference)
+    return samples
 
 
 def _live(request: dict[str, Any], case: Case) -> dict[str, Any]:

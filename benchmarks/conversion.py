@@ -1,0 +1,93 @@
+"""Other packages' DenseNets before and after ``effdense.convert``: memory and time.
+
+    python benchmarks/conversion.py
+    python benchmarks/conversion.py --models monai-densenet121-3d --rounds 7
+
+Peaks are resident sizes over the process's size before the model was built, each in a process
+of its own, of a training step (forward, cross-entropy, backward, SGD with momentum) and of
+inference (eval mode, no gradients). Seconds are of one step of each, the original and the
+converted model in turn in a process, the median of several rounds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import machine, packages
+from harness.case import Parser, positive_int, usable_cores
+from harness.measure import run_child
+from harness.report import Recorder, mebibytes, quantiles, table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    path = args.output or Path("results") / "conversion.csv"
+    rows = []
+    with Recorder(path, "conversion", "cpu", args.threads) as recorder:
+        print(machine.headline(recorder.environment))
+        for arch in args.models or packages.MODELS:
+            rows.append(measure(arch, args.batch_size, args.rounds, args.threads, recorder))
+            print(f"{arch}: done", file=sys.stderr)
+    header = ["model, input", "original", "converted", "ratio", "inference", "converted", "ratio"]
+    header += ["s/step", "converted", "s/inference", "converted"]
+    print("\nPeak MiB of a training step and of inference; seconds, medians\n")
+    print(table(header, rows))
+    print(f"\n{path}")
+    return 0
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--models", nargs="+", choices=sorted(packages.MODELS), metavar="NAME", help="default: all"
+    )
+    parser.add_argument("--batch-size", type=positive_int, help="default: by model, 4 or 8")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="timed rounds (default 5)")
+    parser.add_argument(
+        "--threads", type=positive_int, default=usable_cores(), help="default %(default)s"
+    )
+    parser.add_argument("--output", type=Path, metavar="CSV", help="default results/conversion.csv")
+    return parser
+
+
+def measure(
+    arch: str, batch_size: int | None, rounds: int, threads: int, recorder: Recorder
+) -> list[str]:
+    """A row of the table; what can't be measured is blank and its reason a row of the CSV."""
+    package, case = packages.MODELS[arch], packages.case(arch, batch_size)
+    size = "x".join([str(case.image_size)] * package.dims)
+    name = f"`{package.line}`, {case.batch_size} x {size}"
+    if importlib.util.find_spec(package.module) is None:
+        recorder.add("original", case, "peak", None, "B", status="not installed")
+        return [f"{name}: {package.module} is not installed", *[""] * 10]
+    common = {"case": case.columns(), "steps": 2, "threads": threads}
+    cells = [name]
+    for mode, metric in (("resident", "peak"), ("inference", "inference peak")):
+        peaks: list[float | None] = []
+        for provider in packages.PROVIDERS:
+            answer = run_child({"mode": mode, "provider": provider, **common})
+            peak = answer.get("peak")
+            detail = answer.get("error", "")
+            status = "measured" if peak is not None else "failed"
+            recorder.add(provider, case, metric, peak, "B", steps=2, status=status, detail=detail)
+            peaks.append(peak)
+        known = [peak for peak in peaks if peak]
+        ratio = f"1/{known[0] / known[1]:.1f}" if len(known) == 2 else ""
+        cells += [*map(mebibytes, peaks), ratio]
+    answer = run_child({"mode": "package times", "provider": "", "rounds": rounds, **common})
+    for phase in ("training", "inference"):
+        for provider in packages.PROVIDERS:
+            samples = answer.get(f"{phase} {provider}", [])
+            for i, seconds in enumerate(samples):
+                recorder.add(provider, case, f"{phase} seconds", seconds, "s", sample=i)
+            cells.append(
+                "{1:.2f} [{0:.2f}, {2:.2f}]".format(*quantiles(samples)) if samples else ""
+            )
+    return cells
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Other packages' DenseNets, as they come and after ``effdense.convert``.
+
+A case whose ``arch`` is one of ``MODELS`` is built by the package itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import effdense
+
+from .case import Case
+from .providers import Job, set_parameters
+
+PROVIDERS = ("original", "converted")
+
+
+class PackageModel(NamedTuple):
+    """A package's model and the input its users give it."""
+
+    module: str
+    # the line that a user writes
+    line: str
+    build: Callable[[], nn.Module]
+    channels: int
+    dims: int
+    classes: int
+    # a class for every pixel
+    dense: bool
+    batch_size: int
+    image_size: int
+
+
+def _torchvision() -> nn.Module:
+    from torchvision.models import densenet121
+
+    return densenet121()
+
+
+def _timm() -> nn.Module:
+    import timm
+
+    return timm.create_model("densenet121")
+
+
+def _torchxrayvision() -> nn.Module:
+    import torchxrayvision
+
+    return torchxrayvision.models.DenseNet()
+
+
+def _monai() -> nn.Module:
+    from monai.networks.nets import DenseNet121
+
+    return DenseNet121(spatial_dims=3, in_channels=1, out_channels=2)
+
+
+def _smp() -> nn.Module:
+    import segmentation_models_pytorch
+
+    return segmentation_models_pytorch.Unet("densenet121", encoder_weights=None, classes=2)
+
+
+MODELS: dict[str, PackageModel] = {
+    "torchvision-densenet121": PackageModel(
+        "torchvision", "torchvision.models.densenet121()", _torchvision, 3, 2, 1000, False, 8, 224
+    ),
+    "timm-densenet121": PackageModel(
+        "timm", 'timm.create_model("densenet121")', _timm, 3, 2, 1000, False, 8, 224
+    ),
+    "torchxrayvision-densenet121": PackageModel(
+        "torchxrayvision", "xrv.models.DenseNet()", _torchxrayvision, 1, 2, 18, False, 8, 224
+    ),
+    "monai-densenet121-3d": PackageModel(
+        "monai", "DenseNet121(spatial_dims=3, ...)", _monai, 1, 3, 2, False, 8, 48
+    ),
+    "smp-unet-densenet121": PackageModel(
+        "segmentation_models_pytorch", 'smp.Unet("densenet121")', _smp, 3, 2, 2, True, 4, 256
+    ),
+}
+
+
+def case(arch: str, batch_size: int | None = None, device: str = "cpu") -> Case:
+    """A package's model at its usual input."""
+    model = MODELS[arch]
+    return Case(arch, 0, 0, batch_size or model.batch_size, model.image_size, device=device)
+
+
+def setup(provider: str, case: Case) -> Job:
+    """The original or the converted model, ready to train; the same parameters and input."""
+    package = MODELS[case.arch]
+    with torch.device(case.device):
+        model = package.build()
+    set_parameters(model)
+    if provider == "converted":
+        effdense.convert(model)
+    generator = torch.Generator().manual_seed(1)
+    spatial = (case.image_size,) * package.dims
+    x = torch.randn((case.batch_size, package.channels, *spatial), generator=generator)
+    shape = (case.batch_size, *spatial) if package.dense else (case.batch_size,)
+    target = torch.randint(package.classes, shape, generator=generator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    return Job(case, model.train(), optimizer, x.to(case.device), target.to(case.device))
