@@ -152,7 +152,7 @@ def run_case(
     print(f"\n{case.describe()}: peak memory of a training step, MiB\n")
     header = ["provider", "peak", "x floor", "live", *ROLES]
     header += ["reserved", "process"] if case.device != "cpu" else []
-    rows = [floor_row(floor, len(header))]
+    rows = [floor_row(floor)]
     rows += [row(name, result, floor, case) for name, result in results.items()]
     print(table(header, rows))
     for name, result in results.items():
@@ -160,10 +160,10 @@ def run_case(
             print(f"{name}: {result.status}: {result.detail}")
 
 
-def floor_row(floor: counts.Floor, width: int) -> list[str]:
-    cells = ["floor (formula)", mebibytes(floor.total), "1.00", mebibytes(floor.total)]
-    cells += [mebibytes(part) for part in floor]
-    return cells + [""] * (width - len(cells))
+def floor_row(floor: counts.Floor) -> list[str]:
+    parts = {name.replace("_", " "): mebibytes(part) for name, part in floor._asdict().items()}
+    total = mebibytes(floor.total)
+    return ["floor (formula)", total, "1.00", total, *(parts.get(role, "") for role in ROLES)]
 
 
 def row(name: str, result: Memory, floor: counts.Floor, case: Case) -> list[str]:

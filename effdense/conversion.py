@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, overload
 import torch
 from torch import nn
 
-from .backends.select import BACKENDS
+from .backends.select import check_backend
 from .dense_block import Save, check_save
 from .eligibility import BATCH_NORMS
 from .modules import BlockForward, SequentialForward, TransitionForward
@@ -179,8 +179,7 @@ def convert(
         raise ValueError(f"convert needs a torch.nn.Module, got {type(model).__name__}")
     for mode in [save] if isinstance(save, str) else save:
         check_save(mode)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel):
             raise ValueError(

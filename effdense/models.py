@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .autocast import autocast_dtype
+from .backends.select import check_backend
 from .dense_block import Save, check_save
 from .eligibility import graph_is_recorded, has_hooks, refuse_replica
 from .modules import DenseBlock, Features, Transition, has_global_hooks
@@ -49,7 +50,7 @@ class DenseNet(reference.DenseNet):
             time for linear memory), "bottlenecks" (also its bottleneck: faster, about
             1 + bn_size times the memory), "input" (only each block's input: least memory),
             "all" (plain autograd: quadratic memory).
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "cpu" or "triton".
 
     Raises:
         ValueError: for an argument outside its range; the message names the range.
@@ -78,8 +79,7 @@ class DenseNet(reference.DenseNet):
     ) -> None:
         for mode in [save] if isinstance(save, str) else save:
             check_save(mode)
-        if backend not in ("auto", "torch", "triton"):
-            raise ValueError(f'backend must be "auto", "torch" or "triton", got {backend!r}')
+        check_backend(backend)
         super().__init__(
             growth_rate,
             block_config,

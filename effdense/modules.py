@@ -101,6 +101,9 @@ class SequentialForward:
 
     def pooled(self, x: Tensor) -> Tensor:
         """Features after the last norm, ReLU and global average pooling, (N, C)."""
+        if x.numel() == 0:
+            features = super().forward(x)  # type: ignore[misc]
+            return F.relu(features).mean(dim=tuple(range(2, features.dim())))
         return self._by_stages(x, pool=True)
 
     def _by_stages(self, x: Tensor, pool: bool) -> Tensor:
@@ -139,7 +142,7 @@ class DenseBlock(BlockForward, reference.DenseBlock):
     Attributes:
         save: what a layer keeps for backward: "all" (plain autograd), "bottlenecks",
             "features" or "input". Without fused layers "bottlenecks" is "features".
-        backend: "auto", "torch" or "triton", for fused layers.
+        backend: "auto", "torch", "cpu" or "triton", for fused layers.
 
     Both may be changed between forwards.
     """

@@ -26,7 +26,6 @@ from effdense import timeline
 
 from . import grid, machine, packages, providers
 from .case import CIFAR_FAMILY, Case
-from .providers import Job
 from .worker import timed
 
 
@@ -72,7 +71,7 @@ def _warm_up(request: dict[str, Any], case: Case) -> None:
     gc.collect()
 
 
-def _setup(provider: str, case: Case) -> Job:
+def _setup(provider: str, case: Case) -> timeline.Training:
     if case.arch in packages.MODELS:
         return packages.setup(provider, case)
     return providers.setup(provider, case)

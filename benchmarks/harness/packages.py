@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import effdense
+from effdense.timeline import Training
 
 from .case import Case
-from .providers import Job, set_parameters
+from .providers import set_parameters
 
 PROVIDERS = ("original", "converted")
 
@@ -90,7 +91,7 @@ def case(arch: str, batch_size: int | None = None, device: str = "cpu") -> Case:
     return Case(arch, 0, 0, batch_size or model.batch_size, model.image_size, device=device)
 
 
-def setup(provider: str, case: Case) -> Job:
+def setup(provider: str, case: Case) -> Training:
     """The original or the converted model, ready to train; the same parameters and input."""
     package = MODELS[case.arch]
     with torch.device(case.device):
@@ -104,4 +105,4 @@ def setup(provider: str, case: Case) -> Job:
     shape = (case.batch_size, *spatial) if package.dense else (case.batch_size,)
     target = torch.randint(package.classes, shape, generator=generator)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    return Job(case, model.train(), optimizer, x.to(case.device), target.to(case.device))
+    return Training(model.train(), optimizer, x.to(case.device), target.to(case.device))

@@ -8,14 +8,16 @@ the same parameters and the same input. Speed and memory are measured on the sam
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 import effdense
 from effdense import reference
+from effdense.autocast import autocast, autocast_dtype
 from effdense.timeline import Training
 
 from .case import Case
@@ -77,10 +79,21 @@ class _CheckpointedBlock(reference.DenseBlock):
             def bottleneck(*features: Tensor, layer: Any = layer) -> Tensor:
                 return layer.conv1(layer.relu1(layer.norm1(torch.cat(features, 1))))
 
-            # Nothing below draws random numbers.
-            y = checkpoint(bottleneck, *features, use_reentrant=False, preserve_rng_state=False)
+            y = checkpoint(
+                bottleneck,
+                *features,
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing below draws random numbers
+                context_fn=_recomputation_on_meta if x.is_meta else noop_context_fn,
+            )
             features.append(layer.conv2(layer.relu2(layer.norm2(y))))
         return torch.cat(features, 1)
+
+
+def _recomputation_on_meta() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    # checkpoint restores torch.autocast's state itself, but not what stands for it on meta
+    meta = torch.device("meta")
+    return nullcontext(), autocast(meta, autocast_dtype(meta))
 
 
 class _Checkpointed(reference.DenseNet):

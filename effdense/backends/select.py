@@ -59,9 +59,9 @@ def get_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """
     override = os.environ.get("EFFDENSE_BACKEND")
     if override is not None:
-        _check_name(override, "EFFDENSE_BACKEND")
+        check_backend(override, "EFFDENSE_BACKEND")
         name = override
-    _check_name(name, "backend")
+    check_backend(name)
     if device.type == "meta":
         return _on_meta(name, dtype)
     if name == "torch":
@@ -115,7 +115,8 @@ class _KernelShapes(TorchBackend):
         return False
 
 
-def _check_name(name: str, where: str) -> None:
+def check_backend(name: str, where: str = "backend") -> None:
+    """ValueError naming the backends if ``name`` is none; ``where`` it was given."""
     if name not in BACKENDS:
         valid = ", ".join(f'"{b}"' for b in BACKENDS)
         raise ValueError(f"{where} must be one of {valid}, got {name!r}")

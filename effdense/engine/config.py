@@ -123,7 +123,7 @@ class TrainConfig:
     """Choose each block's --save so that a step fits, such as 8GiB; auto: what is free."""
     offload: bool = False
     """Keep what dense blocks keep in main memory (of a GPU) or in files (of a processor)."""
-    backend: Literal["auto", "torch", "triton"] = "auto"
+    backend: Literal["auto", "torch", "cpu", "triton"] = "auto"
     """What computes the dense blocks."""
 
     epochs: Annotated[int | None, _recipe_default("EPOCHS")] = None

@@ -9,6 +9,8 @@ from __future__ import annotations
 import datetime
 import inspect
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import UserError
+from .errors import TrainingError, UserError
 
 T = TypeVar("T")
 
@@ -80,12 +82,48 @@ def joined_world(device: Literal["auto", "cpu", "cuda"], threads: int) -> Iterat
     backend = "nccl" if gpus >= local_world_size else "gloo"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
+        store=_fresh_store(),
+        rank=rank,
+        world_size=world_size,
         timeout=_TIMEOUT,
         device_id=chosen if backend == "nccl" else None,
     )
     yield World(rank, world_size, local_rank, local_world_size, chosen, backend)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _fresh_store() -> dist.Store:
+    """The processes' common store, under a name that no earlier attempt has used.
+
+    torchrun's agent serves one store for all its restarts: without this, a process may read the
+    address that a dead one left there.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    own = uuid.uuid4().hex
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    end = time.monotonic() + _TIMEOUT.total_seconds()
+    while time.monotonic() < end:
+        if rank == 0:
+            # others may still be what an earlier attempt has left: proposed until all agree
+            names = [own, *(read(f"name/{other}") for other in range(1, world_size))]
+            proposal = "-".join(names)
+            store.set("proposal", proposal)
+            if all(read(f"agrees/{other}") == proposal for other in range(1, world_size)):
+                store.set("agreed", proposal)
+        else:
+            store.set(f"name/{rank}", own)
+            proposal = read("proposal")
+            if own in proposal:
+                store.set(f"agrees/{rank}", proposal)
+        agreed = read("agreed")
+        if own in agreed:
+            return dist.PrefixStore(agreed, store)
+        time.sleep(0.01)
+    raise TrainingError(f"rank {rank}: the other processes did not arrive within {_TIMEOUT}")
 
 
 @contextmanager

@@ -113,4 +113,6 @@ def test_another_number_of_processes(tmp_path: Path) -> None:
 def test_chaos(tmp_path: Path) -> None:
     """A sample; ``make chaos`` kills fifty times."""
     kills, runs = chaos(tmp_path, kills=3, seed=1000)
-    assert (len(kills), runs) == (3, 1)
+    # kills that come after a run's end begin another
+    assert len(kills) == 3
+    assert runs >= 1

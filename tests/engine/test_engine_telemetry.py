@@ -186,5 +186,5 @@ def test_a_gpu_s_figures_and_its_driver_s_silence(monkeypatch: pytest.MonkeyPatc
     assert "Driver Not Loaded" in recorder.warning
     recorder.after_step(1, 1, False)
     (row,) = log.rows
-    assert [row[name] for name in telemetry._OF_CUDA] == [1, 2, 3, (1 << 53) - 1]
+    assert [row[name] for name in SYSTEM_COLUMNS[5:9]] == [1, 2, 3, (1 << 53) - 1]
     assert all(row[name] is None for name in telemetry._OF_DRIVER)
