@@ -14,6 +14,7 @@ from .models import (
 from .modules import DenseBlock, Transition
 from .offloading import offload
 from .planning import BudgetError, Plan, budget_bytes, deepest, largest_batch, plan
+from .sync_batch_norm import SyncBatchNorm
 from .version import __version__
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Estimate",
     "Plan",
     "Save",
+    "SyncBatchNorm",
     "Transition",
     "__version__",
     "budget_bytes",

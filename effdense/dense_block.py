@@ -31,6 +31,11 @@ tail: a transition, or the final norm and pooling) are one Function: the tail's
 backward writes D, nobody else ever sees it. Without a tail (a block called alone)
 the incoming gradient is copied.
 
+NOTE [ which positions ]
+Norms may share their statistics with other processes (see synchronization.py). Then mean
+and var are merged over them where they are taken, and S, T, s, t summed where they correct
+a gradient, whose P is that of all processes; everything else is this process's own.
+
 NOTE [ saved tensors ]
 Every tensor goes through save_for_backward: in-place changes are noticed, hooks such
 as save_on_cpu see each buffer once, and nothing forms a reference cycle. X is saved
@@ -60,6 +65,7 @@ from .layout import channels_first, neighbour_stands_for, pieces
 from .layout import rows as rows_of
 from .norm_sums import ALL_CHANNELS, direct_channels, second_sum, zero_sums
 from .norms import NormSpec, normalization
+from .synchronization import Batch
 
 Save = Literal["all", "bottlenecks", "features", "input"]
 SAVE_MODES: tuple[Save, ...] = ("all", "bottlenecks", "features", "input")
@@ -93,6 +99,8 @@ class StageSpec(NamedTuple):
     tail: Literal["transition", "pool"] | None
     tail_norm: NormSpec | None
     compute_dtype: torch.dtype
+    batch: Batch
+    # which statistics are taken over
     keep: bool
     # False under no_grad: nothing will be asked for, nothing is kept
     seed: int
@@ -194,6 +202,9 @@ class _Stage:
             self.tail = TailTensors(*tensors[len(spec.layers) * _LAYER :])  # type: ignore[arg-type]
         self.k = _growth(self.layers[0]) if self.layers else 0
         self.width = self.c0 + len(self.layers) * self.k
+        readers = [layer.norm1 for layer in spec.layers]
+        readers += [] if spec.tail_norm is None else [spec.tail_norm]
+        self._shared = any(norm.batch_statistics for norm in readers)
         self.dtype = spec.compute_dtype
         self.sum_dtype = accumulate_dtype(self.dtype)
         self.bottleneck = [
@@ -236,9 +247,6 @@ class _Stage:
 
     def forward(self, x: Tensor) -> Tensor:
         self.x = self._buffer(x)
-        readers = [layer.norm1 for layer in self.spec.layers]
-        readers += [] if self.spec.tail_norm is None else [self.spec.tail_norm]
-        self._shared = any(norm.batch_statistics for norm in readers)
         self.mean = torch.zeros(self.width, dtype=self.sum_dtype, device=self.device)
         self.var = torch.zeros_like(self.mean)
         self.mean2 = self.mean.new_zeros(sum(self.bottleneck))
@@ -277,10 +285,10 @@ class _Stage:
         return slice(read.stop, read.stop + self.k)
 
     def _reduce(self, channels: slice) -> None:
-        # See NOTE [ shared statistics ].
+        # See NOTE [ shared statistics ] and NOTE [ which positions ].
         if self._shared:
-            mean, var = self.ops.statistics(self.x[:, channels])
-            self.mean[channels], self.var[channels] = mean, var
+            own = self.ops.statistics(self.x[:, channels])
+            self.mean[channels], self.var[channels] = self.spec.batch.merge(*own)
 
     def _norm1(self, index: int) -> Normalization:
         layer, read = self.layers[index], self._read(index)
@@ -337,7 +345,7 @@ class _Stage:
         statistics = self.ops.bn_relu_conv1x1(x, norm1, weight1, out, take)
         if statistics is not None:
             own = self._bottleneck_channels(index)
-            self.mean2[own], self.var2[own] = statistics
+            self.mean2[own], self.var2[own] = self.spec.batch.merge(*statistics)
         return out
 
     def _bottleneck_like(self, index: int, y: Tensor | None) -> Tensor:
@@ -377,7 +385,7 @@ class _Stage:
         mask = dropout_mask(self.spec.seed, index, shape, spec.drop_rate, self.dtype, self.device)
         if not spec.drop_channels:
             return mask
-        return mask.repeat_interleave(self.positions // self.images, dim=0)
+        return mask.repeat_interleave(math.prod(self.spatial), dim=0)
 
     # --------------------------------------------------------------- backward
 
@@ -429,17 +437,13 @@ class _Stage:
 
     def _finish(self, d: Tensor, channels: slice) -> Tensor:
         """The gradient of some channels, complete: every reader of them has been here."""
-        # See NOTE [ deferred correction ].
+        # See NOTE [ deferred correction ] and NOTE [ which positions ].
         out = self.x.new_empty((self.positions, channels.stop - channels.start))
-        self.ops.finish_gradient(
-            d[:, channels],
-            self.x[:, channels],
-            self.mean[channels],
-            self.s[channels],
-            self.t[channels],
-            self.positions,
-            out,
-        )
+        s, t = self.s[channels], self.t[channels]
+        if self._shared:
+            s, t = self.spec.batch.sum(s, t)
+        mean, count = self.mean[channels], float(self.spec.batch.count)
+        self.ops.finish_gradient(d[:, channels], self.x[:, channels], mean, s, t, count, out)
         return out
 
     def _bottleneck_layer_backward(
@@ -467,7 +471,9 @@ class _Stage:
         dw2, s2, t2 = self.ops.bn_relu_conv3_backward(
             source, norm2, weight2, do, shape, bool(need.weight2), dz, None
         )
-        correction = (s2, t2, float(self.positions)) if spec.norm2.batch_statistics else None
+        correction = None
+        if spec.norm2.batch_statistics:
+            correction = (*self.spec.batch.sum(s2, t2), float(self.spec.batch.count))
         y_before, rebuild = None, None
         if before is not None and self.bottleneck[before]:
             y_before = self._bottleneck_like(before, y)
@@ -529,7 +535,7 @@ class _Stage:
             self.ops.bn_relu_avg_pool(self.x[rows], norm, shape, pooled)
             torch.mm(pooled, weight.t(), out=out[pooled_rows])
             del pooled
-        return out.view(self.images, *pooled_spatial, -1).movedim(-1, 1)
+        return channels_first(out, self.images, pooled_spatial)
 
     def _tail_backward(
         self, grad_output: Tensor, needs: Sequence[bool]

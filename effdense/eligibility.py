@@ -8,20 +8,17 @@ plain path instead, with one warning that names it.
 
 from __future__ import annotations
 
-import functools
 import warnings
 import weakref
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
+from .sync_batch_norm import SyncBatchNorm
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+SYNC_BATCH_NORMS = (nn.SyncBatchNorm, SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *SYNC_BATCH_NORMS)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
@@ -50,27 +47,6 @@ def refuse_replica(module: nn.Module) -> None:
             "effdense does not run under nn.DataParallel; use one process per device with "
             "torch.nn.parallel.DistributedDataParallel (DDP)"
         )
-
-
-def graph_is_recorded() -> bool:
-    """Whether a tracer wants to see plain operations (export, tracing, scripting)."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.jit.is_scripting()
-
-
-def outside_graphs(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """``torch.compiler.disable`` that imports torch's compiler only once something is compiled."""
-    disabled: Callable[_Arguments, _Result] | None = None
-
-    @functools.wraps(function)
-    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        nonlocal disabled
-        if not torch.compiler.is_compiling():
-            return function(*args, **kwargs)
-        if disabled is None:
-            disabled = torch.compiler.disable(function)
-        return disabled(*args, **kwargs)
-
-    return call
 
 
 def warn_once(module: nn.Module, reason: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .backends.select import meta_stands_for
 from .reference import DenseBlock
+from .synchronization import process_groups
 from .timeline import Peak, Training, record_step
 
 DeviceType = Literal["cpu", "cuda"]
@@ -191,7 +192,7 @@ class Rehearsal:
 
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of a model without its values: same modules, parameters and buffers on meta."""
-    memo: dict[int, Any] = {}
+    memo = process_groups(model)
     for tensor in [*model.parameters(), *model.buffers()]:
         empty = torch.empty_like(tensor, device="meta")
         if isinstance(tensor, nn.Parameter):

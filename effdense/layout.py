@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
@@ -13,7 +14,9 @@ _Piece = TypeVar("_Piece")
 
 def rows(x: Tensor) -> Tensor:
     """(N, c, *spatial) as a (P, c) matrix: a view of a channels-last tensor, else a copy."""
-    matrix = x.movedim(1, -1).reshape(-1, x.shape[1])
+    # not -1, which has no meaning without images
+    positions = x.shape[0] * math.prod(x.shape[2:])
+    matrix = x.movedim(1, -1).reshape(positions, x.shape[1])
     # One image's pixels can be viewed as columns, which no backend expects.
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 

@@ -15,9 +15,10 @@ from . import reference
 from .autocast import autocast_dtype
 from .backends.select import check_backend
 from .dense_block import Save, check_save
-from .eligibility import graph_is_recorded, has_hooks, refuse_replica
+from .eligibility import has_hooks, refuse_replica
 from .modules import DenseBlock, Features, Transition, has_global_hooks
 from .reference import Init
+from .tracing import graph_is_recorded
 
 _TORCHVISION_VARIANTS: dict[str, dict[str, Any]] = {
     "densenet121": {"growth_rate": 32, "block_config": (6, 12, 24, 16), "num_init_features": 64},

@@ -19,17 +19,16 @@ from torch.nn.modules import module as module_globals
 
 from . import reference
 from .autocast import autocast_dtype
+from .backends.empty import EmptyBackend
 from .backends.select import get_backend
 from .dense_block import DenseStage, LayerSpec, Save, StageSpec, check_save
 from .eligibility import (
-    graph_is_recorded,
     has_hooks,
     norm_objection,
-    outside_graphs,
     refuse_replica,
     warn_once,
 )
-from .norms import count_positions, read_norm, update_running_statistics
+from .norms import batch_of, differing_groups, read_norm, update_running_statistics
 from .offloading import offload
 from .recognition import (
     BlockParts,
@@ -40,6 +39,9 @@ from .recognition import (
 )
 from .recomputation import run_chain
 from .stem import run_stem
+from .sync_batch_norm import refuse_torchs, sync_batch_norm
+from .synchronization import synchronises
+from .tracing import graph_is_recorded, outside_graphs
 
 _Mixin = TypeVar("_Mixin")
 
@@ -63,10 +65,11 @@ class BlockForward:
     fused_layers: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) == 1 and not kwargs and _may_run(self.save == "all", args[0]):
+        if len(args) == 1 and not kwargs and _may_run(self, self.save == "all", args[0]):
             output = run_block(self, args[0])
             if output is not None:
                 return output
+        refuse_torchs(self.modules(), args[0])  # type: ignore[attr-defined]
         with offload() if self.offload else nullcontext():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
@@ -80,10 +83,11 @@ class TransitionForward:
     original: ClassVar[type[nn.Module]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) == 1 and not kwargs and _may_run(self.plain, args[0]):
+        if len(args) == 1 and not kwargs and _may_run(self, self.plain, args[0]):
             output = run_block(None, args[0], self)
             if output is not None:
                 return output
+        refuse_torchs(self.modules(), args[0])  # type: ignore[attr-defined]
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -95,13 +99,14 @@ class SequentialForward:
     original: ClassVar[type[nn.Module]]
 
     def forward(self, input: Tensor) -> Tensor:
-        if _may_run(self.plain, input) and not has_global_hooks():
+        if _may_run(self, self.plain, input) and not has_global_hooks():
             return self._by_stages(input, pool=False)
+        refuse_torchs(self.children(), input)  # type: ignore[attr-defined]
         return super().forward(input)  # type: ignore[misc]
 
     def pooled(self, x: Tensor) -> Tensor:
         """Features after the last norm, ReLU and global average pooling, (N, C)."""
-        if x.numel() == 0:
+        if x.numel() == 0 and not synchronises(self):  # type: ignore[arg-type]
             features = super().forward(x)  # type: ignore[misc]
             return F.relu(features).mean(dim=tuple(range(2, features.dim())))
         return self._by_stages(x, pool=True)
@@ -122,7 +127,7 @@ class SequentialForward:
             else:
                 output, used = run_stem(modules[i : i + 3], x, self.backend)
             if output is None:
-                output, used = module(x), 1
+                output, used = _call(module, x), 1
             x = output
             i += used
         return F.relu(x).mean(dim=tuple(range(2, x.dim()))) if pool else x
@@ -179,11 +184,19 @@ def has_global_hooks() -> bool:
     )
 
 
-def _may_run(plain: bool, x: Any) -> bool:
+def _may_run(module: Any, plain: bool, x: Any) -> bool:
     """Whether anything but the plain path comes into question; else its result is torch's own."""
-    if plain or graph_is_recorded() or not isinstance(x, Tensor):
+    if plain or graph_is_recorded() or not isinstance(x, Tensor) or not x.is_floating_point():
         return False
-    return x.is_floating_point() and x.numel() > 0
+    # a process without images still owes the others its part of their statistics
+    return x.numel() > 0 or synchronises(module)
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``, and for torch's SyncBatchNorm what it would be on a CPU too."""
+    if type(module) is nn.SyncBatchNorm and not has_hooks(module):
+        return sync_batch_norm(x, module)
+    return module(x)
 
 
 @outside_graphs
@@ -224,6 +237,18 @@ def _run_with_block(block: Any, x: Tensor, tail: Any, tail_parts: Any) -> Tensor
     parts = read_block(block, block.original) if block.fused_layers else "not to be fused"
     if not isinstance(parts, str):
         if not parts.layers and tail is None:
+            return None
+        norms = [layer.norm1 for layer in parts.layers]
+        norms += [layer.norm2 for layer in parts.layers if layer.norm2 is not None]
+        found = differing_groups(norms)
+        if found is not None:
+            names = {module: name for name, module in block.named_modules()}
+            one, other = (names[norm] for norm in found)
+            warn_once(block, f"{one} and {other} take their statistics over different processes")
+            return None
+        last = tail_parts.norm if isinstance(tail_parts, TransitionParts) else tail_parts
+        if last is not None and differing_groups([*norms, last]) is not None:
+            # each can run fused by itself
             return None
         return run_stage(x, parts, tail_parts, save, block.backend)
     if block.any_layers:
@@ -276,23 +301,24 @@ def run_stage(
     dtype = _check_input(x, first, [t for t in tensors if t is not None])
     used = [spec.norm1 for spec in specs] + [s.norm2 for s in specs if s.norm2 is not None]
     used += [] if tail_norm is None else [tail_norm]
-    positions = count_positions(x, used)
+    batch = batch_of(x, used)
 
     dropping = any(spec.drop_rate > 0 for spec in specs)
     newest_first = block is not None and block.newest_first
     spec = StageSpec(
-        backend=get_backend(backend, x.device, dtype),
+        backend=get_backend(backend, x.device, dtype) if x.numel() else EmptyBackend(),
         save=save,
         layers=tuple(specs),
         tail=kind,  # type: ignore[arg-type]
         tail_norm=tail_norm,
         compute_dtype=dtype,
+        batch=batch,
         keep=torch.is_grad_enabled(),
         seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if dropping else 0,
         newest_first=newest_first,
     )
     output, mean, var, mean2, var2 = DenseStage.apply(spec, x, *tensors)
-    _move_buffers(layers, last, newest_first, positions, (mean, var, mean2, var2))
+    _move_buffers(layers, last, newest_first, batch.count, (mean, var, mean2, var2))
     return output
 
 

@@ -10,13 +10,15 @@ whenever autograd is inside a graph task.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .backends.base import Normalization
+from .synchronization import Batch, SharedBatch, process_group
 
 
 class NormSpec(NamedTuple):
@@ -24,7 +26,9 @@ class NormSpec(NamedTuple):
 
     eps: float
     batch_statistics: bool
-    # Statistics come from the running buffers, and backward makes no correction.
+    # Else they come from the running buffers, and backward makes no correction.
+    group: Any = None
+    # The process group whose batch it is, None for this process's own.
 
 
 def read_norm(norm: nn.Module) -> tuple[NormSpec, tuple[Tensor | None, ...]]:
@@ -35,25 +39,47 @@ def read_norm(norm: nn.Module) -> tuple[NormSpec, tuple[Tensor | None, ...]]:
     """
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     batch_statistics = norm.training or norm.running_mean is None
-    spec = NormSpec(norm.eps, batch_statistics)
+    group = process_group(norm) if batch_statistics else None
+    spec = NormSpec(norm.eps, batch_statistics, group)
     if batch_statistics:
         return spec, (norm.weight, norm.bias, None, None)
     return spec, (norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
 
-def count_positions(x: Tensor, norms: Iterable[NormSpec]) -> int:
-    """Positions per channel of x (N, C, *spatial).
+def batch_of(x: Tensor, norms: Sequence[NormSpec]) -> Batch:
+    """The positions of x (N, C, *spatial), with those of the other processes if norms share them.
+
+    A collective for norms that do; all that take batch statistics must share them with the same.
 
     Raises:
-        ValueError: for a single one where a norm takes the batch's statistics.
+        ValueError: for a single position where a norm takes batch statistics, in all processes.
     """
-    positions = x.numel() // x.shape[1]
-    if positions == 1 and any(norm.batch_statistics for norm in norms):
+    own = x.shape[0] * math.prod(x.shape[2:])
+    taking = [norm for norm in norms if norm.batch_statistics]
+    if taking and taking[0].group is not None:
+        shared = SharedBatch(taking[0].group, own, x.device)
+        if shared.count < 2:
+            raise ValueError(
+                f"batch statistics need more than one value per channel, got {shared.count} in "
+                "all processes together; use a larger batch, or eval mode"
+            )
+        return shared
+    if own == 1 and taking:
         raise ValueError(
             f"batch statistics need more than one value per channel, got input of shape "
             f"{tuple(x.shape)}; use a larger batch, or eval mode"
         )
-    return positions
+    return Batch(own)
+
+
+def differing_groups(norms: Sequence[nn.Module]) -> tuple[nn.Module, nn.Module] | None:
+    """Two of ``norms`` that take batch statistics over different processes, if there are."""
+    specs = [(norm, read_norm(norm)[0]) for norm in norms]
+    taking = [(norm, spec.group) for norm, spec in specs if spec.batch_statistics]
+    for norm, group in taking:
+        if group is not taking[0][1]:
+            return taking[0][0], norm
+    return None
 
 
 def normalization(
@@ -75,7 +101,7 @@ def update_running_statistics(
         norms: batch norm modules, in any mode; only training ones that track are changed.
         means: per norm, (c,), in the accumulate type.
         variances: per norm, biased, (c,).
-        count: positions per channel in the batch.
+        count: positions per channel in the batch, all processes' that share it.
     """
     # See NOTE [ running statistics ].
     if torch._C._current_graph_task_id() != -1:
@@ -90,7 +116,8 @@ def update_running_statistics(
             norm.num_batches_tracked.add_(1)
             if norm.momentum is None:
                 factor = 1.0 / float(norm.num_batches_tracked)
-        by_factor.setdefault(factor, []).append(i)
+        if count:
+            by_factor.setdefault(factor, []).append(i)
     unbias = count / (count - 1) if count > 1 else float("nan")
     for factor, chosen in by_factor.items():
         running: list[Tensor] = []

@@ -34,13 +34,16 @@ from .eligibility import (
     AVERAGE_POOLS,
     BATCH_NORMS,
     CONVOLUTIONS,
+    SYNC_BATCH_NORMS,
     conv_objection,
     has_hooks,
     module_objection,
     norm_objection,
     pool_objection,
 )
+from .synchronization import process_groups
 
+_PLAIN_NORMS = tuple(norm for norm in BATCH_NORMS if norm not in SYNC_BATCH_NORMS)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # What packages call the rate that a layer passes to F.dropout.
@@ -250,7 +253,7 @@ def _norms_and_convs_objection(
 
 def _norm_objection(name: str, norm: Any) -> str | None:
     """Why a batch norm, maybe with its activation inside, can't be fused, or None."""
-    if type(norm) in BATCH_NORMS or not isinstance(norm, BATCH_NORMS):
+    if type(norm) in BATCH_NORMS or not isinstance(norm, _PLAIN_NORMS):
         return norm_objection(name, norm)
     objection = module_objection(name, norm)
     if objection is not None:
@@ -339,17 +342,27 @@ def _known_signatures() -> frozenset[tuple[Any, ...]]:
     for dims in (1, 2, 3):
         for bn_size in (1, None):
             for rate in (0.0, 0.5):
-                layer = _read_layer(reference.DenseLayer(1, 1, bn_size, rate, dims))
-                assert isinstance(layer, _Layer)
-                found.add(layer.signature)
+                known = reference.DenseLayer(1, 1, bn_size, rate, dims)
+                for module in (known, *_synchronised(known)):
+                    layer = _read_layer(module)
+                    assert isinstance(layer, _Layer)
+                    found.add(layer.signature)
     return frozenset(found)
+
+
+def _synchronised(module: nn.Module) -> Iterator[nn.Module]:
+    """Copies of ``module`` whose norms synchronise, torch's way and this package's."""
+    for kind in SYNC_BATCH_NORMS:
+        yield kind.convert_sync_batchnorm(copy.deepcopy(module))
 
 
 # on meta, importing draws no random numbers
 with torch.device("meta"):
     _KNOWN = _known_signatures()
     _KNOWN_TRANSITIONS = {
-        tuple(map(type, reference.Transition(1, 1, dims).children())) for dims in (1, 2, 3)
+        tuple(map(type, transition.children()))
+        for known in (reference.Transition(1, 1, dims) for dims in (1, 2, 3))
+        for transition in (known, *_synchronised(known))
     }
 
 
@@ -364,8 +377,8 @@ def read_chain(block: nn.Module, original: type[nn.Module]) -> Chain | str:
         objection = module_objection(name, module)
         if objection is not None:
             return objection
-        if isinstance(module, nn.SyncBatchNorm):
-            return f"{name} is a SyncBatchNorm, not a batch norm"
+        if isinstance(module, SYNC_BATCH_NORMS):
+            return f"{name} is a SyncBatchNorm, not to be run twice"
     if original is reference.DenseBlock:
         return Chain(as_list=False, concatenates=False, newest_first=False)
     objection = _own_objection(block)
@@ -429,6 +442,11 @@ def _laboratory() -> Iterator[None]:
         torch.set_rng_state(state)
 
 
+class _BatchNormOfAnyInput(nn.modules.batchnorm._BatchNorm):
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
 def _double_copy(module: nn.Module, original: type[nn.Module]) -> Any:
     """A copy of type ``original`` without hooks, with random float64 parameters on the CPU."""
     memo: dict[int, Any] = {}
@@ -448,9 +466,13 @@ def _double_copy(module: nn.Module, original: type[nn.Module]) -> Any:
             memo[id(tensor)] = tensor.detach().to("cpu", torch.float64, copy=True)
         else:
             memo[id(tensor)] = tensor.detach().to("cpu", copy=True)
+    memo |= process_groups(module)
     twin = copy.deepcopy(module, memo)
     twin.__class__ = original
     for each in twin.modules():
+        if type(each) in SYNC_BATCH_NORMS:
+            # the same function of one process's batch, which is all there is here
+            each.__class__ = _BatchNormOfAnyInput
         each._forward_hooks.clear()
         each._forward_pre_hooks.clear()
     return twin
@@ -499,7 +521,7 @@ def _prove_transition(transition: nn.Module, original: type[nn.Module]) -> bool:
 
 def _prove_norm_relu(norm: Any) -> bool:
     twin = _double_copy(norm, type(norm))
-    conv = CONVOLUTIONS[next(i for i, kind in enumerate(BATCH_NORMS) if isinstance(norm, kind))]
+    conv = CONVOLUTIONS[next(i for i, kind in enumerate(_PLAIN_NORMS) if isinstance(norm, kind))]
     x = _probe(norm.num_features, conv)
     for training in (False, True):
         twin.train(training)

@@ -13,12 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from .autocast import without_autocast
 from .backends.base import Backend, accumulate_dtype
+from .backends.empty import EmptyBackend
 from .backends.select import get_backend
-from .eligibility import BATCH_NORMS, has_hooks, outside_graphs
+from .eligibility import BATCH_NORMS, has_hooks
 from .layout import channels_first, pieces
 from .layout import rows as rows_of
-from .norms import NormSpec, count_positions, normalization, read_norm, update_running_statistics
+from .norms import NormSpec, batch_of, normalization, read_norm, update_running_statistics
 from .recognition import read_norm_relu
+from .synchronization import Batch
+from .tracing import outside_graphs
 
 _MAX_POOL = {nn.MaxPool1d: F.max_pool1d, nn.MaxPool2d: F.max_pool2d, nn.MaxPool3d: F.max_pool3d}
 
@@ -45,15 +48,17 @@ def _run_stem(modules: Sequence[nn.Module], x: Tensor, backend: str) -> tuple[Te
 def norm_relu_max_pool(x: Tensor, norm: nn.Module, pool: Any, backend: str) -> Tensor:
     """MaxPool(relu(norm(x))) for x (N, C, *spatial); moves the norm's running statistics."""
     spec, tensors = read_norm(norm)
-    positions = count_positions(x, [spec])
-    ops = get_backend(backend, x.device, x.dtype)
+    batch = batch_of(x, [spec])
+    ops = get_backend(backend, x.device, x.dtype) if x.numel() else EmptyBackend()
     if not spec.batch_statistics and not torch.is_grad_enabled():
         # nothing is kept and no statistics are taken: no second copy of x as a matrix either
         step = ops.images_per_step(x.shape[0], x[0].numel() * x.element_size())
-        parts = [_NormReluMaxPool.apply(ops, spec, pool, part, *tensors) for part in x.split(step)]
+        parts = [
+            _NormReluMaxPool.apply(ops, batch, spec, pool, part, *tensors) for part in x.split(step)
+        ]
         return parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts])
-    output, mean, var = _NormReluMaxPool.apply(ops, spec, pool, x, *tensors)
-    update_running_statistics([norm], [mean], [var], positions)
+    output, mean, var = _NormReluMaxPool.apply(ops, batch, spec, pool, x, *tensors)
+    update_running_statistics([norm], [mean], [var], batch.count)
     return output
 
 
@@ -62,6 +67,7 @@ class _NormReluMaxPool(torch.autograd.Function):
     def forward(
         ctx: Any,
         ops: Backend,
+        batch: Batch,
         spec: NormSpec,
         pool: Any,
         x: Tensor,
@@ -74,13 +80,13 @@ class _NormReluMaxPool(torch.autograd.Function):
             rows = rows_of(x)
             dtype = accumulate_dtype(x.dtype)
             if frozen_mean is None or frozen_var is None:
-                mean, var = ops.statistics(rows)
+                mean, var = batch.merge(*ops.statistics(rows))
             else:
                 # copies: the buffers may be changed before backward
                 mean, var = frozen_mean.to(dtype, copy=True), frozen_var.to(dtype, copy=True)
-            stage = _Stem(ops, spec, pool, rows, x.shape, gamma, beta, mean, var)
+            stage = _Stem(ops, batch, spec, pool, rows, x.shape, gamma, beta, mean, var)
             output = stage.forward()
-        ctx.ops, ctx.spec, ctx.pool, ctx.shape = ops, spec, pool, x.shape
+        ctx.ops, ctx.batch, ctx.spec, ctx.pool, ctx.shape = ops, batch, spec, pool, x.shape
         ctx.save_for_backward(rows, gamma, beta, mean, var)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
@@ -90,12 +96,13 @@ class _NormReluMaxPool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         if grad_output is None:
-            return (None,) * 8
+            return (None,) * 9
         rows, gamma, beta, mean, var = ctx.saved_tensors
         with without_autocast(rows.device):
-            stem = _Stem(ctx.ops, ctx.spec, ctx.pool, rows, ctx.shape, gamma, beta, mean, var)
+            constants = ctx.ops, ctx.batch, ctx.spec, ctx.pool
+            stem = _Stem(*constants, rows, ctx.shape, gamma, beta, mean, var)
             dx, dgamma, dbeta = stem.backward(grad_output)
-        return None, None, None, dx, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), None, None
+        return *(None,) * 4, dx, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), None, None
 
 
 class _Stem:
@@ -104,6 +111,7 @@ class _Stem:
     def __init__(
         self,
         ops: Backend,
+        batch: Batch,
         spec: NormSpec,
         pool: Any,
         rows: Tensor,
@@ -113,7 +121,7 @@ class _Stem:
         mean: Tensor,
         var: Tensor,
     ) -> None:
-        self.ops, self.spec, self.pool, self.rows = ops, spec, pool, rows
+        self.ops, self.batch, self.spec, self.pool, self.rows = ops, batch, spec, pool, rows
         self.images, self.channels, *self.spatial = shape
         self.norm = normalization(spec.eps, gamma, beta, mean, var)
 
@@ -121,7 +129,8 @@ class _Stem:
         per_image = math.prod(self.spatial)
         image_bytes = per_image * self.channels * self.rows.element_size()
         step = self.ops.images_per_step(self.images, image_bytes)
-        for first in pieces(self.rows, range(0, self.images, step)):
+        # without images, one step of none: pooling knows the output's shape
+        for first in pieces(self.rows, range(0, max(1, self.images), step)):
             last = min(self.images, first + step)
             yield slice(first, last), slice(first * per_image, last * per_image)
 
@@ -130,7 +139,7 @@ class _Stem:
         x = self.rows[rows]
         z = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         self.ops.bn_relu(x, self.norm, z)
-        return z, channels_first(z, -1, self.spatial)
+        return z, channels_first(z, len(z) // math.prod(self.spatial), self.spatial)
 
     def _max_pool(self, z: Tensor) -> Tensor:
         pool = self.pool
@@ -161,7 +170,8 @@ class _Stem:
             sums = self.ops.bn_relu_backward_reduce(self.rows[rows], self.norm, dx[rows], z)
             s += sums[0]
             t += sums[1]
-        count = float(self.rows.shape[0])
-        correction = (s, t, count) if self.spec.batch_statistics else None
+        correction = None
+        if self.spec.batch_statistics:
+            correction = (*self.batch.sum(s, t), float(self.batch.count))
         self.ops.bn_relu_backward_apply(self.rows, self.norm, dx, correction)
-        return channels_first(dx, -1, self.spatial), t, s
+        return channels_first(dx, self.images, self.spatial), t, s

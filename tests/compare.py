@@ -147,11 +147,16 @@ def images(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Te
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def loss_of(output: Tensor) -> Tensor:
-    """A scalar whose gradient differs from element to element."""
+def loss_of(output: Tensor, start: int = 0, batch_size: int | None = None) -> Tensor:
+    """A scalar whose gradient differs from element to element.
+
+    Where the output is that of images ``start`` and following of a batch of ``batch_size``, the
+    scalars of all its parts add up to that of the batch.
+    """
     generator = torch.Generator().manual_seed(2)
-    weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-    return (output.double() * weight).sum()
+    shape = (len(output) if batch_size is None else batch_size, *output.shape[1:])
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (output.double() * weight[start : start + len(output)]).sum()
 
 
 def step(
@@ -160,12 +165,13 @@ def step(
     *,
     input_grad: bool = True,
     call: Callable[[Tensor], Tensor] | None = None,
+    loss: Callable[[Tensor], Tensor] = loss_of,
 ) -> Step:
     """One forward and backward from fresh gradients; ``call`` replaces ``model(x)``."""
     model.zero_grad(set_to_none=True)
     x = x.detach().requires_grad_(input_grad)
     output = model(x) if call is None else call(x)
-    loss_of(output).backward()
+    loss(output).backward()
     return Step(
         output.detach().clone(),
         {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},

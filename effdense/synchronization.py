@@ -1,0 +1,112 @@
+"""Whose positions a norm's batch statistics are taken over.
+
+NOTE [ synchronised batch norm ]
+Norms that synchronise take their statistics over the positions of every process of a group.
+Each process reduces its own share and the shares are merged: (mean, variance) by their
+counts, so uneven ones weigh as they should and one without images is there with weight 0,
+in every collective. Backward needs the sums S and T over all positions, but only where they
+correct a gradient; gamma's and beta's gradients stay sums over the process's own share,
+which DistributedDataParallel averages, as with torch's SyncBatchNorm.
+
+What goes through the collectives follows from the shared statistics and the deferred
+correction (dense_block.py): a dense layer merges the statistics of its k new channels and of
+its bottleneck in forward, and sums two vectors of each of these in backward, whatever the
+width that it reads. Every process makes the same collectives in the same order, as they
+depend on the modules alone; backward makes none of forward's again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+class Batch:
+    """The positions that statistics are taken over: ``count`` of them, all this process's."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def merge(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (c,) and biased variance (c,) over all positions, from this process's."""
+        return mean, var
+
+    def sum(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Two sums (c,) over all positions, from those over this process's."""
+        return s, t
+
+
+class SharedBatch(Batch):
+    """The positions of all processes of ``group``, of which ``positions`` are this one's.
+
+    To make one, and every method, is a collective.
+    """
+
+    def __init__(self, group: Any, positions: int, device: torch.device) -> None:
+        self._group = group
+        self._counts = self._gather(torch.tensor([positions], device=device))
+        super().__init__(int(self._counts.sum()))
+
+    def merge(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        # Chan, Golub, LeVeque 1979; by the same operations everywhere, so with the same bits
+        means, variances = self._gather(torch.stack([mean, var])).unbind(1)
+        weights = self._counts.to(mean.dtype) / self.count
+        mean = (weights * means).sum(0)
+        between = (means - mean).square_()
+        return mean, (weights * (variances + between)).sum(0)
+
+    def sum(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        together = torch.stack([s, t])
+        dist.all_reduce(together, group=self._group)
+        return together[0], together[1]
+
+    def _gather(self, own: Tensor) -> Tensor:
+        """``own`` of all processes: (N, *shape)."""
+        # into one tensor would spare a copy, but not every backend can
+        all_processes = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(all_processes, own, group=self._group)
+        return torch.stack(all_processes)
+
+
+def process_group(norm: nn.Module) -> Any:
+    """The group over which a norm takes its batch statistics now; None for this process alone.
+
+    As torch's SyncBatchNorm: in training, in an initialised group of more than one process.
+    """
+    if not hasattr(norm, "process_group") or not norm.training or _alone.get():
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    if any(parameter.is_meta for parameter in norm.parameters(recurse=False)):
+        return None
+    group: Any = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def synchronises(module: nn.Module) -> bool:
+    """Whether a norm in ``module`` shares its batch statistics now."""
+    return any(process_group(each) is not None for each in module.modules())
+
+
+def process_groups(module: nn.Module) -> dict[int, Any]:
+    """The groups that norms in ``module`` name, by id: a ``memo`` for copies, which keep them."""
+    groups = (getattr(each, "process_group", None) for each in module.modules())
+    return {id(group): group for group in groups if group is not None}
+
+
+@contextlib.contextmanager
+def unsynchronised() -> Iterator[None]:
+    """Inside, no norm waits for another process: every one takes this process's statistics."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
