@@ -442,11 +442,6 @@ def _laboratory() -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-class _BatchNormOfAnyInput(nn.modules.batchnorm._BatchNorm):
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-
 def _double_copy(module: nn.Module, original: type[nn.Module]) -> Any:
     """A copy of type ``original`` without hooks, with random float64 parameters on the CPU."""
     memo: dict[int, Any] = {}
@@ -469,10 +464,11 @@ def _double_copy(module: nn.Module, original: type[nn.Module]) -> Any:
     memo |= process_groups(module)
     twin = copy.deepcopy(module, memo)
     twin.__class__ = original
+    convs = [each for each in twin.modules() if isinstance(each, nn.modules.conv._ConvNd)]
     for each in twin.modules():
         if type(each) in SYNC_BATCH_NORMS:
             # the same function of one process's batch, which is all there is here
-            each.__class__ = _BatchNormOfAnyInput
+            each.__class__ = _PLAIN_NORMS[convs[0].weight.dim() - 3]
         each._forward_hooks.clear()
         each._forward_pre_hooks.clear()
     return twin

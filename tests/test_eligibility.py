@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_same_step, images, loss_of, stages_in, step, twins
+from compare import assert_same_step, images, loss_of, norms_of, stages_in, step, twins
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
@@ -170,16 +170,19 @@ def test_hooks_inside_a_block_are_called() -> None:
     assert stages_in(ours(images(2, 3, 8, 8))) == 2
 
 
-def test_synchronised_batch_norm_takes_the_plain_path() -> None:
-    ours, _ = twins()
-    converted: Any = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        converted.eval()(images(2, 3, 8, 8))
-    messages = [str(warning.message) for warning in caught]
-    # two blocks and a transition
-    assert len(messages) == 3
-    assert all("is a SyncBatchNorm" in message for message in messages)
+@pytest.mark.parametrize("kind", [nn.SyncBatchNorm, effdense.SyncBatchNorm])
+@pytest.mark.parametrize("training", [False, True])
+def test_synchronised_batch_norm_of_one_process_is_fused(kind: Any, training: bool) -> None:
+    """What several make of it: test_synchronization.py."""
+    ours, naive = twins(small_inputs=False)
+    ours = kind.convert_sync_batchnorm(ours)
+    assert {type(norm) for norm in norms_of(ours)} == {kind}
+    ours.train(training), naive.train(training)
+    x = images(2, 3, 35, 29)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same_step(step(ours, x), step(naive, x))
+    assert stages_in(ours(x)) == 2
 
 
 def test_a_parameter_subclass_takes_the_plain_path() -> None:

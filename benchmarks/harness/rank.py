@@ -23,11 +23,19 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+import effdense
+from effdense.synchronization import unsynchronised
+
 from . import machine, providers
 from .case import Case
 
 # Python entry points through which synchronised batch norms exchange statistics.
-_COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor")
+_COLLECTIVES = [
+    name
+    # the last of torch 2.14's
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single")
+    if hasattr(dist, name)
+]
 
 
 @contextlib.contextmanager
@@ -90,7 +98,9 @@ def measure(request: dict[str, Any], case: Case, gpu: bool) -> dict[str, Any]:
     """Seconds per step, with and without communication, in alternating samples."""
     job = providers.setup(request["provider"], case)
     if request["synchronise"]:
-        job.model = nn.SyncBatchNorm.convert_sync_batchnorm(job.model)
+        # torch's own has no CPU path
+        kind = nn.SyncBatchNorm if gpu else effdense.SyncBatchNorm
+        job.model = kind.convert_sync_batchnorm(job.model)
     # Buffers are not broadcast: every process has its own batch norm, or all have the same.
     model = DistributedDataParallel(
         job.model,
@@ -108,7 +118,7 @@ def measure(request: dict[str, Any], case: Case, gpu: bool) -> dict[str, Any]:
     together, alone = [], []
     for _ in range(request["rounds"]):
         together.append(_sample(job.step, steps, gpu))
-        with model.no_sync():
+        with model.no_sync(), unsynchronised():
             alone.append(_sample(job.step, steps, gpu))
     return {"together": together, "alone": alone, "steps": steps, "bytes": communicated}
 

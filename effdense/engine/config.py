@@ -161,6 +161,8 @@ class TrainConfig:
     accumulate: int = 1
     """Take each step in so many parts, one after the other, for less memory; batch norm then
     sees a part at a time."""
+    sync_bn: bool = False
+    """Take batch norm's statistics over the shares of all processes, as one process would."""
     clip_grad: float = 0.0
     """Largest norm of the gradient of all parameters together; 0: any."""
     ema: float = 0.0
@@ -293,6 +295,7 @@ class ResolvedConfig:
     compile: bool
     deterministic: bool
     accumulate: int
+    sync_bn: bool
     clip_grad: float
     ema: float
     non_finite: Literal["stop", "skip"]

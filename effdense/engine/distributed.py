@@ -219,8 +219,9 @@ def average_running_statistics(model: nn.Module) -> None:
 def data_parallel(model: nn.Module, world: World) -> nn.Module:
     """The model whose backward averages gradients over all processes.
 
-    Batch norm's statistics stay per process: those of b / N images where N processes share a
-    batch of b. :func:`average_running_statistics` says what becomes of the running ones.
+    Batch norm's statistics stay per process, those of b / N images where N processes share a
+    batch of b, unless the norms synchronise. :func:`average_running_statistics` says what becomes
+    of the running ones.
     """
     if world.world_size == 1:
         return model

@@ -27,6 +27,8 @@ def make_network(config: ResolvedConfig, data: ImageData) -> nn.Module:
     network = build(config.options(), data.num_classes, data.in_channels)
     assert isinstance(network, effdense.DenseNet)
     network.offload = config.offload
+    if config.sync_bn:
+        effdense.SyncBatchNorm.convert_sync_batchnorm(network)
     return network
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..estimation import AMP_DTYPES, bucket_bytes
 from ..memory_sizes import show_size
+from ..synchronization import unsynchronised
 from .config import ResolvedConfig
 from .distributed import World, gathered
 from .errors import UserError
@@ -94,7 +95,7 @@ def take_step(
             network.train()
             x = torch.zeros(tuple(shape), device=device)
             target = torch.zeros(shape[0], dtype=torch.int64, device=device)
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            with unsynchronised(), torch.autocast(device.type, dtype, enabled=dtype is not None):
                 loss = F.cross_entropy(network(x), target)
             loss.backward()
             del held

@@ -35,6 +35,11 @@ from .records import CsvLog, saved, versions
 from .signals import StopSignals
 from .trainer import Trainer
 
+_OTHER_SHARES = (
+    "; batch norm sees other shares of a batch and starts from the mean of the processes' running "
+    "statistics"
+)
+
 
 class Keeper:
     """Takes a run's checkpoints and stops it when it is told to; the same on every process.
@@ -172,9 +177,8 @@ def go_on(
             f"not bit-exact from here on: {', '.join(changed)}. The samples and their order are "
             f"the same"
             + (
-                "; batch norm sees other shares of a batch and starts from the mean of the "
-                "processes' running statistics, dropout draws anew, and gradients are summed in "
-                "another order"
+                ("" if config.sync_bn else _OTHER_SHARES)
+                + "; dropout draws anew, and gradients are summed in another order"
                 if before["processes"] != world.world_size
                 else "; sums may round differently"
             )

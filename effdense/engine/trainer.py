@@ -106,16 +106,23 @@ class Trainer:
 
         Only after the last part are the processes' gradients averaged.
         """
-        part_size = -(-len(labels) // self.config.accumulate)
-        parts = list(zip(images.split(part_size), labels.split(part_size), strict=True))
+        # norms that synchronise need as many parts in every process, even if one is empty
+        most = -(-batch_size // self.world.world_size) if self.config.sync_bn else len(labels)
+        part_size = -(-most // self.config.accumulate)
+        last = (most - 1) // part_size * part_size
         losses, logits = [], []
-        for number, (part, part_labels) in enumerate(parts, 1):
-            alone = isinstance(self.model, DistributedDataParallel) and number < len(parts)
+        for first in range(0, last + 1, part_size):
+            part, part_labels = (tensor[first : first + part_size] for tensor in (images, labels))
+            alone = isinstance(self.model, DistributedDataParallel) and first < last
             with self.model.no_sync() if alone else nullcontext():  # type: ignore[operator]
                 with self.autocast():
                     said = self.model(part)
-                    loss = F.cross_entropy(
-                        said, part_labels, label_smoothing=self.config.label_smoothing
+                    loss = (
+                        F.cross_entropy(
+                            said, part_labels, label_smoothing=self.config.label_smoothing
+                        )
+                        if len(part_labels)
+                        else said.sum()  # 0, where a mean would be NaN
                     )
                 # Gradients are averaged over processes; with this weight that is the mean over
                 # the batch however unevenly it is shared.
@@ -296,7 +303,8 @@ class Trainer:
 
         The score's number of samples is less than the split's where images could not be read.
         """
-        average_running_statistics(self.tested)
+        if not self.config.sync_bn:  # with it they are the same everywhere
+            average_running_statistics(self.tested)
         world = self.world
         mine = share(torch.arange(len(split)), world.rank, world.world_size)
         per_process = max(1, self.config.batch_size // world.world_size)

@@ -107,14 +107,20 @@ def test_a_provider_that_dies_leaves_the_race():
     assert list(times[0]) == ["naive"]
 
 
-def test_scaling_counts_the_gradients_of_two_processes(tmp_path, capsys):
+def test_scaling_counts_what_two_processes_communicate(tmp_path, capsys):
     output = tmp_path / "scaling.csv"
     arguments = ["--processes", "2", "--modes", "weak", "--providers", "effdense-features"]
+    arguments += ["--sync-batch-norm"]
     arguments += ["--rounds", "1", "--steps", "20", "--output", str(output)]
     assert scaling.main([*SMALL_ARGUMENTS, *arguments]) == 0, capsys.readouterr().out
     rows = report.read(output)
-    (communicated,) = [row for row in rows if row["metric"] == "communicated gradients"]
-    assert int(communicated["value"]) == scaling.counts.gradient_bytes(SMALL)
+    gradients, statistics = (
+        [int(row["value"]) for row in rows if row["metric"] == f"communicated {kind}"]
+        for kind in ("gradients", "statistics")
+    )
+    assert gradients == [scaling.counts.gradient_bytes(SMALL)]
+    # and the count of positions in each of three blocks, in int64
+    assert statistics == [scaling.counts.statistics_bytes(SMALL, shared=True) + 3 * 8]
     assert any(row["metric"] == "weak step time" and float(row["value"]) > 0 for row in rows)
 
 

@@ -11,6 +11,7 @@ import meddlers
 import numpy as np
 import pytest
 import torch
+import yaml
 from chaos import chaos
 from conftest import flags
 from PIL import Image
@@ -31,6 +32,28 @@ def test_killed_and_started_again(published: str, uninterrupted: Path, tmp_path:
         assert ranks.wait() == [0, 0, 0], ranks.said()
         assert "going on from epoch" in ranks.said()
     assert final_state(tmp_path / "run") == final_state(uninterrupted)
+
+
+def test_synchronised_norms_killed_and_started_again(tmp_path: Path) -> None:
+    """Shares of 3, 3 and 2 images in three parts, so that one process has an empty one."""
+    run = [*RUN, "--sync-bn", "--batch-size", 8, "--accumulate", 3, "--epochs", 1]
+    run += ["--checkpoint-steps", 20]
+    with Ranks(tmp_path, [*run, "--work-dir", "whole"], 3) as ranks:
+        assert ranks.wait() == [0, 0, 0], ranks.said()
+    with Ranks(tmp_path, run, 3) as ranks:
+        wait_for(lambda: (tmp_path / "run" / "checkpoints" / str(Position(1, 40))).exists())
+        ranks.kill()
+    with Ranks(tmp_path, run, 3) as ranks:
+        assert ranks.wait() == [0, 0, 0], ranks.said()
+        assert "going on from epoch 1" in ranks.said()
+    state = final_state(tmp_path / "run")
+    assert state == final_state(tmp_path / "whole")
+    # the running statistics are those of all processes
+    own: list[Any] = [value for name, value in state.items() if Path(name).name.startswith("rank-")]
+    assert len(own) == 3
+    assert own[0]["buffers"] == own[1]["buffers"] == own[2]["buffers"]
+    recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert recorded["options"]["sync_bn"] is True
 
 
 def test_a_finished_run_is_left_as_it_is(uninterrupted: Path, tmp_path: Path) -> None:

@@ -89,10 +89,10 @@ def test_four_processes_learn_the_digits(launch: Launch, tmp_path: Path) -> None
 def test_processes_take_the_step_of_one(
     processes: int, launch: Launch, tmp_path: Path, alone: World
 ) -> None:
-    process = launch(processes, WORKERS, "frozen_steps", tmp_path / "result.pt")
+    process = launch(processes, WORKERS, "equal_steps", tmp_path / "result.pt")
     assert process.returncode == 0, process.stderr
     together = torch.load(tmp_path / "result.pt", weights_only=True)
-    expected = workers.frozen_steps(alone)
+    expected = workers.equal_steps(alone)
     assert together.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(together[name], expected[name], rtol=1e-10, atol=1e-10)

@@ -28,17 +28,31 @@ TEST_SIZES = (1, 2, 3, 4, 25, 101)
 
 def frozen_steps(world: World, **options: Any) -> dict[str, Tensor]:
     """Weights after two steps of SGD in float64 on batches of 10, every norm in eval mode."""
+    return _steps(world, frozen=True, **options)
+
+
+def equal_steps(world: World) -> dict[str, Tensor]:
+    """What any number of processes must agree on: steps with frozen norms, and with --sync-bn."""
+    steps = {"frozen": frozen_steps(world), "synchronised": _steps(world, sync_bn=True)}
+    return {
+        f"{kind} {name}": value for kind, found in steps.items() for name, value in found.items()
+    }
+
+
+def _steps(world: World, *, frozen: bool = False, **options: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
     network = effdense.densenet_bc(depth=16, growth_rate=4, num_classes=5).double()
     network.train()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.eval()
+            module.train(not frozen)
             assert module.running_mean is not None
             assert module.running_var is not None
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
             nn.init.normal_(module.weight)
+    if options.get("sync_bn"):
+        network = effdense.SyncBatchNorm.convert_sync_batchnorm(network)
     config = TrainConfig(
         data="fake",
         batch_size=BATCH_SIZE,
@@ -53,7 +67,7 @@ def frozen_steps(world: World, **options: Any) -> dict[str, Tensor]:
     for step in range(2):
         mine = share(torch.arange(BATCH_SIZE), world.rank, world.world_size)
         trainer.step(images[step, mine], labels[step, mine], BATCH_SIZE, lr=0.1)
-    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+    return {name: value.detach() for name, value in network.state_dict().items()}
 
 
 class Watched(InMemory):
@@ -126,7 +140,7 @@ def defect_on_rank_1(world: World) -> dict[str, Tensor]:
 
 WORKERS: dict[str, Callable[[World], dict[str, Tensor]]] = {
     function.__name__: function
-    for function in (frozen_steps, evaluations, mistake_on_rank_1, defect_on_rank_1)
+    for function in (equal_steps, evaluations, mistake_on_rank_1, defect_on_rank_1)
 }
 
 
