@@ -582,9 +582,10 @@ def test_synchronised_batch_norm_of_one_process(when: str) -> None:
         ours = synchronise(ours)
     x = images(2, 3, 37, 33)
     assert_same_step(step(ours, x), step(naive, x))
-    assert stages_in(ours(x)) == 2
+    assert stages_in(ours.eval()(x)) == 2
+    ours.train()
     effdense.revert(ours)
-    assert_close(ours.eval()(x), naive.eval()(x))
+    assert_same_step(step(ours, x), step(naive, x))
 
 
 def test_a_hook_on_a_block_or_features_sees_what_it_saw() -> None:
