@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from effdense.machine import usable_cores as usable_cores
 from effdense.memory_sizes import parse_size
 from effdense.reference import densenet_bc_config
 
@@ -210,10 +210,3 @@ def provider_name(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
