@@ -194,32 +194,33 @@ def self_check(backend: Backend, device: torch.device, dtype: torch.dtype) -> st
 
 def operation_errors(
     backend: Backend, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, float | Exception, float]]:
+) -> list[tuple[str, float | Exception, float]]:
     """Every operation of the protocol once, on 70 rows of 37 channels in a wider buffer.
 
-    Yields (operation, largest difference from torch's on the same numbers in float64 in units
+    Each as (operation, largest difference from torch's on the same numbers in float64 in units
     of the largest value, or what it raised, and the largest difference accepted).
     """
     tolerance = _TOLERANCE[dtype]
     if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         tolerance = _TF32_TOLERANCE
     exact = TorchBackend("cpu")
-    for operation, run in _cases(dtype):
-        largest: float | Exception = 0.0
-        # A caller's mode, such as one that counts memory, has no business with the check.
-        with torch.no_grad(), _disable_current_modes():
+    found: list[tuple[str, float | Exception, float]] = []
+    # A caller's mode, such as one that counts memory, has no business with the check.
+    with torch.no_grad(), _disable_current_modes():
+        for operation, run in _cases(dtype):
             expected = run(exact, torch.device("cpu"), torch.float64)
             try:
-                found = [t.cpu() for t in run(backend, device, dtype)]
-                differences = [
-                    (ours.double() - theirs).abs().max() / theirs.abs().max().clamp(min=1)
-                    for ours, theirs in zip(found, expected, strict=True)
-                ]
-                # a NaN stays one
-                largest = torch.stack(differences).max().item()
+                results = [t.cpu() for t in run(backend, device, dtype)]
             except Exception as error:
-                largest = error
-        yield operation, largest, tolerance
+                found.append((operation, error, tolerance))
+                continue
+            differences = [
+                (ours.double() - theirs).abs().max() / theirs.abs().max().clamp(min=1)
+                for ours, theirs in zip(results, expected, strict=True)
+            ]
+            # a NaN stays one
+            found.append((operation, torch.stack(differences).max().item(), tolerance))
+    return found
 
 
 Run = Callable[[Backend, torch.device, torch.dtype], list[Tensor]]

@@ -9,6 +9,7 @@ import memory
 import pytest
 import scaling
 import throughput
+import timeline
 from harness import case as cases
 from harness import report
 from harness.case import Case
@@ -154,6 +155,24 @@ def test_pictures_of_throughput_and_scaling(tmp_path):
                         )
         draw.draw([path], tmp_path / f"{benchmark}.png")
         assert (tmp_path / f"{benchmark}.png").stat().st_size > 10_000
+
+
+def test_a_timeline_is_recorded_and_drawn(tmp_path, capsys):
+    output = tmp_path / "timeline.csv"
+    arguments = ["--depth", "10", "--growth-rate", "4", "--batch-size", "2", "--threads", "1"]
+    assert timeline.main([*arguments, "--points", "50", "--output", str(output)]) == 0
+    assert "| effdense-features" in capsys.readouterr().out
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    rows = report.read(output)
+    for provider in timeline.DEFAULT:
+        own = [row for row in rows if row["provider"] == provider]
+        shares = [float(row["value"]) for row in own if row["metric"] == "moment"]
+        assert shares == sorted(shares)
+        assert 0 <= shares[0] < 50 < shares[-1] <= 100
+        assert len(shares) <= 50
+        assert {row["detail"] for row in own} == {"forward", "backward", "update"}
+        per_moment = [row["metric"] for row in own if row["sample"] == "0"]
+        assert per_moment == ["moment", *(f"live {role}" for role in memory.ROLES)]
 
 
 def test_quantiles():
