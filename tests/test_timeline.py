@@ -54,3 +54,17 @@ def test_a_step_s_phases_and_roles(save: effdense.Save | None) -> None:
         # the second block's widest: 7 + 3 layers of 4 channels, on quarters of the images
         buffers = {m.parts["gradient buffer"] for m in moments}
         assert 4 * (4 * 9 * 10) * (6 + 2 * 4) in buffers
+
+
+def test_gradients_keep_nothing_but_themselves(each_backend: str) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        job = training("features")
+        job.loss().backward()
+    finally:
+        torch.set_num_threads(threads)
+    for name, parameter in job.model.named_parameters():
+        assert parameter.grad is not None
+        kept = parameter.grad.untyped_storage().nbytes()
+        assert kept == parameter.numel() * parameter.element_size(), name
