@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_a_converted_model_verifies_against_itself_as_it_was(
         options = ["--batch-size", "3", "--image-size", "33", "--no-measurements"]
         main(["verify", f"my_models:{name}", *options])
         said = capsys.readouterr().out
-        assert "dense blocks: 2 of 2" in said
+        assert re.search(r"ok +runs in linear memory +2 of 2 +dense blocks", said)
         assert ("bottlenecks of dense layers" in said) == bottlenecks
         assert "all claims hold" in said
 
@@ -121,7 +122,7 @@ def test_a_wrong_convolution_is_seen_in_the_features(
     assert status(*TINY) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
     assert any(line.startswith("FAILED      new features of dense layers") for line in failed)
-    assert any("output, float64" in line for line in failed)
+    assert any(line.split()[1] == "output" for line in failed)
 
 
 def test_a_wrong_gradient_is_seen_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +240,9 @@ def test_memory_and_time_are_measured_in_a_fresh_process() -> None:
     assert all(seconds > 0 for seconds in found["seconds"])
 
 
+MORE = "memory over the naive network's"
+
+
 def measurements(monkeypatch: pytest.MonkeyPatch, device: str, **peaks: int) -> list[Row]:
     """Rows of measurements where processes answer with these peaks in MiB; 0 runs out of it."""
 
@@ -258,15 +262,15 @@ def measurements(monkeypatch: pytest.MonkeyPatch, device: str, **peaks: int) -> 
 def test_measurements_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = measurements(monkeypatch, "cpu", naive=68, features=13, bottlenecks=22)
     assert not [row for row in rows if row.failed]
-    assert [row.error for row in rows if row.claim == "takes no more memory"] == ["5.2", "3.1"]
+    assert [row.error for row in rows if row.claim == MORE] == ["0.19", "0.32"]
     assert "80.0 images/s" in rows[0].compared
     assert rows[-1].status == "not checked"
     rows = measurements(monkeypatch, "cpu", naive=68, features=80, bottlenecks=22)
     failed = [row.claim for row in rows if row.failed]
-    assert failed == ["takes no more memory", "memory as predicted"]
+    assert failed == [MORE, "memory as predicted"]
     # with next to nothing kept there is nothing to judge
     rows = measurements(monkeypatch, "cpu", naive=30, features=40, bottlenecks=40)
-    assert [row.status for row in rows if row.claim == "takes no more memory"] == 2 * ["measured"]
+    assert [row.status for row in rows if row.claim == MORE] == 2 * ["measured"]
     rows = measurements(monkeypatch, "cpu", naive=0, features=13, bottlenecks=22)
     assert rows[0] == Row("training step, naive", "float32: no memory left", "", "", "not checked")
     assert not [row for row in rows if row.failed]

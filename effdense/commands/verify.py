@@ -47,7 +47,6 @@ from .measure import Job, measured
 from .network import Network, add_input_arguments, add_model_argument, converted, network_of
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-_HEADER = ("claim", "compared", "error", "limit", "")
 
 # Of what benchmarks/estimates.py asks of predictions on a CPU; on a GPU nobody has measured yet.
 _NEAR, _NEAR_BYTES, _NEAR_ON_GPU = 0.05, 30 << 20, 0.1
@@ -104,6 +103,7 @@ def run(options: argparse.Namespace) -> int:
     names = options.dtype or (list(_DTYPES) if device.type == "cuda" else ["float64"])
     verification = Verification(network, options, device, [_DTYPES[name] for name in names])
     print(f"{verification.describe()}\n{_one_line()}\n")
+    print(_line(Row("claim", "compared", "error", "limit", "")))  # type: ignore[arg-type]
     rows = []
     for row in verification.rows():
         rows.append(row)
@@ -227,7 +227,7 @@ class Verification:
             yield from guarded(f"memory and time in {label}", partial(self._race, amp, label))
         if not on_gpu:
             yield not_checked(
-                "memory and throughput on a GPU, predicted and measured",
+                "memory and throughput on a GPU",
                 _why_not_gpu(),
             )
 
@@ -264,12 +264,13 @@ class Verification:
             rate = f"{images / median(found['seconds']):.1f} images/s"
             yield Row(claim, f"{label}, {rate}, peak", show_size(peak), "", "measured")
             if save is not None and "naive" in peaks:
-                compared = f'{label}, naive / save="{save}"'
-                ratio = f"{peaks['naive'] / max(peak, 1):.1f}"
-                status = _verdict(peak <= peaks["naive"] + _NOISE_BYTES)
+                limit = peaks["naive"] + _NOISE_BYTES
+                status = _verdict(peak <= limit)
                 if peaks["naive"] - self._state_bytes() < _WORTH_SAVING:
                     status = "measured"
-                yield Row("takes no more memory", compared, ratio, "", status)
+                ratios = (f"{nbytes / max(peaks['naive'], 1):.2f}" for nbytes in (peak, limit))
+                compared = f'{label}, save="{save}"'
+                yield Row("memory over the naive network's", compared, *ratios, status)
             yield from self._prediction(save, amp, label, peak, channels_last)
 
     def _state_bytes(self) -> int:
@@ -328,9 +329,8 @@ def _device(name: str | None) -> torch.device:
 
 
 def _line(row: Row) -> str:
-    limit = f" (limit {row.limit})" if row.limit else ""
-    error = f": {row.error}{limit}" if row.error else ""
-    return f"{row.status:<12}{row.claim}, {row.compared}{error}"
+    """A row for the terminal, as soon as it is known."""
+    return f"{row.status:<12}{row.claim:<38}{row.error:>8}{row.limit:>8}  {row.compared}"
 
 
 def _one_line() -> str:
@@ -340,11 +340,12 @@ def _one_line() -> str:
 
 
 def _report(what: str, verdict: str, rows: Sequence[Row]) -> str:
-    cells = [(r.claim, r.compared, r.error, r.limit, r.status) for r in rows]
+    header = ("claim", "error", "limit", "", "compared")
+    cells = [(r.claim, r.error, r.limit, r.status, r.compared) for r in rows]
     command = shlex.join(["python", "-m", "effdense", *sys.argv[1:]])
     return (
         f"# effdense verify\n\n{what}: **{verdict}**\n\n```\n{command}\n\n"
-        f"{as_text(environment())}\n```\n\n{table(_HEADER, cells)}\n"
+        f"{as_text(environment())}\n```\n\n{table(header, cells)}\n"
     )
 
 
