@@ -268,9 +268,9 @@ class Verification:
                 status = _verdict(peak <= limit)
                 if peaks["naive"] - self._state_bytes() < _WORTH_SAVING:
                     status = "measured"
-                ratios = (f"{nbytes / max(peaks['naive'], 1):.2f}" for nbytes in (peak, limit))
+                ratio, most = (f"{n / max(peaks['naive'], 1):.2f}" for n in (peak, limit))
                 compared = f'{label}, save="{save}"'
-                yield Row("memory over the naive network's", compared, *ratios, status)
+                yield Row("memory over the naive network's", compared, ratio, most, status)
             yield from self._prediction(save, amp, label, peak, channels_last)
 
     def _state_bytes(self) -> int:
