@@ -77,6 +77,21 @@ def test_blocks_are_nodes_and_their_bytes_stay_the_same() -> None:
     assert layers.kept == autograd.kept
 
 
+def test_a_concatenation_belongs_to_the_module_after_it() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.second(torch.relu(torch.cat([y, y.sigmoid()], 1)))
+
+    places = {node.operations[0]: node.place for node in graph_of(Net(), "meta").nodes}
+    assert places["Cat"] == places["Relu"] == "second"
+    assert places["Sigmoid"] == "first"
+
+
 def test_a_fused_block_is_one_node_with_its_reader() -> None:
     modules = module_graph(graph_of(effdense.DenseNet(**SMALL), "meta"))
     (block,) = [node for node in modules.nodes if "denseblock1" in node.place]

@@ -15,6 +15,8 @@ from harness import report
 from harness.case import Case
 from harness.measure import Memory
 
+from effdense.timeline import Moment
+
 GIB = 1 << 30
 
 
@@ -173,6 +175,12 @@ def test_a_timeline_is_recorded_and_drawn(tmp_path, capsys):
         assert {row["detail"] for row in own} == {"forward", "backward", "update"}
         per_moment = [row["metric"] for row in own if row["sample"] == "0"]
         assert per_moment == ["moment", *(f"live {role}" for role in memory.ROLES)]
+
+
+def test_a_stretch_of_a_timeline_shows_its_highest_moment():
+    sizes = {0.0: 1, 1.0: 5, 2.0: 2, 6.0: 3, 10.0: 4}
+    moments = [Moment(seconds, "forward", {"features": n}) for seconds, n in sizes.items()]
+    assert [moment.total for moment in timeline.thinned(moments, 2)] == [5, 4]
 
 
 def test_quantiles():
