@@ -70,7 +70,7 @@ def draw(results: Sequence[Path], output: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     try:
         kinds = {"memory": _memory, "throughput": _throughput, "scaling": _scaling}
-        kinds |= {"estimates": _estimates, "pareto": _pareto}
+        kinds |= {"estimates": _estimates, "pareto": _pareto, "timeline": _timeline}
         kinds[benchmarks.pop()](axes, rows)
         # Where the figures come from, in the picture itself.
         figure.supxlabel(_origin(rows[0]), fontsize=7, color="#666666")
@@ -289,6 +289,82 @@ def _pareto(axes: Any, rows: list[Row]) -> None:
     axes.set_title(rows[0]["arch"].replace(f", {rows[0]['provider']}", ""))
     axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize=8)
+
+
+_ROLE_COLOURS = {
+    "parameters": "#999999",
+    "gradients": "#CC79A7",
+    "optimizer": "#666666",
+    "input": "#000000",
+    "features": "#0072B2",
+    "bottlenecks": "#009E73",
+    "gradient buffer": "#E69F00",
+    "temporaries": "#F0E442",
+}
+
+
+def _timeline(axes: Any, rows: list[Row]) -> None:
+    """Every provider on one scale, and the leanest once more on its own."""
+    steps = {name: [r for r in rows if r["provider"] == name] for name in _providers(rows)}
+    totals = {name: _highest(own) for name, own in steps.items()}
+    leanest = min(totals, key=lambda name: totals[name])
+    panels = [(name, max(totals.values())) for name in steps]
+    if len(steps) > 1:
+        panels.append((leanest, totals[leanest]))
+    figure = axes.figure
+    axes.remove()
+    figure.set_size_inches(4 * len(panels), 4.5)
+    for i, (name, top) in enumerate(panels):
+        panel = figure.add_subplot(1, len(panels), i + 1)
+        _step_panel(panel, steps[name])
+        own_scale = len(steps) > 1 and i == len(panels) - 1
+        panel.set_title(f"{name}{', enlarged' if own_scale else ''}", fontsize=10)
+        panel.set_ylim(0, 1.05 * top / 2**20)
+        panel.set_xlim(0, 100)
+        panel.set_xlabel("share of the training step, %")
+        if i == 0:
+            panel.set_ylabel("live tensors, MiB")
+        if name == leanest and not own_scale:
+            # where there is room
+            panel.legend(fontsize=8, loc="upper right", reverse=True)
+    figure.suptitle(_describe(rows[0]))
+
+
+def _providers(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["provider"] for row in rows))
+
+
+def _highest(rows: list[Row]) -> float:
+    totals: dict[str, float] = {}
+    for row in rows:
+        if row["metric"].startswith("live "):
+            totals[row["sample"]] = totals.get(row["sample"], 0.0) + float(row["value"])
+    if not totals:
+        raise ValueError("no live memory to draw")
+    return max(totals.values())
+
+
+def _step_panel(panel: Any, rows: list[Row]) -> None:
+    def values(metric: str) -> list[float]:
+        own = {int(r["sample"]): float(r["value"]) for r in rows if r["metric"] == metric}
+        return [own[sample] for sample in sorted(own)]
+
+    layers = {role: values(f"live {role}") for role in _ROLE_COLOURS}
+    layers = {role: sizes for role, sizes in layers.items() if any(sizes)}
+    panel.stackplot(
+        values("moment"),
+        [[size / 2**20 for size in sizes] for sizes in layers.values()],
+        labels=list(layers),
+        colors=[_ROLE_COLOURS[role] for role in layers],
+        step="post",
+        linewidth=0,
+    )
+    moments = zip(values("moment"), [r for r in rows if r["metric"] == "moment"], strict=True)
+    last = ""
+    for share, row in moments:
+        if row["detail"] != last and last:
+            panel.axvline(share, color="#000000", linewidth=0.5, linestyle=":")
+        last = row["detail"]
 
 
 def _describe(row: Row, but: str = "") -> str:

@@ -20,7 +20,7 @@ from .modules import DenseBlock, Features, Transition, has_global_hooks
 from .reference import Init
 from .tracing import graph_is_recorded
 
-_TORCHVISION_VARIANTS: dict[str, dict[str, Any]] = {
+TORCHVISION_VARIANTS: dict[str, dict[str, Any]] = {
     "densenet121": {"growth_rate": 32, "block_config": (6, 12, 24, 16), "num_init_features": 64},
     "densenet161": {"growth_rate": 48, "block_config": (6, 12, 36, 24), "num_init_features": 96},
     "densenet169": {"growth_rate": 32, "block_config": (6, 12, 32, 32), "num_init_features": 64},
@@ -238,7 +238,7 @@ def _torchvision_variant(name: str, weights: Any, **kwargs: Any) -> DenseNet:
     state = None if weights is None else _load_weights(name, weights)
     if state is not None and "num_classes" not in kwargs and "classifier.bias" in state:
         kwargs["num_classes"] = state["classifier.bias"].numel()
-    model = DenseNet(**(_TORCHVISION_VARIANTS[name] | kwargs))
+    model = DenseNet(**(TORCHVISION_VARIANTS[name] | kwargs))
     if state is not None:
         model.load_state_dict(state)
     return model

@@ -10,6 +10,7 @@ At the moment of most live bytes each storage has one role:
     bottlenecks      that save="bottlenecks" keeps
     gradient buffer  the largest storage that backward made
     temporaries      everything else
+and at any other moment likewise, the gradient buffer being the largest alive then.
 
 NOTE [ meta tensors ]
 A step of a network on the meta device allocates nothing and computes nothing, and makes
@@ -19,7 +20,9 @@ the same tensors in the same order: its timeline is the prediction of the real o
 from __future__ import annotations
 
 import functools
+import heapq
 import math
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,7 +59,9 @@ class _Storage:
     born_at: str
     # the place in use when it was made, and the one it belongs to
     place: str
+    born_seconds: float
     died: int | None = None
+    died_seconds: float = math.inf
     role: str | None = None
 
 
@@ -118,6 +123,18 @@ class Peak:
     positions: dict[str, int]
 
 
+class Moment(NamedTuple):
+    """Live bytes by role just after a storage was made or died; ``seconds`` since forward began."""
+
+    seconds: float
+    phase: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
 class Timeline(TorchDispatchMode):
     """Records storages made while it is active; ``peak`` analyses them afterwards.
 
@@ -131,6 +148,8 @@ class Timeline(TorchDispatchMode):
         self._places: dict[int, str] = {}
         self._clock = 0
         self._phase, self._place = "setup", ""
+        # (clock, seconds, name), in order
+        self._phases: list[tuple[int, float, str]] = []
         self._kept: dict[str, int] = {}
         self._positions: dict[str, int] = {}
         # (when, bytes) of what convolutions take inside
@@ -165,14 +184,17 @@ class Timeline(TorchDispatchMode):
         if key in self._alive:
             return
         self._clock += 1
-        record = _Storage(storage.nbytes(), self._phase, self._clock, self._place, self._place)
+        now = time.perf_counter()
+        place = self._place
+        record = _Storage(storage.nbytes(), self._phase, self._clock, place, place, now)
         self._storages.append(record)
         self._alive[key] = record
         weakref.finalize(storage, self._bury, key).atexit = False
 
     def _bury(self, key: int) -> None:
         self._clock += 1
-        self._alive.pop(key).died = self._clock
+        record = self._alive.pop(key)
+        record.died, record.died_seconds = self._clock, time.perf_counter()
 
     def enter_phase(self, phase: str) -> None:
         """What follows belongs to this phase: setup, forward, backward or update."""
@@ -183,6 +205,7 @@ class Timeline(TorchDispatchMode):
                 if record.role is None:
                     record.role = "features"
         self._phase = phase
+        self._phases.append((self._clock, time.perf_counter(), phase))
 
     def name_places(self, places: Iterable[tuple[str, Tensor]]) -> None:
         """From now on an operation on one of these tensors is at the place of that name."""
@@ -214,14 +237,14 @@ class Timeline(TorchDispatchMode):
         scratch: dict[int, int] = {}
         for at, nbytes in self._scratch:
             scratch[at] = max(nbytes, scratch.get(at, 0))
-        for time, change, storage in sorted(births + deaths, key=lambda event: event[0]):
+        for clock, change, storage in sorted(births + deaths, key=lambda event: event[0]):
             live += change
-            resident = max(resident, live + scratch.get(time, 0))
+            resident = max(resident, live + scratch.get(clock, 0))
             if change > 0:
                 moment = storage.phase, storage.born_at
                 highs[moment] = max(live, highs.get(moment, 0))
             if live > most:
-                most, when, last = live, time, storage
+                most, when, last = live, clock, storage
         at_peak = [
             s for s in self._storages if s.born <= when and (s.died is None or s.died > when)
         ]
@@ -237,6 +260,37 @@ class Timeline(TorchDispatchMode):
         sizes = tuple(s.nbytes for s in at_peak)
         phase, place = ("", "") if last is None else (last.phase, last.born_at)
         return Peak(split, most, phase, place, self._kept, sizes, highs, resident, self._positions)
+
+    def moments(self) -> list[Moment]:
+        """Live bytes from the beginning of forward on; see NOTE [ the split at the peak ]."""
+        events = [(s.born, s.born_seconds, s, True) for s in self._storages]
+        events += [(s.died, s.died_seconds, s, False) for s in self._storages if s.died is not None]
+        parts = dict.fromkeys(ROLES, 0)
+        # what backward made and nothing is known of, largest first; the dead are passed over
+        loose: list[tuple[int, int, _Storage]] = []
+        gone: set[int] = set()
+        began, phases = self._phases[0][1], list(self._phases)
+        phase, found = "setup", []
+        for clock, seconds, storage, born in sorted(events, key=lambda event: event[0]):
+            while phases and phases[0][0] < clock:
+                phase = phases.pop(0)[2]
+            sign = 1 if born else -1
+            role = storage.role or "temporaries"
+            parts[role] += sign * storage.nbytes
+            if storage.role is None and storage.phase == "backward":
+                if born:
+                    heapq.heappush(loose, (-storage.nbytes, storage.born, storage))
+                else:
+                    gone.add(storage.born)
+            while loose and loose[0][1] in gone:
+                heapq.heappop(loose)
+            if phase == "setup":
+                continue
+            buffer = -loose[0][0] if loose else 0
+            now = {**parts, "gradient buffer": buffer}
+            now["temporaries"] -= buffer
+            found.append(Moment(seconds - began, phase, now))
+        return found
 
 
 _CONVOLUTIONS = (
@@ -283,6 +337,23 @@ def record_step(
         build: makes the training; its tensors count too.
         places: (name, tensor) pairs of a model; see :class:`Peak`.
     """
+    return _recorded(build, places).peak()
+
+
+def live_memory(build: Callable[[], Training]) -> list[Moment]:
+    """Live bytes by role at every moment of one training step with optimizer state in place.
+
+    Args:
+        build: makes the training, on any device; on meta only the order of moments means
+            anything, not their seconds. On a real device recording slows a step down.
+    """
+    return _recorded(build, nn.Module.named_parameters).moments()
+
+
+def _recorded(
+    build: Callable[[], Training],
+    places: Callable[[nn.Module], Iterable[tuple[str, Tensor]]],
+) -> Timeline:
     timeline = Timeline()
     with timeline:
         job = build()
@@ -304,7 +375,7 @@ def record_step(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         del gradients
-    return timeline.peak()
+    return timeline
 
 
 def _locate_all(timeline: Timeline, loss: Tensor) -> None:

@@ -8,15 +8,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import effdense
 from effdense import reference
+from effdense.comparison import Step, randomize_norms, relative_error
+from effdense.comparison import norms_of as norms_of
+from effdense.comparison import step as step
+from effdense.comparison import weighted_sum as loss_of  # noqa: F401, for tests
 from effdense.dense_block import dropout_mask
 
 GRADIENT_TOLERANCE = 1e-10
@@ -29,26 +33,6 @@ SMALL: dict[str, Any] = {
     "num_classes": 5,
     "small_inputs": True,
 }
-
-
-class Step(NamedTuple):
-    """What one forward and backward leave behind."""
-
-    output: Tensor
-    gradients: dict[str, Tensor | None]
-    input_gradient: Tensor | None
-    buffers: dict[str, Tensor]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected element; both in float64."""
-    assert actual.shape == expected.shape
-    actual, expected = actual.detach().double(), expected.detach().double()
-    difference = (actual - expected).abs().max().item()
-    scale = expected.abs().max().item()
-    if difference == 0:
-        return 0.0
-    return difference / scale if scale > 0 else float("inf")
 
 
 def assert_close(
@@ -98,26 +82,6 @@ def _assert_same_gradient(
         assert_close(actual, expected, tolerance, f"gradient of {name}")
 
 
-def randomize_norms(model: nn.Module, seed: int = 0) -> None:
-    """Norm weights of both signs and some zero, biases, running statistics, one eps per norm."""
-    generator = torch.Generator().manual_seed(seed)
-    for i, norm in enumerate(norms_of(model)):
-        norm.eps = 1e-5 * 10 ** (i % 4)
-        for tensor in (norm.weight, norm.bias, norm.running_mean):
-            if tensor is not None:
-                value = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-                tensor.data.copy_(value)
-        if norm.weight is not None:
-            norm.weight.data[::5] = 0
-        if norm.running_var is not None:
-            value = torch.rand(norm.running_var.shape, generator=generator, dtype=torch.float64)
-            norm.running_var.copy_(value + 0.5)
-
-
-def norms_of(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-
 def twins(
     save: str = "features",
     *,
@@ -145,39 +109,6 @@ def twins(
 def images(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def loss_of(output: Tensor, start: int = 0, batch_size: int | None = None) -> Tensor:
-    """A scalar whose gradient differs from element to element.
-
-    Where the output is that of images ``start`` and following of a batch of ``batch_size``, the
-    scalars of all its parts add up to that of the batch.
-    """
-    generator = torch.Generator().manual_seed(2)
-    shape = (len(output) if batch_size is None else batch_size, *output.shape[1:])
-    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return (output.double() * weight[start : start + len(output)]).sum()
-
-
-def step(
-    model: nn.Module,
-    x: Tensor,
-    *,
-    input_grad: bool = True,
-    call: Callable[[Tensor], Tensor] | None = None,
-    loss: Callable[[Tensor], Tensor] = loss_of,
-) -> Step:
-    """One forward and backward from fresh gradients; ``call`` replaces ``model(x)``."""
-    model.zero_grad(set_to_none=True)
-    x = x.detach().requires_grad_(input_grad)
-    output = model(x) if call is None else call(x)
-    loss(output).backward()
-    return Step(
-        output.detach().clone(),
-        {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
-        x.grad,
-        {n: b.clone() for n, b in model.named_buffers()},
-    )
 
 
 def stages_in(*outputs: Tensor) -> int:

@@ -11,25 +11,18 @@ activations that autograd saved, each storage counted once.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import subprocess
-import sys
 from typing import Any
 
-# glibc returns blocks above this size to the system as soon as they are freed
-MMAP_THRESHOLD = 65536
+from effdense.measurement import answer, ask_fresh_process, resident_peak
 
 
 def measure(**job: Any) -> dict[str, int]:
     """The measurements of one job, from a fresh process."""
-    environment = {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, os.path.abspath(__file__), json.dumps(job)]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring {job} failed:\n{done.stderr}")
-    found: dict[str, int] = json.loads(done.stdout)
+    # this file's folder, where it is called measure_memory
+    found = ask_fresh_process("measure_memory", job, 1, [os.path.dirname(__file__)])
+    if "error" in found:
+        raise RuntimeError(f"measuring {job} failed: {found['error']}")
     return found
 
 
@@ -79,24 +72,18 @@ def main(job: dict[str, Any]) -> dict[str, int]:
 
     torch.manual_seed(0)
     run = infer if job.get("eval") else train
-    run(build(10), 2, 8)
-    start = _resident("VmRSS")
-    # Forget the peak of the imports, where the kernel can.
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    model = build(job["depth"])
-    saved = run(model, job["batch"], job.get("size", 32))
+    model: Any = None
+    saved = 0
+
+    def work() -> None:
+        nonlocal model, saved
+        model = build(job["depth"])
+        saved = run(model, job["batch"], job.get("size", 32))
+
+    found = resident_peak(work, lambda: run(build(10), 2, 8))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"peak": _resident("VmHWM") - start, "state": 3 * weights, "saved": saved}
-
-
-def _resident(field: str) -> int:
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status")
+    return {"peak": found.peak, "state": 3 * weights, "saved": saved}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    answer(main)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
+import effdense
 from effdense.__main__ import main
+from effdense.backends import select
+from effdense.commands import env
 
 
 def write_run(path: Path) -> Path:
@@ -85,3 +90,69 @@ def test_plan_s_mistakes(
     said = capsys.readouterr().err
     assert says in said
     assert said.count("\n") == 1
+
+
+def test_plan_takes_other_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "planned.py").write_text(
+        "import effdense\n"
+        "from torchvision.models import DenseNet\n"
+        "def own():\n"
+        "    return effdense.densenet_bc(10, 4)\n"
+        "def other():\n"
+        "    return DenseNet(4, (2, 2), 6, num_classes=5)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    small = ["--batch-size", "4", "--image-size", "64"]
+    main(["plan", "planned:own", *small, "--budget", "1GiB"])
+    assert "features.denseblock3" in capsys.readouterr().out
+    main(["plan", "planned:other", *small, "--budget", "1GiB"])
+    said = capsys.readouterr().out
+    assert said.splitlines()[0].startswith("as it is")
+    assert 'effdense.convert(model, save="bottlenecks") fits a budget of 1.00 GiB' in said
+    assert status("plan", "planned:other", *small, "--budget", "1KiB") == 2
+    assert "no save mode fits" in capsys.readouterr().err
+
+
+def test_env_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    env.environment.cache_clear()
+    main(["env"])
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert said["torch"].startswith(torch.__version__)
+    assert said["effdense"].startswith(effdense.__version__)
+    assert {"python", "torchvision", "triton", "numpy", "nvidia-ml-py"} <= said.keys()
+    assert {"system", "processor", "cores", "memory"} <= said.keys()
+
+
+def test_env_says_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = {torch.float32: "statistics: differs from torch by 1", torch.float64: None}
+    monkeypatch.setattr(select, "fault", lambda device, dtype: faults[dtype])
+    monkeypatch.setenv("CC", "no-such-compiler")
+    env.environment.cache_clear()
+    found = dict(env.environment())
+    env.environment.cache_clear()
+    assert found["C compiler"] == "none (no-such-compiler not on PATH)"
+    assert found["cpu loops, float32"] == "statistics: differs from torch by 1"
+    assert found["cpu loops, float64"] == "self-check ok"
+
+
+def test_env_lists_gpus_even_where_one_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = types.SimpleNamespace(name="NVIDIA X", major=9, minor=0, total_memory=80 << 30)
+
+    def properties(index: int) -> object:
+        if index:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(select, "fault", lambda device, dtype: None)
+    env.environment.cache_clear()
+    found = dict(env.environment())
+    env.environment.cache_clear()
+    said = "NVIDIA X, compute capability 9.0, 80.00 GiB, driver "
+    assert found["cuda:0"].startswith(said)
+    assert found["cuda:1"].startswith("failed: RuntimeError: CUDA error")
+    assert found["triton cuda:1, bfloat16"] == "self-check ok"

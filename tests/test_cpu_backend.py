@@ -195,10 +195,10 @@ def unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, threads: int) -> I
     monkeypatch.delenv("EFFDENSE_BACKEND", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cpu_library.load.cache_clear()
-    select._fault.cache_clear()
+    select.fault.cache_clear()
     yield tmp_path
     cpu_library.load.cache_clear()
-    select._fault.cache_clear()
+    select.fault.cache_clear()
 
 
 CPU = torch.device("cpu")

@@ -1,8 +1,6 @@
 """Narrow types: at most twice the naive network's own error against float64.
 
-Where rounding flips a ReLU, ours or the naive network's, one element's error is a
-thousand times the others'. So errors are those of all tensors of one kind together, and
-their median over seeds is compared, which leaves systematic errors in sight.
+The rule and its reason: effdense/comparison.py.
 """
 
 from __future__ import annotations
@@ -20,37 +18,10 @@ from torch import Tensor, nn
 
 import effdense
 from effdense import SAVE_MODES, reference
+from effdense.comparison import FLOOR, errors_by_kind
 
 SEEDS = range(7)
-# added to twice the naive error, per type
-FLOOR = {torch.float32: 1e-7, torch.bfloat16: 1e-3, torch.float16: 1e-4}
-
 saves = pytest.mark.parametrize("save", [s for s in SAVE_MODES if s != "all"])
-
-
-def _errors(actual: Step, exact: Step) -> dict[str, float]:
-    """Relative errors by kind: output, input gradient, gradients of weights, of norms, buffers."""
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-
-    def add(kind: str, a: Tensor | None, e: Tensor | None) -> None:
-        assert a is not None
-        assert e is not None
-        pairs[kind].append((a.double().flatten(), e.double().flatten()))
-
-    add("output", actual.output, exact.output)
-    add("input gradient", actual.input_gradient, exact.input_gradient)
-    for name, gradient in exact.gradients.items():
-        module, parameter = name.split(".")[-2:]
-        kind = f"{parameter} of norms" if "norm" in module else "other weights"
-        add(kind, actual.gradients[name], gradient)
-    for name, buffer in exact.buffers.items():
-        if buffer.is_floating_point():
-            add(name.rsplit(".", 1)[1], actual.buffers[name], buffer)
-    found = {}
-    for kind, both in pairs.items():
-        a, e = (torch.cat(tensors) for tensors in zip(*both, strict=True))
-        found[kind] = float((a - e).norm() / e.norm())
-    return found
 
 
 def _assert_at_most_twice_the_naive_error(
@@ -62,7 +33,7 @@ def _assert_at_most_twice_the_naive_error(
         ours, naive, exact = run(seed)
         assert ours.output.dtype == naive.output.dtype
         for which, found in enumerate((ours, naive)):
-            for kind, error in _errors(found, exact).items():
+            for kind, error in errors_by_kind(found, exact).items():
                 pooled[kind][which].append(error)
     for kind, both in pooled.items():
         actual, expected = (statistics.median(errors) for errors in both)

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from effdense.machine import usable_cores as usable_cores
 from effdense.memory_sizes import parse_size
+from effdense.models import TORCHVISION_VARIANTS as IMAGENET_FAMILY
 from effdense.reference import densenet_bc_config
 
 CIFAR_FAMILY = "densenet-bc"
-
-# Huang et al., CVPR 2017, table 1.
-IMAGENET_FAMILY: dict[str, dict[str, Any]] = {
-    "densenet121": {"growth_rate": 32, "block_config": (6, 12, 24, 16), "num_init_features": 64},
-    "densenet161": {"growth_rate": 48, "block_config": (6, 12, 36, 24), "num_init_features": 96},
-    "densenet169": {"growth_rate": 32, "block_config": (6, 12, 32, 32), "num_init_features": 64},
-    "densenet201": {"growth_rate": 32, "block_config": (6, 12, 48, 32), "num_init_features": 64},
-}
 
 # bytes per element of what autocast computes in
 ELEMENT_SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -210,10 +203,3 @@ def provider_name(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

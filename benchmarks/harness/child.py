@@ -3,72 +3,47 @@
 Run as ``python -m harness.child REQUEST`` by :mod:`harness.measure`, where REQUEST and
 the last line of output are JSON. To check a figure with another tool, run the same
 command under it: ``baseline + peak`` is the process's largest resident size.
-
-NOTE [ what the baseline contains ]
-Interpreter, imports, thread pools and what the libraries set up in a first training
-step of a tiny network: a user pays that for any model. It is taken before the model is
-built, so parameters count.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
-import sys
 import time
 from typing import Any
 
 import torch
 
 from effdense import timeline
+from effdense.measurement import answer, cuda_peak, resident_peak, timed
 
 from . import grid, machine, packages, providers
 from .case import CIFAR_FAMILY, Case
-from .worker import timed
 
 
 def main() -> None:
-    request = json.loads(sys.argv[1])
     machine.volunteer_for_the_oom_killer()
+    answer(_measured)
+
+
+def _measured(request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(request["threads"])
-    try:
-        if request["mode"] == "grid":
-            answer = _grid(grid.from_request(request["configuration"]), request.get("timed", 0))
-        else:
-            modes = {"resident": _resident, "live": _live, "cuda": _cuda}
-            modes |= {"inference": _inference, "package times": _package_times}
-            answer = modes[request["mode"]](request, Case(**request["case"]))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        answer = {"error": _first_line(error), "out_of_memory": True}
-    except Exception as error:
-        # torch has no type of its own for a failed allocation on CPU
-        refused = "can't allocate memory" in str(error) or "allocate" in str(error).lower()
-        answer = {"error": f"{type(error).__name__}: {_first_line(error)}"}
-        answer["out_of_memory"] = refused
-    print(json.dumps(answer), flush=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
+    if request["mode"] == "grid":
+        return _grid(grid.from_request(request["configuration"]), request.get("timed", 0))
+    modes = {"resident": _resident, "live": _live, "cuda": _cuda}
+    modes |= {"inference": _inference, "package times": _package_times}
+    return modes[request["mode"]](request, Case(**request["case"]))
 
 
 def _warm_up(request: dict[str, Any], case: Case) -> None:
-    """One step of a tiny network of the same provider.
-
-    See NOTE [ what the baseline contains ]. An optimizer's constructor alone may import
-    150 MiB of torch's compiler, which is not the memory of the network that comes after.
-    """
+    """One step of a tiny network of the same provider."""
     if case.arch in packages.MODELS:
         # its imports count as the interpreter's
         packages.setup(request["provider"], dataclasses.replace(case, batch_size=2)).step()
     else:
         tiny = Case(CIFAR_FAMILY, 10, 4, 2, 8, case.dtype, case.device)
         providers.setup(request["provider"], tiny).step()
-    # wakes every thread of the pool, whose stacks count as resident
-    torch.randn(1 << 18, device=case.device).add_(1).sum().item()
-    gc.collect()
 
 
 def _setup(provider: str, case: Case) -> timeline.Training:
@@ -84,34 +59,36 @@ def _limit(request: dict[str, Any]) -> None:
 
 def _resident(request: dict[str, Any], case: Case) -> dict[str, Any]:
     """Peak resident bytes over the baseline, over some steps."""
-    _warm_up(request, case)
-    _limit(request)
-    machine.reset_peak_resident()
-    baseline = machine.resident_bytes()
-    start = time.perf_counter()
-    job = _setup(request["provider"], case)
-    # as in every step but a training's first
-    job.make_optimizer_state()
-    for _ in range(request["steps"]):
-        job.step()
-    return {
-        "baseline": baseline,
-        "peak": machine.peak_resident_bytes() - baseline,
-        "seconds": time.perf_counter() - start,
-    }
+    start = 0.0
+
+    def train() -> None:
+        nonlocal start
+        start = time.perf_counter()
+        job = _setup(request["provider"], case)
+        # as in every step but a training's first
+        job.make_optimizer_state()
+        for _ in range(request["steps"]):
+            job.step()
+
+    def warm_up() -> None:
+        _warm_up(request, case)
+        _limit(request)
+
+    found = resident_peak(train, warm_up)
+    return {**found._asdict(), "seconds": time.perf_counter() - start}
 
 
 def _inference(request: dict[str, Any], case: Case) -> dict[str, Any]:
     """Peak resident bytes over the baseline of forwards in eval mode without gradients."""
-    _warm_up(request, case)
-    machine.reset_peak_resident()
-    baseline = machine.resident_bytes()
-    job = _setup(request["provider"], case)
-    job.model.eval()
-    with torch.inference_mode():
-        for _ in range(request["steps"]):
-            job.model(job.x)
-    return {"baseline": baseline, "peak": machine.peak_resident_bytes() - baseline}
+
+    def infer() -> None:
+        job = _setup(request["provider"], case)
+        job.model.eval()
+        with torch.inference_mode():
+            for _ in range(request["steps"]):
+                job.model(job.x)
+
+    return resident_peak(infer, lambda: _warm_up(request, case))._asdict()
 
 
 def _package_times(request: dict[str, Any], case: Case) -> dict[str, Any]:
@@ -144,23 +121,22 @@ def _grid(configuration: grid.Configuration, timed: int) -> dict[str, Any]:
 
     ``timed`` steps in between are timed, each in seconds.
     """
-    job = configuration.tiny().training()
-    job.step()
-    torch.randn(1 << 18).add_(1).sum().item()
-    del job
-    gc.collect()
-    machine.reset_peak_resident()
-    baseline = machine.resident_bytes()
-    job = configuration.training()
-    job.make_optimizer_state()
-    job.step()
-    peak = machine.peak_resident_bytes() - baseline
+    job: timeline.Training | None = None
+
+    def train() -> None:
+        nonlocal job
+        job = configuration.training()
+        job.make_optimizer_state()
+        job.step()
+
+    peak = resident_peak(train, lambda: configuration.tiny().training().step()).peak
+    assert job is not None
     seconds = []
     for _ in range(timed):
         start = time.perf_counter()
         job.step()
         seconds.append(time.perf_counter() - start)
-    del job
+    job = None
     gc.collect()
     if timed:
         return {"peak": peak, "seconds": seconds}
@@ -171,28 +147,23 @@ def _cuda(request: dict[str, Any], case: Case) -> dict[str, Any]:
     """Peaks of torch's allocator over some steps, and the process's memory by the driver."""
     from effdense.engine.telemetry import Gpu  # yaml and tyro, which no other mode needs
 
-    torch.cuda.set_device(case.device)
-    _warm_up(request, case)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    baseline = torch.cuda.memory_allocated()
-    gpu = Gpu.of(torch.device(case.device))
-    process_before = gpu.bytes_of_process(os.getpid())
-    start = time.perf_counter()
-    job = providers.setup(request["provider"], case)
-    # as in every step but a training's first
-    job.make_optimizer_state()
-    for _ in range(request["steps"]):
-        job.step()
-    torch.cuda.synchronize()
-    process_after = gpu.bytes_of_process(os.getpid())
+    gpu, start, process_before = Gpu.of(torch.device(case.device)), 0.0, None
+
+    def train() -> None:
+        nonlocal start, process_before
+        process_before, start = gpu.bytes_of_process(os.getpid()), time.perf_counter()
+        job = providers.setup(request["provider"], case)
+        # as in every step but a training's first
+        job.make_optimizer_state()
+        for _ in range(request["steps"]):
+            job.step()
+
+    found = cuda_peak(train, lambda: _warm_up(request, case), case.device)
     return {
-        "baseline": baseline,
-        "peak": torch.cuda.max_memory_allocated() - baseline,
+        **found._asdict(),
         "reserved": torch.cuda.max_memory_reserved(),
         # The caching allocator gives nothing back, so the end is the peak.
-        "process": process_after,
+        "process": gpu.bytes_of_process(os.getpid()),
         "process_baseline": process_before,
         "seconds": time.perf_counter() - start,
     }

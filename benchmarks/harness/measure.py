@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from effdense.measurement import ask_fresh_process
 from effdense.timeline import record_step
 
 from . import counts, machine, providers
 from .case import Case
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
-
-# glibc raises this threshold as large blocks are freed, up to 32 MiB, and then keeps what
-# is freed below it: peaks would depend on history. Fixed, freed tensors leave at once.
-MMAP_THRESHOLD = "65536"
 
 Status = Literal["measured", "does not fit", "out of memory", "failed", "interrupted"]
 
@@ -98,28 +90,7 @@ def memory(
 
 def run_child(request: dict[str, Any]) -> dict[str, Any]:
     """The answer of a fresh process; its death is an answer too: ``error``, ``out_of_memory``."""
-    env = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": MMAP_THRESHOLD,
-        "OMP_NUM_THREADS": str(request["threads"]),
-        "PYTHONPATH": os.pathsep.join(
-            [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
-    }
-    command = [sys.executable, "-m", "harness.child", json.dumps(request)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        return {
-            "error": f"killed by {name}" + (", no memory left" if name == "SIGKILL" else ""),
-            "out_of_memory": name == "SIGKILL",
-        }
-    lines = done.stdout.strip().splitlines()
-    try:
-        answer: dict[str, Any] = json.loads(lines[-1])
-    except (IndexError, json.JSONDecodeError):
-        said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        return {"error": said[:300], "out_of_memory": "MemoryError" in said}
-    return answer
+    return ask_fresh_process("harness.child", request, request["threads"], [str(BENCHMARKS)])
 
 
 # What a process takes besides live tensors: library workspaces and the allocator's slack.

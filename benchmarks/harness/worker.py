@@ -10,12 +10,12 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from effdense.measurement import timed
 from effdense.timeline import Training
 
 from . import machine, providers
@@ -93,23 +93,6 @@ class Worker:
 
     def _time(self, steps: int) -> float:
         return timed(self.job.step, steps, self._on_gpu())
-
-
-def timed(function: Callable[[], Any], times: int, gpu: bool) -> float:
-    """Seconds that ``times`` calls take: by CUDA events on a GPU, else by the clock."""
-    if gpu:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(times):
-            function()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
-    begin = time.perf_counter()
-    for _ in range(times):
-        function()
-    return time.perf_counter() - begin
 
 
 def best_time(function: Callable[[], Any], seconds: float, gpu: bool) -> float:

@@ -296,7 +296,10 @@ class CpuBackend(TorchBackend):
                 t,
             )
         t = second_sum(norm, (weight * dw[0]).sum(0), s, t, channels)
-        return (dw[0] if need_weight else None), s, t
+        if not need_weight:
+            return None, s, t
+        # a view would keep every thread's part for as long as the gradient lives
+        return (dw[0] if threads == 1 else dw[0].clone()), s, t
 
     def bn_relu_conv3(
         self,

@@ -74,7 +74,7 @@ def load(dtype: torch.dtype) -> Library:
 
 
 def _compiled(real: str) -> Path:
-    compiler = next(filter(None, map(shutil.which, _compilers())), None)
+    compiler = next(filter(None, map(shutil.which, compilers())), None)
     if compiler is None:
         raise CannotLoad("there is no C compiler (cc, gcc or clang on PATH, or $CC)")
     command = [compiler, *_FLAGS, *_MATH, f"-DREAL={real}"]
@@ -107,7 +107,7 @@ def _compiled(real: str) -> Path:
     return target
 
 
-def _compilers() -> list[str]:
+def compilers() -> list[str]:
     chosen = os.environ.get("CC")
     return [chosen] if chosen else ["cc", "gcc", "clang"]
 

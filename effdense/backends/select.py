@@ -88,7 +88,7 @@ def get_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         return TorchBackend(device)
     if kind == "cuda" and torch.cuda.is_available() and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if _fault(device, dtype) is not None:
+    if fault(device, dtype) is not None:
         return TorchBackend(device)
     return _compiled_backend(kind, dtype)
 
@@ -99,7 +99,7 @@ def _on_meta(name: str, dtype: torch.dtype) -> Backend:
     if name == "triton" or (name == "auto" and stands_for == "cuda"):
         return _KernelShapes()
     loops = name in ("auto", "cpu") and stands_for == "cpu" and dtype in LOOP_DTYPES
-    if loops and _fault(torch.device("cpu"), dtype) is None:
+    if loops and fault(torch.device("cpu"), dtype) is None:
         return CpuBackend(dtype)
     return TorchBackend(stands_for)
 
@@ -153,7 +153,7 @@ def _compiled_backend(kind: str, dtype: torch.dtype) -> Backend:
 
 
 @functools.cache
-def _fault(device: torch.device, dtype: torch.dtype) -> str | None:
+def fault(device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with the kernels or loops here, None if nothing; warns when first asked."""
     # See NOTE [ self-check ].
     try:
@@ -179,32 +179,48 @@ def _describe(error: Exception) -> str:
 
 
 def self_check(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The first operation of ``backend`` that fails or differs from torch's, and how; or None.
+    """The first operation of ``backend`` that fails or differs from torch's, and how; or None."""
+    for operation, difference, tolerance in operation_errors(backend, device, dtype):
+        if isinstance(difference, Exception):
+            return f"{operation}: {_describe(difference)}"
+        # not "difference > tolerance": a NaN has to fail
+        if not difference <= tolerance:
+            return (
+                f"{operation}: differs from torch by {difference:.2g} of the largest "
+                f"value, more than {tolerance:.2g}"
+            )
+    return None
 
-    Every operation of the protocol once, on 70 rows of 37 channels in a wider buffer.
+
+def operation_errors(
+    backend: Backend, device: torch.device, dtype: torch.dtype
+) -> list[tuple[str, float | Exception, float]]:
+    """Every operation of the protocol once, on 70 rows of 37 channels in a wider buffer.
+
+    Each as (operation, largest difference from torch's on the same numbers in float64 in units
+    of the largest value, or what it raised, and the largest difference accepted).
     """
     tolerance = _TOLERANCE[dtype]
     if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         tolerance = _TF32_TOLERANCE
     exact = TorchBackend("cpu")
+    found: list[tuple[str, float | Exception, float]] = []
     # A caller's mode, such as one that counts memory, has no business with the check.
     with torch.no_grad(), _disable_current_modes():
         for operation, run in _cases(dtype):
-            expected = run(exact, torch.device("cpu"), accumulate_dtype(dtype))
+            expected = run(exact, torch.device("cpu"), torch.float64)
             try:
-                found = [t.cpu() for t in run(backend, device, dtype)]
+                results = [t.cpu() for t in run(backend, device, dtype)]
             except Exception as error:
-                return f"{operation}: {_describe(error)}"
-            for ours, theirs in zip(found, expected, strict=True):
-                scale = max(1.0, theirs.abs().max().item())
-                difference = (ours.to(theirs.dtype) - theirs).abs().max().item() / scale
-                # not "difference > tolerance": a NaN has to fail
-                if not difference <= tolerance:
-                    return (
-                        f"{operation}: differs from torch by {difference:.2g} of the largest "
-                        f"value, more than {tolerance:.2g}"
-                    )
-    return None
+                found.append((operation, error, tolerance))
+                continue
+            differences = [
+                (ours.double() - theirs).abs().max() / theirs.abs().max().clamp(min=1)
+                for ours, theirs in zip(results, expected, strict=True)
+            ]
+            # a NaN stays one
+            found.append((operation, torch.stack(differences).max().item(), tolerance))
+    return found
 
 
 Run = Callable[[Backend, torch.device, torch.dtype], list[Tensor]]

@@ -12,17 +12,17 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+
+from effdense.machine import source_revision, versions
 
 from .checkpoint import CheckpointStore, flush_folder
 from .config import ResolvedConfig
@@ -317,32 +317,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device.type}: {torch.cuda.get_device_name(device)}"
     return f"{device.type}: {platform.processor() or platform.machine()}"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, the system and the packages that a result may depend on."""
-    found = {"python": platform.python_version(), "system": platform.platform()}
-    for package in ("effdense", "torch", "torchvision", "triton", "numpy", "scikit-learn"):
-        with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def source_revision() -> str | None:
-    """The git commit this package is run from, with "+changes" if it differs; None if none.
-
-    None too when it is installed and merely lies inside some other repository.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

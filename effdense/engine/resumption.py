@@ -26,12 +26,14 @@ from typing import Any
 
 import torch
 
+from effdense.machine import versions
+
 from .checkpoint import Checkpoint, CheckpointStore, Position
 from .config import ResolvedConfig
 from .data import random_key
 from .distributed import World, all_or_none, from_main, gathered_on_main, largest
 from .errors import Interrupted
-from .records import CsvLog, saved, versions
+from .records import CsvLog, saved
 from .signals import StopSignals
 from .trainer import Trainer
 

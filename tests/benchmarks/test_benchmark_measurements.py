@@ -17,6 +17,7 @@ from harness.case import Case
 from harness.speed import Race
 
 from effdense import memory_sizes
+from effdense.measurement import MMAP_THRESHOLD
 
 SMALL = Case("densenet-bc", depth=22, growth_rate=6, batch_size=2, image_size=8)
 # some hundred MiB in a second
@@ -39,7 +40,7 @@ def test_resident_peak_agrees_with_what_the_system_says_of_the_process():
     command = [sys.executable, "-c", program, sys.executable, "-m", "harness.child"]
     env = os.environ | {
         "PYTHONPATH": str(measure.BENCHMARKS),
-        "MALLOC_MMAP_THRESHOLD_": measure.MMAP_THRESHOLD,
+        "MALLOC_MMAP_THRESHOLD_": MMAP_THRESHOLD,
     }
     done = subprocess.run(
         [*command, json.dumps(request)], env=env, capture_output=True, text=True, check=True
@@ -63,7 +64,7 @@ def test_a_provider_that_runs_out_of_memory_is_a_row():
 
 def test_a_killed_process_is_an_answer(monkeypatch):
     killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
-    monkeypatch.setattr(measure.subprocess, "run", lambda *args, **kwargs: killed)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: killed)
     answer = measure.run_child({"threads": 1})
     assert answer["out_of_memory"]
     assert "SIGKILL" in answer["error"]

@@ -9,10 +9,13 @@ import memory
 import pytest
 import scaling
 import throughput
+import timeline
 from harness import case as cases
 from harness import report
 from harness.case import Case
 from harness.measure import Memory
+
+from effdense.timeline import Moment
 
 GIB = 1 << 30
 
@@ -154,6 +157,30 @@ def test_pictures_of_throughput_and_scaling(tmp_path):
                         )
         draw.draw([path], tmp_path / f"{benchmark}.png")
         assert (tmp_path / f"{benchmark}.png").stat().st_size > 10_000
+
+
+def test_a_timeline_is_recorded_and_drawn(tmp_path, capsys):
+    output = tmp_path / "timeline.csv"
+    arguments = ["--depth", "10", "--growth-rate", "4", "--batch-size", "2", "--threads", "1"]
+    assert timeline.main([*arguments, "--points", "50", "--output", str(output)]) == 0
+    assert "| effdense-features" in capsys.readouterr().out
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    rows = report.read(output)
+    for provider in timeline.DEFAULT:
+        own = [row for row in rows if row["provider"] == provider]
+        shares = [float(row["value"]) for row in own if row["metric"] == "moment"]
+        assert shares == sorted(shares)
+        assert 0 <= shares[0] < 50 < shares[-1] <= 100
+        assert len(shares) <= 50
+        assert {row["detail"] for row in own} == {"forward", "backward", "update"}
+        per_moment = [row["metric"] for row in own if row["sample"] == "0"]
+        assert per_moment == ["moment", *(f"live {role}" for role in memory.ROLES)]
+
+
+def test_a_stretch_of_a_timeline_shows_its_highest_moment():
+    sizes = {0.0: 1, 1.0: 5, 2.0: 2, 6.0: 3, 10.0: 4}
+    moments = [Moment(seconds, "forward", {"features": n}) for seconds, n in sizes.items()]
+    assert [moment.total for moment in timeline.thinned(moments, 2)] == [5, 4]
 
 
 def test_quantiles():

@@ -8,7 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from effdense.engine import plots, records
+from effdense import machine
+from effdense.engine import plots
 from effdense.engine.config import ResolvedConfig, TrainConfig
 from effdense.engine.errors import UserError
 from effdense.engine.records import CsvLog, WorkDir, write_atomically
@@ -99,10 +100,10 @@ def test_a_work_dir_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_source_revision_is_git_s_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
-    assert records.source_revision() is None
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
+    assert machine.source_revision() is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert records.source_revision() is None
+    assert machine.source_revision() is None
 
 
 def test_plots_show_what_the_csv_files_say(

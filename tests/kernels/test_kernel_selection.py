@@ -28,9 +28,9 @@ OPERATIONS = [
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("EFFDENSE_BACKEND", raising=False)
-    select._fault.cache_clear()
+    select.fault.cache_clear()
     yield
-    select._fault.cache_clear()
+    select.fault.cache_clear()
 
 
 class Broken(TorchBackend):

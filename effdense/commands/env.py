@@ -1,0 +1,136 @@
+"""``env``: what a bug report should say of a machine."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib import metadata
+
+import torch
+
+from .. import machine
+from ..backends import select
+from ..backends.cpu_library import DTYPES as LOOP_DTYPES
+from ..backends.cpu_library import compilers
+from ..memory_sizes import available_bytes, show_size, total_bytes
+from . import Commands
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "env",
+        help="list versions, devices and what the backends' self-checks say, for bug reports",
+        description="Versions, machine, devices, and each backend's self-check on them.",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    print(as_text(environment()))
+
+
+def as_text(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+
+@functools.cache
+def environment() -> list[tuple[str, str]]:
+    """(what, which) pairs. Nothing that is missing or broken here is an error."""
+    return [*_versions(), *_machine(), *_devices(), *_backends()]
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    found = machine.versions()
+    yield "effdense", f"{found.get('effdense', 'not installed')} ({machine.short_revision()})"
+    yield "python", found["python"]
+    yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    for package in ("torchvision", "triton", "numpy", "nvidia-ml-py"):
+        yield package, found.get(package, "not installed")
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    yield "system", machine.versions()["system"]
+    yield "processor", machine.processor()
+    yield "cores", f"{machine.usable_cores()} usable, {torch.get_num_threads()} torch threads"
+    yield "memory", f"{show_size(total_bytes())}, {show_size(available_bytes())} free"
+    yield "C compiler", _compiler()
+
+
+def _compiler() -> str:
+    path = next(filter(None, map(shutil.which, compilers())), None)
+    if path is None:
+        return f"none ({', '.join(compilers())} not on PATH)"
+    with suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10)
+        return f"{path}: {(said.stdout.splitlines() or ['no version'])[0]}"
+    return path
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        yield "CUDA devices", "none"
+        return
+    for i in range(torch.cuda.device_count()):
+        yield f"cuda:{i}", _guarded(lambda i=i: _device(i))  # type: ignore[misc]
+
+
+def _device(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    capability = f"{properties.major}.{properties.minor}"
+    size = show_size(properties.total_memory)
+    return f"{properties.name}, compute capability {capability}, {size}, driver {_driver()}"
+
+
+def _driver() -> str:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+        return version.decode() if isinstance(version, bytes) else str(version)
+    except Exception as error:
+        # ImportError, NVMLError, and whatever a half-installed driver makes of it
+        return f"unknown ({str(error) or type(error).__name__})"
+
+
+def _backends() -> Iterator[tuple[str, str]]:
+    """What "auto" would find, by device and dtype."""
+    for dtype in LOOP_DTYPES:
+        yield f"cpu loops, {_name(dtype)}", _checked(torch.device("cpu"), dtype)
+    if not torch.cuda.is_available():
+        yield "triton", _why_not_triton()
+        return
+    for i in range(torch.cuda.device_count()):
+        for dtype in select.TRITON_DTYPES:
+            yield f"triton cuda:{i}, {_name(dtype)}", _checked(torch.device("cuda", i), dtype)
+
+
+def _checked(device: torch.device, dtype: torch.dtype) -> str:
+    with warnings.catch_warnings():
+        # it is said here
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return _guarded(lambda: select.fault(device, dtype) or "self-check ok")
+
+
+def _why_not_triton() -> str:
+    try:
+        metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "not checked: Triton is not installed, and torch sees no CUDA device"
+    return "not checked: torch sees no CUDA device"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _guarded(say: Callable[[], str]) -> str:
+    try:
+        return say()
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

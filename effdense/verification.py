@@ -1,0 +1,467 @@
+"""Is it correct? A network held against its naive twin, claim by claim.
+
+NOTE [ how hidden states are seen ]
+Hooks inside a dense block would put it on the plain path, so nobody can watch a layer's
+output there. But what a block keeps for backward is everything it computed: its buffer
+holds the block's input and every layer's new features, and with save="bottlenecks" the
+bottlenecks stand beside it. They are read out of autograd's graph and compared with what
+hooks see in the naive twin. Blocks that are recomputed have no such buffer and never run
+together with their reader: those are hooked.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import statistics
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .autocast import autocast
+from .backends.select import operation_errors
+from .comparison import (
+    FLOOR,
+    Step,
+    errors_by_kind,
+    randomize_norms,
+    relative_error,
+    step,
+    weighted_sum,
+)
+from .conversion import convert
+from .layout import rows
+from .modules import BlockForward
+from .recognition import read_block
+from .timeline import stages
+
+Status = Literal["ok", "FAILED", "measured", "not checked"]
+
+TOLERANCE = 1e-10
+"""Largest accepted relative error in float64."""
+
+# Central differences along a direction of length 1: further, and ReLUs change sides on the way
+# (along one of length 300 the slope in a 3-D block was off by a hundredth); nearer, and rounding
+# shows in gradients smaller than a thousandth of the output.
+_STEP, _DIFFERENCE_TOLERANCE, _LEAST_GRADIENT = 1e-6, 1e-5, 1e-3
+_LEARNING_RATE, _MOMENTUM = 0.01, 0.9
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim: what was compared, the largest error, the largest accepted, and the verdict.
+
+    ``error`` and ``limit`` are numbers with their units where they have any.
+    """
+
+    claim: str
+    compared: str
+    error: str
+    limit: str
+    status: Status
+
+    @property
+    def failed(self) -> bool:
+        return self.status == "FAILED"
+
+
+def not_checked(claim: str, why: str) -> Row:
+    return Row(claim, why, "", "", "not checked")
+
+
+def judged(claim: str, compared: str, error: float, limit: float) -> Row:
+    # written so that a NaN fails
+    status: Status = "ok" if error <= limit else "FAILED"
+    return Row(claim, compared, f"{error:.1e}", f"{limit:.0e}" if limit else "0", status)
+
+
+def guarded(claim: str, check: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """The rows of a check, and one more that says how it ended where it raised an error."""
+    try:
+        yield from check()
+    except Exception as error:
+        line = (str(error) or "no message").splitlines()[0][:200]
+        yield Row(claim, f"{type(error).__name__}: {line}", "", "", "FAILED")
+
+
+class Twins(NamedTuple):
+    """The naive network and ours, or a model as it was and converted: equal parameters."""
+
+    naive: nn.Module
+    ours: nn.Module
+
+    @classmethod
+    def of(cls, naive: nn.Module, ours: nn.Module, device: torch.device) -> Twins:
+        """Both in float64 and training mode, with random norms and without dropout."""
+        for model in (naive, ours):
+            model.to(device=device, dtype=torch.float64).train()
+            _without_dropout(model)
+            randomize_norms(model)
+        ours.load_state_dict(naive.state_dict())
+        return cls(naive, ours)
+
+    def copies(self) -> Twins:
+        """With parameters and buffers of their own."""
+        return Twins(copy.deepcopy(self.naive), copy.deepcopy(self.ours))
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Masks are drawn in another order by ours, which is no error."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        if isinstance(getattr(module, "drop_rate", None), float):
+            module.drop_rate = 0.0  # type: ignore[assignment]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """A model's output, or the first tensor in the structure that it returns."""
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def training_loss(output: Tensor) -> Tensor:
+    """Cross-entropy against fixed random classes, or where there are none a mean of squares."""
+    if output.dim() < 2 or output.shape[1] < 2:
+        return output.double().square().mean()
+    generator = torch.Generator().manual_seed(4)
+    shape = (output.shape[0], *output.shape[2:])
+    target = torch.randint(output.shape[1], shape, generator=generator)
+    return F.cross_entropy(output, target.to(output.device))
+
+
+class Comparison:
+    """The checks of one pair of networks on inputs of one shape.
+
+    Args:
+        twins: see :meth:`Twins.of`; not changed.
+        shape: of a batch, (N, channels, *spatial).
+        optimizer_steps: taken in lockstep.
+    """
+
+    def __init__(self, twins: Twins, shape: Sequence[int], optimizer_steps: int) -> None:
+        self._twins, self._shape, self._steps = twins, tuple(shape), optimizer_steps
+        self._device = next(twins.naive.parameters()).device
+
+    def exact(self) -> Iterator[Row]:
+        """Everything in float64, where only the order of summation differs."""
+        with _reproducible():
+            yield from guarded("hidden states", self._hidden_states)
+            yield from guarded("one training step", self._one_step)
+            yield from guarded("save modes", self._save_modes)
+            yield from guarded("finite differences", self._finite_differences)
+            yield from guarded("optimiser steps in lockstep", self._lockstep)
+
+    def narrow(self, dtype: torch.dtype) -> Iterator[Row]:
+        """float32, or 16 bits under autocast: see comparison.py for the rule."""
+        name = _name(dtype)
+        with _reproducible():
+            yield from guarded(f"errors in {name}", lambda: self._narrow(dtype))
+
+    # ------------------------------------------------------------------ checks
+
+    def _hidden_states(self) -> Iterator[Row]:
+        twins, errors = self._twins.copies(), _Largest()
+        convert(twins.ours, "bottlenecks", report=True)
+        seen, found = 0, _hidden(twins, self._input(0))
+        for kind, name, actual, expected in found:
+            seen += kind in (_INPUT, _RECOMPUTED)
+            errors.add(kind, name, relative_error(actual, expected))
+        blocks = [m for m in twins.ours.modules() if isinstance(m, BlockForward)]
+        status: Status = "ok" if 0 < seen == len(blocks) else "FAILED"
+        yield Row("runs in linear memory", "dense blocks", f"{seen} of {len(blocks)}", "", status)
+        yield from errors.rows("float64")
+
+    def _one_step(self) -> Iterator[Row]:
+        twins, errors, x = self._twins.copies(), _Largest(), self._input(0)
+        naive, ours = (_step(model, x, training_loss) for model in twins)
+        errors.add("output", "", relative_error(ours.output, naive.output))
+        losses = (training_loss(s.output).double() for s in (ours, naive))
+        errors.add("loss", "", relative_error(*losses))
+        for name, gradient in naive.gradients.items():
+            own = ours.gradients[name]
+            errors.add("gradients of parameters", name, _both(own, gradient))
+        both = ours.input_gradient, naive.input_gradient
+        errors.add("gradient of the input", "", _both(*both))
+        for name, buffer in naive.buffers.items():
+            errors.add("buffers after a step", name, _both(ours.buffers[name], buffer))
+        yield from errors.rows("float64")
+        with torch.no_grad():
+            evaluated = [first_tensor(model.eval()(x)) for model in twins]
+        yield judged("output in eval mode", "float64", relative_error(*evaluated[::-1]), TOLERANCE)
+
+    def _save_modes(self) -> Iterator[Row]:
+        steps: dict[str, Step] = {}
+        for save in ("features", "bottlenecks", "input", "all"):
+            ours = copy.deepcopy(self._twins.ours)
+            convert(ours, save, report=True)
+            steps[save] = _step(ours, self._input(0), training_loss)
+        base = steps.pop("features")
+        for save, found in steps.items():
+            pairs = [(found.output, base.output), (found.input_gradient, base.input_gradient)]
+            pairs += [(found.gradients[name], g) for name, g in base.gradients.items()]
+            pairs += [(found.buffers[name], b) for name, b in base.buffers.items()]
+            largest = max((_both(a, e) for a, e in pairs), key=_with_nan_last)
+            claim = f'save="{save}" is save="features"'
+            if save == "all":
+                yield judged(claim, f"float64, {len(pairs)} tensors", largest, TOLERANCE)
+            else:
+                same = all(_identical(a, e) for a, e in pairs)
+                compared = f"bit for bit, {len(pairs)} tensors"
+                yield Row(claim, compared, f"{largest:.1e}", "0", "ok" if same else "FAILED")
+
+    def _finite_differences(self) -> Iterator[Row]:
+        """Of one dense block, along a random direction in the input and in each parameter."""
+        twins, errors = self._twins.copies(), _Largest()
+        found = {name: m for name, m in twins.ours.named_modules() if isinstance(m, BlockForward)}
+        name, block = next(iter(found.items()))
+        channels = block_inputs(twins.naive, [name], self._input(0))[name][1]
+        generator = torch.Generator().manual_seed(5)
+        shape = (2, channels, *(5, 6, 4)[: len(self._shape) - 2])
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(self._device)
+        module: Any = block
+        taken = step(module, x)
+        gradients = {"input": taken.input_gradient, **taken.gradients}
+        tensors = {"input": x, **{n: p.data for n, p in module.named_parameters()}}
+        # of a large block some: each takes two forwards
+        for chosen in list(tensors)[:: max(1, len(tensors) // 40)]:
+            gradient, tensor = gradients[chosen], tensors[chosen]
+            if gradient is None:
+                continue
+            direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            direction = (direction / direction.norm()).to(self._device)
+            values, kept = [], tensor.clone()
+            for sign in (1, -1):
+                tensor.add_(direction, alpha=sign * _STEP)
+                with torch.no_grad():
+                    values.append(weighted_sum(module(x)).item())
+                tensor.copy_(kept)
+            slope = (values[0] - values[1]) / (2 * _STEP)
+            expected = (gradient * direction).sum().item()
+            # what a random direction of length 1 sees of a gradient
+            scale = gradient.norm().item() / math.sqrt(gradient.numel())
+            scale = max(scale, _LEAST_GRADIENT * taken.output.norm().item())
+            errors.add("gradient by finite differences", chosen, abs(slope - expected) / scale)
+        yield from errors.rows(f"float64, {name or 'the block'}", _DIFFERENCE_TOLERANCE)
+
+    def _lockstep(self) -> Iterator[Row]:
+        twins, errors = self._twins.copies(), _Largest()
+        optimizers = [
+            torch.optim.SGD(model.parameters(), _LEARNING_RATE, momentum=_MOMENTUM)
+            for model in twins
+        ]
+        for i in range(self._steps):
+            x, losses = self._input(i), []
+            for model, optimizer in zip(twins, optimizers, strict=True):
+                loss = training_loss(first_tensor(model(x)))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach().double())
+            errors.add("losses in lockstep", f"step {i + 1}", relative_error(*losses[::-1]))
+        naive, ours = (model.state_dict() for model in twins)
+        for name, value in naive.items():
+            errors.add(f"state after {self._steps} SGD steps", name, _both(ours[name], value))
+        yield from errors.rows("float64")
+
+    def _narrow(self, dtype: torch.dtype) -> Iterator[Row]:
+        amp = None if dtype == torch.float32 else dtype
+        pooled: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+        for seed in range(3):
+            twins = self._twins.copies()
+            twins.naive.float(), twins.ours.float()
+            twins.ours.load_state_dict(twins.naive.state_dict())
+            exact = copy.deepcopy(self._twins.naive)
+            # The rounding of weights and input is nobody's error.
+            exact.load_state_dict(twins.naive.state_dict())
+            x = self._input(seed).float()
+            truth = _step(exact, x.double(), weighted_sum)
+            for which, model in enumerate((twins.ours, twins.naive)):
+                found = errors_by_kind(_step(model, x, weighted_sum, amp), truth)
+                for kind, error in found.items():
+                    pooled[kind][which].append(error)
+        compared = f"{_name(dtype)}{' autocast' if amp else ''} against float64, naive"
+        for kind, both in pooled.items():
+            error, naive = (statistics.median(errors) for errors in both)
+            row = judged(kind, f"{compared} {naive:.1e}", error, 2 * naive + FLOOR[dtype])
+            yield row
+
+    def _input(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed + 1)
+        x = torch.randn(self._shape, generator=generator, dtype=torch.float64)
+        return x.to(self._device)
+
+
+def operations(backend: Any, device: torch.device, dtype: torch.dtype, each: bool) -> Iterator[Row]:
+    """A backend's operations against float64: a row each, or one for all."""
+    tolerance, largest = 0.0, _Largest()
+    for operation, error, tolerance in operation_errors(backend, device, dtype):
+        compared = f"{_name(dtype)} on {device} against float64"
+        if isinstance(error, Exception):
+            line = (str(error).splitlines() or [""])[0][:200]
+            raised = f"{compared}: {type(error).__name__}: {line}"
+            yield Row(f"{backend.name}: {operation}", raised, "", f"{tolerance:.0e}", "FAILED")
+        elif each:
+            yield judged(f"{backend.name}: {operation}", compared, error, tolerance)
+        else:
+            largest.add(f"operations of the {backend.name} backend", operation, error)
+    yield from largest.rows(_name(dtype), tolerance, "operations")
+
+
+# -------------------------------------------------------------------- helpers
+
+
+class _Largest:
+    """The largest error of each claim, and whose it is."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[tuple[float, str]]] = defaultdict(list)
+
+    def add(self, claim: str, name: str, error: float) -> None:
+        self._found[claim].append((error, name))
+
+    def rows(
+        self, dtype: str, tolerance: float = TOLERANCE, what: str = "tensors"
+    ) -> Iterator[Row]:
+        for claim, errors in self._found.items():
+            error, name = max(errors, key=lambda pair: _with_nan_last(pair[0]))
+            count = f", {len(errors)} {what}" if len(errors) > 1 else ""
+            worst = f", worst {name}" if name and error != 0 else ""
+            yield judged(claim, f"{dtype}{count}{worst}", error, tolerance)
+
+
+def _with_nan_last(error: float) -> float:
+    return math.inf if math.isnan(error) else error
+
+
+def _both(actual: Tensor | None, expected: Tensor | None) -> float:
+    """Relative error; infinite where only one of the two is there, or whole numbers differ."""
+    if actual is None or expected is None:
+        return 0.0 if actual is expected else math.inf
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(actual, expected) else math.inf
+    return relative_error(actual, expected)
+
+
+def _identical(actual: Tensor | None, expected: Tensor | None) -> bool:
+    if actual is None or expected is None:
+        return actual is expected
+    return torch.equal(actual, expected)
+
+
+def _step(
+    model: nn.Module,
+    x: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    amp: torch.dtype | None = None,
+) -> Step:
+    def call(x: Tensor) -> Tensor:
+        with autocast(x.device, amp):
+            return first_tensor(model(x))
+
+    return step(model, x, call=call, loss=loss)
+
+
+_INPUT, _RECOMPUTED = "input of dense blocks", "output of recomputed dense blocks"
+
+
+def _hidden(twins: Twins, x: Tensor) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+    """(kind, name, ours, naive) of every hidden state; see NOTE [ how hidden states are seen ]."""
+    blocks = {n: m for n, m in twins.ours.named_modules() if isinstance(m, BlockForward)}
+    fused = {name: block for name, block in blocks.items() if block.fused_layers}
+    outputs: dict[str, Tensor] = {}
+    convolved: dict[nn.Module, Tensor] = {}
+    hooked: dict[str, Tensor] = {}
+
+    def keep(into: dict[Any, Tensor], key: Any) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            into[key] = rows(output.detach()).clone()
+
+        return hook
+
+    parts = {}
+    for name in blocks:
+        block = twins.naive.get_submodule(name)
+        block.register_forward_hook(keep(outputs, name))
+        read = read_block(block, type(block)) if name in fused else "recomputed"
+        parts[name] = read
+        for layer in () if isinstance(read, str) else read.layers:
+            layer.conv1.register_forward_hook(keep(convolved, layer.conv1))
+    for name in blocks.keys() - fused.keys():
+        module: Any = blocks[name]
+        module.register_forward_hook(keep(hooked, name))
+
+    with torch.no_grad():
+        twins.naive(x)
+    places = {
+        p.untyped_storage()._cdata: name
+        for name in blocks
+        for p in twins.ours.get_submodule(name).parameters()
+    }
+    for stage in stages(first_tensor(twins.ours(x))):
+        here = (places.get(t.untyped_storage()._cdata) for t in stage.parameters)
+        name = next((place for place in here if place is not None), "")
+        read = parts.get(name, "")
+        if isinstance(read, str) or not read.layers:
+            continue
+        expected, layers = outputs[name], read.layers
+        width, first = expected.shape[1], layers[0].norm1.num_features
+        growth = (width - first) // len(layers)
+        # the first layer reads the block's input
+        starts = [0] + [first + i * growth for i in range(len(layers) + 1)]
+        for i, (start, stop) in enumerate(itertools.pairwise(starts)):
+            own = slice(width - stop, width - start) if read.newest_first else slice(start, stop)
+            kind = "new features of dense layers" if i else _INPUT
+            where = f"{name}, layer {i}" if i else name
+            yield kind, where, stage.features[:, own], expected[:, own]
+        for i, (y, layer) in enumerate(zip(stage.bottlenecks, layers, strict=False)):
+            yield "bottlenecks of dense layers", f"{name}, layer {i + 1}", y, convolved[layer.conv1]
+    for name, output in hooked.items():
+        yield _RECOMPUTED, name, output, outputs[name]
+
+
+def block_inputs(model: nn.Module, names: Iterable[str], x: Tensor) -> dict[str, torch.Size]:
+    """The shapes that the modules of these names are called with."""
+    found: dict[str, torch.Size] = {}
+    handles = []
+    for name in names:
+
+        def look(module: nn.Module, inputs: Any, name: str = name) -> None:
+            found[name] = first_tensor(inputs).shape
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(look))
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """Deterministic algorithms, whole float32 products, and new memory filled with NaN."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = torch.are_deterministic_algorithms_enabled()
+    settings = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = False, False, False
+    try:
+        with warnings.catch_warnings():
+            # what has no deterministic algorithm shows as a difference, if it makes one
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = settings
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
