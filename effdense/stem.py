@@ -49,7 +49,8 @@ def norm_relu_max_pool(x: Tensor, norm: nn.Module, pool: Any, backend: str) -> T
     ops = get_backend(backend, x.device, x.dtype)
     if not spec.batch_statistics and not torch.is_grad_enabled():
         # nothing is kept and no statistics are taken: no second copy of x as a matrix either
-        step = ops.images_per_step(x.shape[0], x[0].numel() * x.element_size())
+        # its rows, z and what pooling takes are in use together, twice each in 3-D
+        step = ops.images_per_step(x.shape[0], 4 * x[0].numel() * x.element_size())
         parts = [_NormReluMaxPool.apply(ops, spec, pool, part, *tensors) for part in x.split(step)]
         return parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts])
     output, mean, var = _NormReluMaxPool.apply(ops, spec, pool, x, *tensors)
