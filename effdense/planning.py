@@ -59,10 +59,9 @@ class _Mode(NamedTuple):
     offload: bool | None = None
 
 
-_STAYING = tuple(_Mode(save) for save in CANDIDATES)
-_EITHER = tuple(_Mode(save, False) for save in CANDIDATES) + tuple(
-    _Mode(save, True) for save in ("all", *CANDIDATES)
-)
+_AS_IT_IS = tuple(_Mode(save) for save in CANDIDATES)
+_STAYING = tuple(_Mode(save, False) for save in CANDIDATES)
+_EITHER = _STAYING + tuple(_Mode(save, True) for save in ("all", *CANDIDATES))
 _NAIVE = _Mode("all", False)
 
 
@@ -144,7 +143,8 @@ def plan(
             free, control groups respected.
         objective: "time".
         offload: whether blocks may keep what they keep outside the device
-            (:func:`effdense.offload`) where nothing else fits.
+            (:func:`effdense.offload`) where nothing else fits. If False, each block's own
+            ``offload`` stays as it is.
         options: as of :func:`effdense.estimate`.
 
     Raises:
@@ -154,7 +154,7 @@ def plan(
     if objective != "time":
         raise ValueError(f'objective must be "time", got {objective!r}')
     search = _Search(model, input_shape, budget, options)
-    found = search.best(_STAYING)
+    found = search.best(_STAYING if offload else _AS_IT_IS)
     if found is None and offload:
         found = search.best(_EITHER)
     return search.refuse(offload) if found is None else found
@@ -231,7 +231,7 @@ class _Search:
     def refuse(self, offload: bool) -> Plan:
         """Say what would do, by an exception."""
         least, away = (
-            self._rehearsed(_Costs(self, modes).smallest()).needed for modes in (_STAYING, _EITHER)
+            self._rehearsed(_Costs(self, modes).smallest()).needed for modes in (_AS_IT_IS, _EITHER)
         )
         advice = "Raise the budget, reduce the batch (see effdense.largest_batch), compute in 16 "
         advice += "bits (amp)"
@@ -363,8 +363,8 @@ def choices(model: nn.Module, input_shape: Sequence[int], **options: Any) -> lis
         ValueError: for an argument outside its range, or an input that the model refuses.
     """
     search = _Search(model, input_shape, 1, options)
-    costs = _Costs(search, _STAYING)
-    mixtures = itertools.product(_STAYING, repeat=len(search.names))
+    costs = _Costs(search, _AS_IT_IS)
+    mixtures = itertools.product(_AS_IT_IS, repeat=len(search.names))
     found = [
         Choice(tuple(mode.save for mode in m), costs.peak(m), costs.cost(m)[1] / costs.fastest())
         for m in mixtures

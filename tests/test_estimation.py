@@ -330,7 +330,7 @@ def test_a_plan_for_a_converted_model(network: effdense.DenseNet) -> None:
 
 
 def test_what_does_not_fit_is_offloaded_where_it_may_be() -> None:
-    model = effdense.densenet_bc(40, 12)
+    model = effdense.densenet_bc(22, 12)
     with pytest.raises(BudgetError) as caught:
         effdense.plan(model, SHAPE, "5MiB")
     budget = caught.value.least - 1
