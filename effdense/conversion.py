@@ -25,7 +25,7 @@ from torch import nn
 from .backends.select import check_backend
 from .dense_block import Save, check_save
 from .eligibility import BATCH_NORMS
-from .modules import BlockForward, SequentialForward, TransitionForward
+from .modules import BlockForward, SequentialForward, TransitionForward, set_save
 from .recognition import input_width, layers_of, read_block, read_chain, read_transition
 
 Kind = Literal["dense block", "dense block, recomputed", "transition", "sequence"]
@@ -188,18 +188,15 @@ def convert(
             )
     found = ConversionReport(model)
     blocks = _convert_blocks(model, found)
-    modes = [save] * len(blocks) if isinstance(save, str) else list(save)
-    if len(modes) != len(blocks):
-        revert(model)
-        raise ValueError(f"expected a save mode for each of {len(blocks)} blocks, got {modes}")
     if blocks:
         _convert_readers(model, found)
-    for block, mode in zip(blocks, modes, strict=True):
-        block.save = mode
-        block.backend = backend
+    try:
+        set_save(model, save)
+    except ValueError:
+        revert(model)
+        raise
     for module in model.modules():
-        if isinstance(module, (TransitionForward, SequentialForward)):
-            module.plain = all(mode == "all" for mode in modes)
+        if isinstance(module, (BlockForward, TransitionForward, SequentialForward)):
             module.backend = backend
     if report:
         return found
@@ -214,7 +211,7 @@ def revert(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, _Converted):
-            for name in ("save", "plain", "backend"):
+            for name in ("save", "offload", "plain", "backend"):
                 vars(module).pop(name, None)
             module.__class__ = module.original  # type: ignore[assignment]
     return model
@@ -250,7 +247,7 @@ def _convert_blocks(model: nn.Module, found: ConversionReport) -> list[Any]:
 
 def _block_kind(block: nn.Module) -> str:
     """What a block can be converted to, or why it can't."""
-    objection = _class_objection(block, ("save", "backend"))
+    objection = _class_objection(block, ("save", "offload", "backend"))
     if objection is not None:
         return objection
     parts = read_block(block, type(block))

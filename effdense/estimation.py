@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .backends.select import meta_stands_for
+from .layout import every_shape
+from .modules import BlockForward, dense_blocks, set_offload, set_save
 from .reference import DenseBlock
 from .synchronization import process_groups
-from .timeline import Peak, Training, record_step
+from .timeline import Peak, Training, is_compiled_for, record_step
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -62,7 +64,8 @@ class Estimate:
     from the device for them, on "cuda" only: not in it are the CUDA context and the
     libraries' workspaces (some hundred MiB, by driver and device). ``resident`` is what the
     process grows by on a CPU: more than the peak where torch's convolutions have to lay out
-    their windows (float64, 16 bits on processors without them, volumes in those).
+    their windows (float64, 16 bits on processors without them, volumes in those), and where
+    code compiled for products in 16 bits is kept.
     """
 
     peak: int
@@ -72,6 +75,11 @@ class Estimate:
     reserved: int | None = None
     resident: int | None = None
 
+    @property
+    def needed(self) -> int:
+        """Bytes that the device must have for it: reserved on "cuda", else resident."""
+        return max(self.peak, self.reserved or 0, self.resident or 0)
+
     def __str__(self) -> str:
         rows = [(name, size) for name, size in self.parts.items() if size]
         lines = [f"{name:<16}{size / 2**20:>12,.1f} MiB" for name, size in rows]
@@ -79,7 +87,7 @@ class Estimate:
         if self.resident is not None and self.resident > self.peak:
             lines.append(
                 f"{'resident':<16}{self.resident / 2**20:>12,.1f} MiB  "
-                "(with what convolutions of this type take inside)"
+                "(with what operations on this type take inside)"
             )
         if self.reserved is not None:
             lines.append(
@@ -108,7 +116,8 @@ def estimate(
     update, with optimizer state in place, as in every step but a training's first.
 
     Args:
-        model: effdense's, in any mixture of save modes, or a naive one; on any device.
+        model: effdense's or a converted one, in any mixture of save modes, or a naive one; on
+            any device.
         input_shape: of a batch, (N, channels, *spatial).
         optimizer: one of ``OPTIMIZERS``.
         dtype: of parameters and input; None for the model's own.
@@ -166,9 +175,11 @@ class Rehearsal:
                 f"got {input_shape!r}"
             )
         if save is not None:
-            self._twin.save = save
+            set_save(self._twin, save)
         if offload is not None:
-            self._twin.offload = offload
+            set_offload(self._twin, offload)
+        computes_in = self._amp or self._dtype
+        whole = every_shape.set(self._device == "cpu" and is_compiled_for(computes_in))
         token = meta_stands_for.set(self._device)
         try:
             return record_step(lambda: self._training(shape), places=places)
@@ -177,6 +188,7 @@ class Rehearsal:
             raise ValueError(f"the model refuses input of shape {shape}: {line}") from error
         finally:
             meta_stands_for.reset(token)
+            every_shape.reset(whole)
 
     def _training(self, shape: tuple[int, ...]) -> Training:
         parameters = [p for p in self._twin.parameters() if p.requires_grad]
@@ -184,7 +196,7 @@ class Rehearsal:
             self._twin,
             OPTIMIZERS[self._optimizer](parameters),
             torch.empty(shape, dtype=self._dtype, device="meta"),
-            torch.empty(shape[:1], dtype=torch.int64, device="meta"),
+            None,
             self._amp,
             self._device,
         )
@@ -215,7 +227,7 @@ def places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def block_names(model: nn.Module) -> tuple[str, ...]:
     """The dense blocks' names, first to last."""
-    return tuple(name for name, m in model.named_modules() if isinstance(m, DenseBlock))
+    return tuple(dense_blocks(model, (BlockForward, DenseBlock)))
 
 
 def as_estimate(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from itertools import islice
 from typing import TypeVar
 
 from torch import Tensor
 
 _Piece = TypeVar("_Piece")
+
+# Whether meta tensors are to go through operations of every shape there is, not only of the
+# largest: where a library keeps something for each (timeline.py).
+every_shape: ContextVar[bool] = ContextVar("every_shape", default=False)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -32,13 +37,21 @@ def neighbour_stands_for(of: Tensor, layer: int, layers: int) -> bool:
     On meta tensors, and in deep blocks, where a layer's temporaries are between those of
     the layers around it, up to the rounding of tiles.
     """
-    return of.is_meta and layers >= 32 and 2 <= layer < layers - 2 and layer % (layers // 8) != 0
+    if not of.is_meta or every_shape.get():
+        return False
+    return layers >= 32 and 2 <= layer < layers - 2 and layer % (layers // 8) != 0
 
 
 def pieces(of: Tensor, cuts: Iterable[_Piece]) -> Iterator[_Piece]:
     """The pieces in which work on ``of`` is done, one after the other.
 
     On meta tensors, which have shapes and no values, the first stands for all: none is
-    larger, and each takes its memory after the one before has given it back.
+    larger, and each takes its memory after the one before has given it back. The last may
+    be smaller.
     """
-    return islice(cuts, 1) if of.is_meta else iter(cuts)
+    if not of.is_meta:
+        return iter(cuts)
+    if not every_shape.get():
+        return islice(cuts, 1)
+    first, *rest = cuts
+    return iter([first, *rest[-1:]])

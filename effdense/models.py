@@ -16,7 +16,15 @@ from .autocast import autocast_dtype
 from .backends.select import check_backend
 from .dense_block import Save, check_save
 from .eligibility import has_hooks, refuse_replica
-from .modules import DenseBlock, Features, Transition, has_global_hooks
+from .modules import (
+    DenseBlock,
+    Features,
+    Transition,
+    dense_blocks,
+    has_global_hooks,
+    set_offload,
+    set_save,
+)
 from .reference import Init
 from .tracing import graph_is_recorded
 
@@ -102,20 +110,11 @@ class DenseNet(reference.DenseNet):
     @property
     def save(self) -> tuple[Save, ...]:
         """What each dense block keeps for backward; set one mode for all, or one per block."""
-        return tuple(block.save for block in self._blocks())
+        return tuple(block.save for block in dense_blocks(self).values())
 
     @save.setter
     def save(self, save: Save | Sequence[Save]) -> None:
-        blocks = self._blocks()
-        modes = [save] * len(blocks) if isinstance(save, str) else list(save)
-        if len(modes) != len(blocks):
-            raise ValueError(f"expected a save mode for each of {len(blocks)} blocks, got {modes}")
-        for block, mode in zip(blocks, [check_save(mode) for mode in modes], strict=True):
-            block.save = mode
-        plain = all(mode == "all" for mode in modes)
-        for module in self.modules():
-            if isinstance(module, (Transition, Features)):
-                module.plain = plain
+        set_save(self, save)
 
     @property
     def offload(self) -> tuple[bool, ...]:
@@ -123,21 +122,11 @@ class DenseNet(reference.DenseNet):
 
         Set one for all, or one per block.
         """
-        return tuple(block.offload for block in self._blocks())
+        return tuple(block.offload for block in dense_blocks(self).values())
 
     @offload.setter
     def offload(self, offload: bool | Sequence[bool]) -> None:
-        blocks = self._blocks()
-        flags = [offload] * len(blocks) if isinstance(offload, bool) else list(offload)
-        if len(flags) != len(blocks) or not all(isinstance(flag, bool) for flag in flags):
-            raise ValueError(
-                f"expected True or False for each of {len(blocks)} blocks, got {flags}"
-            )
-        for block, flag in zip(blocks, flags, strict=True):
-            block.offload = flag
-
-    def _blocks(self) -> list[DenseBlock]:
-        return [module for module in self.features if isinstance(module, DenseBlock)]
+        set_offload(self, offload)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, *spatial) to (N, num_classes).

@@ -168,6 +168,52 @@ class Features(SequentialForward, nn.Sequential):
     original = nn.Sequential
 
 
+def dense_blocks(model: nn.Module, kind: Any = BlockForward) -> dict[str, Any]:
+    """A model's dense blocks by name, first to last, the outermost of nested ones.
+
+    ``kind``: the class or classes that count as blocks.
+    """
+    found: dict[str, Any] = {}
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, kind) and id(module) not in inside:
+            found[name] = module
+            inside |= {id(child) for child in module.modules()}
+    return found
+
+
+def set_save(model: nn.Module, save: Save | Sequence[Save]) -> None:
+    """Set what a model's dense blocks keep for backward: one mode for all, or one per block.
+
+    Raises:
+        ValueError: for an unknown mode, or another number of them than of blocks.
+    """
+    blocks = dense_blocks(model).values()
+    modes = [save] * len(blocks) if isinstance(save, str) else list(save)
+    if len(modes) != len(blocks):
+        raise ValueError(f"expected a save mode for each of {len(blocks)} blocks, got {modes}")
+    for block, mode in zip(blocks, [check_save(mode) for mode in modes], strict=True):
+        block.save = mode
+    plain = all(mode == "all" for mode in modes)
+    for module in model.modules():
+        if isinstance(module, (TransitionForward, SequentialForward)):
+            module.plain = plain
+
+
+def set_offload(model: nn.Module, offload: bool | Sequence[bool]) -> None:
+    """Set whether a model's dense blocks keep that elsewhere: one for all, or one per block.
+
+    Raises:
+        ValueError: for something else than booleans, or another number of them than of blocks.
+    """
+    blocks = dense_blocks(model).values()
+    flags = [offload] * len(blocks) if isinstance(offload, bool) else list(offload)
+    if len(flags) != len(blocks) or not all(isinstance(flag, bool) for flag in flags):
+        raise ValueError(f"expected True or False for each of {len(blocks)} blocks, got {flags}")
+    for block, flag in zip(blocks, flags, strict=True):
+        block.offload = flag
+
+
 def is_unchanged(module: nn.Module | None, mixin: type[_Mixin]) -> TypeGuard[_Mixin]:
     """Whether calling ``module`` means what ``mixin`` says, with nobody watching."""
     return (

@@ -41,7 +41,7 @@ def run_chain(block: nn.Module, chain: Chain, x: Tensor, save: Save) -> Tensor:
     names = [[name for name, _ in layer.named_parameters()] for layer in layers]
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     run = _Run(layers, names, chain, save, torch.is_grad_enabled())
-    return _Recomputed.apply(run, x, *parameters)
+    return Recomputed.apply(run, x, *parameters)
 
 
 class _Run(NamedTuple):
@@ -62,7 +62,7 @@ class _Notes(NamedTuple):
     buffers: dict[str, Tensor]
 
 
-class _Recomputed(torch.autograd.Function):
+class Recomputed(torch.autograd.Function):
     """``apply(run, x, *parameters)``: the features (N, C, *spatial)."""
 
     @staticmethod

@@ -52,7 +52,9 @@ def norm_relu_max_pool(x: Tensor, norm: nn.Module, pool: Any, backend: str) -> T
     ops = get_backend(backend, x.device, x.dtype) if x.numel() else EmptyBackend()
     if not spec.batch_statistics and not torch.is_grad_enabled():
         # nothing is kept and no statistics are taken: no second copy of x as a matrix either
-        step = ops.images_per_step(x.shape[0], x[0].numel() * x.element_size())
+        # its rows, z and what pooling takes are in use together, twice each in 3-D
+        image_bytes = x.shape[1:].numel() * x.element_size()
+        step = ops.images_per_step(x.shape[0], 4 * image_bytes)
         parts = [
             _NormReluMaxPool.apply(ops, batch, spec, pool, part, *tensors) for part in x.split(step)
         ]

@@ -19,6 +19,7 @@ the same tensors in the same order: its timeline is the prediction of the real o
 
 from __future__ import annotations
 
+import bisect
 import functools
 import heapq
 import math
@@ -38,6 +39,7 @@ from .autocast import autocast
 from .backends.select import meta_stands_for
 from .dense_block import DenseStage
 from .meta_shapes import meta_result
+from .recomputation import Recomputed
 
 ROLES = (
     "parameters",
@@ -69,14 +71,16 @@ class _Storage:
 class Training:
     """A network ready to be trained on one batch by cross-entropy, on meta tensors or real ones.
 
-    ``amp`` is what autocast computes in, None for no autocast; tensors on meta stand for
-    those of a device of kind ``meta_stands_for``.
+    ``target`` are classes, None for class 0 of every image, or of every position where the
+    network classifies each; where it returns several tensors, their losses are added. ``amp``
+    is what autocast computes in, None for no autocast; tensors on meta stand for those of a
+    device of kind ``meta_stands_for``.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     x: Tensor
-    target: Tensor
+    target: Tensor | None
     amp: torch.dtype | None = None
     meta_stands_for: str = "cpu"
 
@@ -91,7 +95,16 @@ class Training:
     def loss(self) -> Tensor:
         """Forward, to a scalar."""
         with autocast(self.x.device, self.amp, self.meta_stands_for):
-            return F.cross_entropy(self.model(self.x), self.target)
+            outputs = tree_leaves(self.model(self.x))
+            losses = [self._cross_entropy(y) for y in outputs if isinstance(y, Tensor)]
+            return losses[0] if len(losses) == 1 else sum(losses, self.x.new_zeros(()))
+
+    def _cross_entropy(self, output: Tensor) -> Tensor:
+        target = self.target
+        if target is None:
+            shape = output.shape[:1] + output.shape[2:]
+            target = torch.zeros(shape, dtype=torch.int64, device=output.device)
+        return F.cross_entropy(output, target)
 
     def step(self) -> None:
         """One training step."""
@@ -106,10 +119,10 @@ class Peak:
 
     Bytes by role (their sum is ``total``), the phase, and the place: the group of
     parameters that was in use. ``kept`` is what forward left alive for backward, by place;
-    ``sizes`` are the bytes of each storage alive at the peak; ``highs`` are the most live
-    bytes by phase and place; ``resident`` is the highest sum of live bytes and of what
-    convolutions take inside (on meta tensors that stand for a CPU's); ``positions`` are
-    those of each dense block in linear memory.
+    ``sizes`` are the bytes of each storage alive at the peak; ``resident`` is the highest sum
+    of live bytes, of what convolutions take inside, and of compiled code that is kept (the
+    latter two on meta tensors that stand for a CPU's), and ``highs`` are the highest by phase
+    and place; ``positions`` are those of each dense block in linear memory.
     """
 
     parts: dict[str, int]
@@ -154,6 +167,8 @@ class Timeline(TorchDispatchMode):
         self._positions: dict[str, int] = {}
         # (when, bytes) of what convolutions take inside
         self._scratch: list[tuple[int, int]] = []
+        # by what a product was compiled for: when
+        self._compiled: dict[tuple[Any, ...], int] = {}
         self._stands_for_cpu = meta_stands_for.get() == "cpu"
 
     def __torch_dispatch__(
@@ -175,7 +190,13 @@ class Timeline(TorchDispatchMode):
                     self._see(leaf)
         if func in _CONVOLUTIONS and args[0].is_meta and self._stands_for_cpu:
             self._scratch.append((self._clock, _columns_bytes(func, args, out)))
+        if func in _PRODUCTS and self._is_compiled(out):
+            shapes = [(t.shape, t.stride()) for t in (*args, out) if isinstance(t, Tensor)]
+            self._compiled.setdefault((out.dtype, *shapes), self._clock)
         return out
+
+    def _is_compiled(self, product: Tensor) -> bool:
+        return product.is_meta and self._stands_for_cpu and is_compiled_for(product.dtype)
 
     def _see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -237,12 +258,15 @@ class Timeline(TorchDispatchMode):
         scratch: dict[int, int] = {}
         for at, nbytes in self._scratch:
             scratch[at] = max(nbytes, scratch.get(at, 0))
+        compiled = sorted(self._compiled.values())[:_COMPILED_PRODUCTS]
         for clock, change, storage in sorted(births + deaths, key=lambda event: event[0]):
             live += change
-            resident = max(resident, live + scratch.get(clock, 0))
+            code = bisect.bisect_right(compiled, clock) * _CODE_BYTES
+            taken = live + scratch.get(clock, 0) + code
+            resident = max(resident, taken)
             if change > 0:
                 moment = storage.phase, storage.born_at
-                highs[moment] = max(live, highs.get(moment, 0))
+                highs[moment] = max(taken, highs.get(moment, 0))
             if live > most:
                 most, when, last = live, clock, storage
         at_peak = [
@@ -297,6 +321,20 @@ _CONVOLUTIONS = (
     torch.ops.aten.convolution.default,
     torch.ops.aten.convolution_backward.default,
 )
+_PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.mm.out,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.addmm_.default,
+)
+# oneDNN compiles a product of 16-bit matrices anew for every shape, and keeps the code:
+# measured, so much of each, and of so many (its documented capacity).
+_CODE_BYTES, _COMPILED_PRODUCTS = 512 << 10, 1024
+
+
+def is_compiled_for(dtype: torch.dtype) -> bool:
+    """Whether matrix products of this type are oneDNN's on this machine's CPU."""
+    return dtype.itemsize == 2 and _is_onednn_s(dtype)
 
 
 def _columns_bytes(func: Any, args: tuple[Any, ...], out: Any) -> int:
@@ -359,7 +397,7 @@ def _recorded(
         job = build()
         model, optimizer = job.model, job.optimizer
         timeline.assign("parameters", [*model.parameters(), *model.buffers()])
-        timeline.assign("input", [job.x, job.target])
+        timeline.assign("input", [job.x] if job.target is None else [job.x, job.target])
         job.make_optimizer_state()
         states = [v for s in optimizer.state.values() for v in s.values()]
         timeline.assign("optimizer", [v for v in states if torch.is_tensor(v)])
@@ -386,10 +424,11 @@ def _locate_all(timeline: Timeline, loss: Tensor) -> None:
 
 
 _STAGE: Any = DenseStage._backward_cls
+_RECOMPUTED: Any = Recomputed._backward_cls
 
 
 class KeptByStage(NamedTuple):
-    """What one :class:`~effdense.dense_block.DenseStage` keeps for backward."""
+    """What one dense block in linear memory keeps for backward; features or its input."""
 
     features: Tensor
     bottlenecks: Sequence[Tensor]
@@ -406,7 +445,10 @@ def stages(output: Tensor) -> Iterator[KeptByStage]:
             continue
         seen.add(node)
         waiting += [parent for parent, _ in node.next_functions]
-        if isinstance(node, _STAGE):
+        if isinstance(node, _RECOMPUTED):
+            features, *parameters = node.saved_tensors
+            yield KeptByStage(features, (), parameters)
+        elif isinstance(node, _STAGE):
             # in the order of DenseStage.forward: X, statistics, bottlenecks, tensors
             kept, first = node.saved_tensors, 5 + node.num_kept
             tensors = [t for t in kept[first:] if t is not None]

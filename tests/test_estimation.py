@@ -283,7 +283,7 @@ def test_a_plan_is_applied_and_trains_within_its_peak(network: effdense.DenseNet
 
 
 def test_a_budget_that_cannot_be_met_says_what_would_do(network: effdense.DenseNet) -> None:
-    with pytest.raises(BudgetError, match=r"needs at least .* 16 bits \(amp\)$") as caught:
+    with pytest.raises(BudgetError, match=r"batch of 32 needs at least .* \(amp\)") as caught:
         effdense.plan(network, SHAPE, "5MiB")
     assert effdense.plan(network, SHAPE, caught.value.least).peak <= caught.value.least
     with pytest.raises(BudgetError):
@@ -293,7 +293,7 @@ def test_a_budget_that_cannot_be_met_says_what_would_do(network: effdense.DenseN
 def test_offloading_is_named_where_it_would_help() -> None:
     # the peak is in the second block, while the first one's features wait for their turn
     deep_end = effdense.DenseNet(12, (6, 60), 24, small_inputs=True)
-    with pytest.raises(BudgetError, match=r"model\.offload = True") as caught:
+    with pytest.raises(BudgetError, match=r"outside the device \(offload: ") as caught:
         effdense.plan(deep_end, (16, 3, 16, 16), "5MiB")
     deep_end.save, deep_end.offload = "features", True
     assert effdense.estimate(deep_end, (16, 3, 16, 16)).peak < caught.value.least
@@ -305,9 +305,60 @@ def test_budgets_that_are_none(budget: Any, network: effdense.DenseNet) -> None:
         effdense.plan(network, SHAPE, budget)
 
 
-def test_a_plan_needs_an_effdense_network() -> None:
-    with pytest.raises(ValueError, match=r"effdense\.DenseNet"):
-        effdense.plan(reference.densenet_bc(22, 12), SHAPE)  # type: ignore[arg-type]
+def test_a_plan_needs_dense_blocks_in_linear_memory() -> None:
+    with pytest.raises(ValueError, match=r"effdense\.convert the model first"):
+        effdense.plan(reference.densenet_bc(22, 12), SHAPE)
+
+
+def test_a_plan_for_a_converted_model(network: effdense.DenseNet) -> None:
+    """Its blocks fused or recomputed, the network's own last norm and pooling."""
+    for group_norm in (False, True):
+        model: Any = reference.densenet_bc(22, 12)
+        if group_norm:
+            for layer in model.modules():
+                if isinstance(layer, reference.DenseLayer):
+                    layer.norm1 = nn.GroupNorm(1, layer.norm1.num_features)
+        effdense.convert(model, report=True)
+        most = effdense.plan(model, SHAPE, "64GiB")
+        assert most.slowdown == 1
+        # recomputed layers keep the same in either mode
+        chosen = most if group_norm else effdense.plan(model, SHAPE, most.peak - 1)
+        assert chosen.peak <= most.peak < most.naive
+        chosen.apply(model)
+        assert [b.save for b in effdense.modules.dense_blocks(model).values()] == [*chosen.save]
+        assert real_step(model, SHAPE).total == pytest.approx(chosen.peak, rel=0.03)
+
+
+def test_what_does_not_fit_is_offloaded_where_it_may_be() -> None:
+    model = effdense.densenet_bc(22, 12)
+    with pytest.raises(BudgetError) as caught:
+        effdense.plan(model, SHAPE, "5MiB")
+    budget = caught.value.least - 1
+    with pytest.raises(BudgetError):
+        effdense.plan(model, SHAPE, budget)
+    chosen = effdense.plan(model, SHAPE, budget, offload=True)
+    assert chosen.peak <= budget
+    assert any(chosen.offload)
+    assert chosen.moved > 0
+    assert "offloaded" in str(chosen)
+    chosen.apply(model)
+    assert model.offload == chosen.offload
+    assert real_step(model, SHAPE).total == pytest.approx(chosen.peak, rel=0.01)
+    # what fits as it is stays
+    assert not any(effdense.plan(model, SHAPE, "64GiB", offload=True).offload)
+
+
+@pytest.mark.skipif(
+    not timeline.is_compiled_for(torch.bfloat16), reason="no products in 16 bits by oneDNN here"
+)
+def test_code_compiled_for_16_bits_is_counted() -> None:
+    model = effdense.densenet_bc(22, 12)
+    wide = effdense.estimate(model, SHAPE)
+    narrow = effdense.estimate(model, SHAPE, amp=torch.bfloat16)
+    assert wide.resident == wide.peak
+    assert narrow.resident is not None
+    # nine layers: three products each, and some in two sizes of tile
+    assert 9 * 3 * (1 << 19) <= narrow.resident - narrow.peak <= 9 * 6 * (1 << 19) + (6 << 20)
 
 
 def test_the_device_s_free_memory_is_a_budget(network: effdense.DenseNet) -> None:

@@ -59,8 +59,9 @@ class TorchBackend(StepwiseConvolution):
         """The same row tiles of several matrices, sized for x, the widest."""
         step = self._tile_rows(x)
         if x.is_meta:
-            # see layout.pieces; not even cut, for hundreds of views take their time
-            return iter([tuple(matrix[:step] for matrix in (x, *others))])
+            # not even cut, for hundreds of views take their time
+            firsts = pieces(x, range(0, x.shape[0], step))
+            return iter([tuple(m[first : first + step] for m in (x, *others)) for first in firsts])
         return zip(x.split(step), *(other.split(step) for other in others), strict=True)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,8 +290,10 @@ class _PartialStatistics:
             return self.means[0], self.squares[0] / self.rows
         counts = torch.tensor(self.counts, dtype=self.dtype, device=self.means.device)
         counts = counts.unsqueeze(1)
-        mean = (self.means * counts).sum(0) / self.rows
-        between = (self.means - mean).square_().mul_(counts).sum(0)
+        # on meta not every tile is there
+        means = self.means[: len(self.counts)]
+        mean = (means * counts).sum(0) / self.rows
+        between = (means - mean).square_().mul_(counts).sum(0)
         return mean, (self.squares.sum(0) + between) / self.rows
 
 
@@ -330,7 +333,8 @@ class _Rebuilder:
         self.norm, weight, out = rebuild
         self.width = weight.shape[1]
         self.weight_t = weight.t().contiguous()
-        self.out = out[:tile_rows].split(tile_rows) if out.is_meta else out.split(tile_rows)
+        firsts = pieces(out, range(0, out.shape[0], tile_rows))
+        self.out = [out[first : first + tile_rows] for first in firsts]
         self.z = out.new_empty((tile_rows, self.width))
 
     def __call__(self, i: int, x: Tensor) -> None:

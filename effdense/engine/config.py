@@ -122,7 +122,8 @@ class TrainConfig:
     memory_budget: Annotated[str | None, _recipe_default("SIZE", "none")] = None
     """Choose each block's --save so that a step fits, such as 8GiB; auto: what is free."""
     offload: bool = False
-    """Keep what dense blocks keep in main memory (of a GPU) or in files (of a processor)."""
+    """Keep what dense blocks keep in main memory (of a GPU) or in files (of a processor); with
+    --memory-budget, where nothing else fits."""
     backend: Literal["auto", "torch", "cpu", "triton"] = "auto"
     """What computes the dense blocks."""
 

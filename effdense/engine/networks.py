@@ -71,6 +71,7 @@ def fit_to_budget(
             network,
             largest_share(config, world, channels),
             budget,
+            offload=config.offload,
             optimizer="sgd-momentum" if momentum else config.opt,
             amp=AMP_DTYPES[config.amp],
             ddp=world.world_size > 1,
