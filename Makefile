@@ -1,6 +1,8 @@
 # make train   install into .venv and train on real images with four processes
 # make test    install into .venv and run the test suite
-# make check   lint and type-check; changes nothing
+# make check   lint, type-check and build the documentation; changes nothing
+# make docs    build the documentation into site/
+# make dist    build wheel and source archive into dist/ and try both in clean environments
 # make audit   cross-compile every Triton kernel and inspect the machine code; no GPU needed
 # make chaos   kill a short run fifty times at random; each must end with the same bits
 # make bench   the runs behind the README's table
@@ -10,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test check audit chaos bench install clean
+.PHONY: train test check docs dist audit chaos bench install clean
 
 install: $(STAMP)
 
@@ -29,6 +31,14 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && \
+	  PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir "$$site"
+
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict --site-dir site
+
+dist: $(STAMP)
+	$(BIN)/python tests/release.py $(ARGS)
 
 audit: $(STAMP)
 	$(BIN)/python -m effdense.kernels.audit $(ARGS)
@@ -47,4 +57,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/memory.py --sweep depth --growth-rate 12 --batch-size 8 --providers naive checkpoint effdense-bottlenecks effdense-features
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
