@@ -32,7 +32,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && \
-	  PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir "$$site"
+	  PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m mkdocs build --strict --site-dir "$$site"
 
 docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict --site-dir site
