@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from harness import report
@@ -70,7 +70,7 @@ def draw(results: Sequence[Path], output: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     try:
         kinds = {"memory": _memory, "throughput": _throughput, "scaling": _scaling}
-        kinds |= {"estimates": _estimates, "pareto": _pareto}
+        kinds |= {"estimates": _estimates, "pareto": _pareto, "convergence": _convergence}
         kinds[benchmarks.pop()](axes, rows)
         # Where the figures come from, in the picture itself.
         figure.supxlabel(_origin(rows[0]), fontsize=7, color="#666666")
@@ -213,6 +213,53 @@ def _scaling(axes: Any, rows: list[Row]) -> None:
     axes.set_title(_describe(rows[0]))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _convergence(axes: Any, rows: list[Row]) -> None:
+    halves = axes.figure.add_gridspec(1, 2)
+    axes.set_subplotspec(halves[0])
+    beside = axes.figure.add_subplot(halves[1])
+    styles = {"float32": "-", "float64": "--"}
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        colour = _colour(provider)
+        own = [row for row in rows if row["provider"] == provider]
+        for dtype, style in styles.items():
+            mine = [row for row in own if row["dtype"] == dtype]
+            if dtype == "float32":
+                _band(axes, mine, "test error", mean, color=colour, label=provider)
+            if provider != "naive":
+                label = f"{provider}, {dtype}"
+                _band(
+                    beside,
+                    mine,
+                    "weight difference",
+                    median,
+                    color=colour,
+                    label=label,
+                    linestyle=style,
+                )
+    seeds = len({row["sample"] for row in rows})
+    axes.set_title(f"float32: mean and range of {seeds} seeds", fontsize=10)
+    axes.set_ylabel("test error, %")
+    beside.set_title("distance to the naive net's weights", fontsize=10)
+    beside.set_ylabel("|w - w naive| / |w naive|")
+    for each in (axes, beside):
+        each.set_yscale("log")
+        each.set_xlabel("training step")
+        each.grid(alpha=0.3)
+        each.legend(fontsize=8)
+
+
+def _band(axes: Any, rows: list[Row], metric: str, middle: Any, **style: Any) -> None:
+    """The middle of all samples over the steps, and their range as a band."""
+    samples: dict[int, list[float]] = {}
+    for row in rows:
+        if row["metric"] == metric:
+            samples.setdefault(int(row["steps"]), []).append(float(row["value"]))
+    steps = sorted(samples)
+    axes.plot(steps, [middle(samples[step]) for step in steps], **style)
+    low, high = ([of(samples[step]) for step in steps] for of in (min, max))
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def _estimates(axes: Any, rows: list[Row]) -> None:
