@@ -31,6 +31,9 @@ _COLOURS = {
     "effdense-input": "#56B4E9",
 }
 
+# None of the providers': the floor belongs to nobody.
+_FLOOR = "#AA3377"
+
 Row = dict[str, str]
 
 
@@ -116,7 +119,7 @@ def _memory_bars(axes: Any, rows: list[Row]) -> None:
     axes.bar_label(bars, labels=[f"{peaks[name]:,.0f}" for name in names], padding=3)
     floors = [float(row["value"]) for row in rows if row["metric"] == "floor total"]
     if floors:
-        axes.axvline(floors[0] / 2**20, color="#D55E00", linestyle="--", label="floor (formula)")
+        axes.axvline(floors[0] / 2**20, color=_FLOOR, linestyle="--", label="floor (formula)")
         axes.legend(loc="lower right")
     axes.set_xlabel("peak memory of a training step, MiB")
     axes.set_title(_describe(rows[0]))
@@ -135,11 +138,22 @@ def _memory_growth(axes: Any, rows: list[Row], dimension: str) -> None:
             continue
         style: dict[str, Any] = {"marker": "o", "color": _colour(provider)}
         if provider == "floor":
-            style = {"linestyle": "--", "color": "#D55E00"}
-        axes.loglog(*zip(*points, strict=True), label=provider, **style)
+            style = {"linestyle": "--", "color": _FLOOR}
+        label = "floor (formula)" if provider == "floor" else provider
+        axes.loglog(*zip(*points, strict=True), label=label, **style)
+        axes.annotate(
+            f"{points[-1][1]:,.0f}",
+            points[-1],
+            xytext=(7, -3),
+            textcoords="offset points",
+            fontsize=8,
+            color=style["color"],
+        )
     ticks = sorted({int(row[dimension]) for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
+    _plain(axes.yaxis)
+    axes.margins(x=0.07)
     axes.set_xlabel(dimension.replace("_", " "))
     axes.set_ylabel("peak memory of a training step, MiB")
     axes.set_title(_describe(rows[0], but=dimension))
@@ -153,30 +167,40 @@ def _throughput(axes: Any, rows: list[Row]) -> None:
     rows = [row for row in rows if row["metric"] == "step time" and row["value"]]
     if not rows:
         raise ValueError("no measured step time to draw")
-    cases = dict.fromkeys(_describe(row) for row in rows)
+    cases = list(dict.fromkeys(_describe(row) for row in rows))
     names = list(dict.fromkeys(row["provider"] for row in rows))
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        for j, case in enumerate(cases):
-            own = [r for r in rows if r["provider"] == name and _describe(r) == case]
-            if not own:
-                continue
-            images = int(own[0]["batch_size"])
-            low, middle, high = report.quantiles([images / float(r["value"]) for r in own])
-            place = -j - i * height
-            axes.barh(place, middle, 0.9 * height, color=_colour(name), label=None if j else name)
-            axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color="#D55E00")
-            axes.annotate(
-                f"{middle:.1f}",
-                (high, place),
-                xytext=(4, -3),
-                textcoords="offset points",
-                fontsize=8,
-            )
-    axes.set_yticks([-j - 0.4 + height / 2 for j in range(len(cases))], list(cases), fontsize=8)
-    axes.set_xlabel("images per second: median, 20 to 80 % quantiles")
-    axes.margins(x=0.12)
-    axes.legend(fontsize=8)
+    # each case has a scale of its own: between them speeds differ tenfold
+    panels = axes.figure.add_gridspec(len(cases), 1)
+    axes.set_subplotspec(panels[0])
+    axes.figure.set_figheight(max(4.5, 0.4 + len(cases) * (0.6 + 0.24 * len(names))))
+    for i, case in enumerate(cases):
+        panel = axes if i == 0 else axes.figure.add_subplot(panels[i])
+        _speed_bars(panel, names, [row for row in rows if _describe(row) == case])
+        panel.set_title(case, fontsize=9, loc="left")
+    panel.set_xlabel("images per second: median, 20 to 80 % quantiles")
+
+
+def _speed_bars(axes: Any, names: list[str], rows: list[Row]) -> None:
+    places = []
+    for name in names:
+        own = [float(row["value"]) for row in rows if row["provider"] == name]
+        if not own:
+            continue
+        images = int(rows[0]["batch_size"])
+        low, middle, high = report.quantiles([images / seconds for seconds in own])
+        places.append(name)
+        axes.barh(name, middle, 0.8, color=_colour(name))
+        axes.errorbar(middle, name, xerr=[[middle - low], [high - middle]], color="#AA3377")
+        axes.annotate(
+            f"{middle:.1f}",
+            (high, name),
+            xytext=(4, -3),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set_ylim(len(places) - 0.4, -0.6)
+    axes.tick_params(labelsize=8)
+    axes.margins(x=0.1)
 
 
 def _scaling(axes: Any, rows: list[Row]) -> None:
@@ -248,6 +272,7 @@ def _convergence(axes: Any, rows: list[Row]) -> None:
         each.set_xlabel("training step")
         each.grid(alpha=0.3)
         each.legend(fontsize=8)
+    _plain(axes.yaxis)
 
 
 def _band(axes: Any, rows: list[Row], metric: str, middle: Any, **style: Any) -> None:
@@ -263,7 +288,8 @@ def _band(axes: Any, rows: list[Row], metric: str, middle: Any, **style: Any) ->
 
 
 def _estimates(axes: Any, rows: list[Row]) -> None:
-    sizes = []
+    sizes: list[float] = []
+    furthest = 10.0
     for metric, marker, colour in (("peak", "s", "#E69F00"), ("live", "o", "#0072B2")):
         predicted = {
             r["arch"]: float(r["value"]) for r in rows if r["metric"] == f"predicted {metric}"
@@ -271,6 +297,7 @@ def _estimates(axes: Any, rows: list[Row]) -> None:
         own = {r["arch"]: float(r["value"]) for r in rows if r["metric"] == metric and r["value"]}
         errors = [100 * (predicted[arch] / value - 1) for arch, value in own.items()]
         sizes += [value / 2**20 for value in own.values()]
+        furthest = max([furthest, *map(abs, errors)])
         label = {"peak": "peak resident size", "live": "peak live tensor bytes"}[metric]
         places = [value / 2**20 for value in own.values()]
         axes.plot(places, errors, marker, color=colour, label=f"against {label}", markersize=5)
@@ -285,7 +312,9 @@ def _estimates(axes: Any, rows: list[Row]) -> None:
         axes.plot(line, allowed, "--", color="#E69F00", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    axes.set_ylim(-30, 30)
+    # every point, the misses above all
+    axes.set_ylim(-1.1 * furthest, 1.1 * furthest)
+    _plain(axes.xaxis)
     axes.set_xlabel("measured peak of a training step, MiB")
     axes.set_ylabel("prediction's error, %")
     axes.set_title(f"effdense.estimate over {len(predicted)} configurations")
@@ -329,6 +358,7 @@ def _pareto(axes: Any, rows: list[Row]) -> None:
         )
     axes.plot([], [], "s", color="#D55E00", label="measured: resident size, median step")
     axes.set_xscale("log")
+    _plain(axes.xaxis)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.25)
     axes.set_xlabel("peak memory of a training step, MiB")
@@ -336,6 +366,15 @@ def _pareto(axes: Any, rows: list[Row]) -> None:
     axes.set_title(rows[0]["arch"].replace(f", {rows[0]['provider']}", ""))
     axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _plain(axis: Any) -> None:
+    """Numbers as people write them on a logarithmic axis, at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _describe(row: Row, but: str = "") -> str:
