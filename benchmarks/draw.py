@@ -345,16 +345,25 @@ def _pareto(axes: Any, rows: list[Row]) -> None:
         markersize=4,
         label="every plan, predicted",
     )
-    for save, samples in times.items():
+    for i, (save, samples) in enumerate(times.items()):
         place = peaks[save] / 2**20, median(samples)
         colour = "#000000" if save == "naive" else "#D55E00"
         axes.plot(*place, "s", color=colour, markersize=6)
         if save in slowdowns:
             predicted = sizes[save] / 2**20, second * slowdowns[save]
             axes.plot(*zip(predicted, place, strict=True), "-", color="#999999", linewidth=0.8)
-        name = save if len(set(save.split("+"))) > 1 else save.split("+")[0]
+        modes = save.split("+")
+        # a mixture by its initials, block after block; neighbours on either side
+        name = modes[0] if len(set(modes)) == 1 else " ".join(mode[0] for mode in modes)
+        side = 1 if i % 2 == 0 else -1
         axes.annotate(
-            name, place, xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour
+            name,
+            place,
+            xytext=(6 * side, -3),
+            textcoords="offset points",
+            ha="left" if side == 1 else "right",
+            fontsize=8,
+            color=colour,
         )
     axes.plot([], [], "s", color="#D55E00", label="measured: resident size, median step")
     axes.set_xscale("log")
