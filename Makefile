@@ -83,7 +83,7 @@ $(ROWS)/convergence.csv: | $(STAMP)
 	$(BIN)/python benchmarks/convergence.py --output $@
 
 $(ROWS)/pareto.csv: | $(STAMP)
-	$(BIN)/python benchmarks/pareto.py --output $@
+	$(BIN)/python benchmarks/pareto.py --depth 100 --growth-rate 12 --output $@
 
 # predictions that miss are drawn too
 $(ROWS)/estimates.csv: | $(STAMP)
