@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from harness import report
@@ -30,6 +30,9 @@ _COLOURS = {
     "effdense-features": "#0072B2",
     "effdense-input": "#56B4E9",
 }
+
+# None of the providers': the floor belongs to nobody.
+_FLOOR = "#AA3377"
 
 Row = dict[str, str]
 
@@ -70,7 +73,8 @@ def draw(results: Sequence[Path], output: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     try:
         kinds = {"memory": _memory, "throughput": _throughput, "scaling": _scaling}
-        kinds |= {"estimates": _estimates, "pareto": _pareto, "timeline": _timeline}
+        kinds |= {"estimates": _estimates, "pareto": _pareto}
+        kinds |= {"timeline": _timeline, "convergence": _convergence}
         kinds[benchmarks.pop()](axes, rows)
         # Where the figures come from, in the picture itself.
         figure.supxlabel(_origin(rows[0]), fontsize=7, color="#666666")
@@ -116,7 +120,7 @@ def _memory_bars(axes: Any, rows: list[Row]) -> None:
     axes.bar_label(bars, labels=[f"{peaks[name]:,.0f}" for name in names], padding=3)
     floors = [float(row["value"]) for row in rows if row["metric"] == "floor total"]
     if floors:
-        axes.axvline(floors[0] / 2**20, color="#D55E00", linestyle="--", label="floor (formula)")
+        axes.axvline(floors[0] / 2**20, color=_FLOOR, linestyle="--", label="floor (formula)")
         axes.legend(loc="lower right")
     axes.set_xlabel("peak memory of a training step, MiB")
     axes.set_title(_describe(rows[0]))
@@ -135,11 +139,22 @@ def _memory_growth(axes: Any, rows: list[Row], dimension: str) -> None:
             continue
         style: dict[str, Any] = {"marker": "o", "color": _colour(provider)}
         if provider == "floor":
-            style = {"linestyle": "--", "color": "#D55E00"}
-        axes.loglog(*zip(*points, strict=True), label=provider, **style)
+            style = {"linestyle": "--", "color": _FLOOR}
+        label = "floor (formula)" if provider == "floor" else provider
+        axes.loglog(*zip(*points, strict=True), label=label, **style)
+        axes.annotate(
+            f"{points[-1][1]:,.0f}",
+            points[-1],
+            xytext=(7, -3),
+            textcoords="offset points",
+            fontsize=8,
+            color=style["color"],
+        )
     ticks = sorted({int(row[dimension]) for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
+    _plain(axes.yaxis)
+    axes.margins(x=0.07)
     axes.set_xlabel(dimension.replace("_", " "))
     axes.set_ylabel("peak memory of a training step, MiB")
     axes.set_title(_describe(rows[0], but=dimension))
@@ -153,30 +168,40 @@ def _throughput(axes: Any, rows: list[Row]) -> None:
     rows = [row for row in rows if row["metric"] == "step time" and row["value"]]
     if not rows:
         raise ValueError("no measured step time to draw")
-    cases = dict.fromkeys(_describe(row) for row in rows)
+    cases = list(dict.fromkeys(_describe(row) for row in rows))
     names = list(dict.fromkeys(row["provider"] for row in rows))
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        for j, case in enumerate(cases):
-            own = [r for r in rows if r["provider"] == name and _describe(r) == case]
-            if not own:
-                continue
-            images = int(own[0]["batch_size"])
-            low, middle, high = report.quantiles([images / float(r["value"]) for r in own])
-            place = -j - i * height
-            axes.barh(place, middle, 0.9 * height, color=_colour(name), label=None if j else name)
-            axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color="#D55E00")
-            axes.annotate(
-                f"{middle:.1f}",
-                (high, place),
-                xytext=(4, -3),
-                textcoords="offset points",
-                fontsize=8,
-            )
-    axes.set_yticks([-j - 0.4 + height / 2 for j in range(len(cases))], list(cases), fontsize=8)
-    axes.set_xlabel("images per second: median, 20 to 80 % quantiles")
-    axes.margins(x=0.12)
-    axes.legend(fontsize=8)
+    # each case has a scale of its own: between them speeds differ tenfold
+    panels = axes.figure.add_gridspec(len(cases), 1)
+    axes.set_subplotspec(panels[0])
+    axes.figure.set_figheight(max(4.5, 0.4 + len(cases) * (0.6 + 0.24 * len(names))))
+    for i, case in enumerate(cases):
+        panel = axes if i == 0 else axes.figure.add_subplot(panels[i])
+        _speed_bars(panel, names, [row for row in rows if _describe(row) == case])
+        panel.set_title(case, fontsize=9, loc="left")
+    panel.set_xlabel("images per second: median, 20 to 80 % quantiles")
+
+
+def _speed_bars(axes: Any, names: list[str], rows: list[Row]) -> None:
+    places = []
+    for name in names:
+        own = [float(row["value"]) for row in rows if row["provider"] == name]
+        if not own:
+            continue
+        images = int(rows[0]["batch_size"])
+        low, middle, high = report.quantiles([images / seconds for seconds in own])
+        places.append(name)
+        axes.barh(name, middle, 0.8, color=_colour(name))
+        axes.errorbar(middle, name, xerr=[[middle - low], [high - middle]], color="#AA3377")
+        axes.annotate(
+            f"{middle:.1f}",
+            (high, name),
+            xytext=(4, -3),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set_ylim(len(places) - 0.4, -0.6)
+    axes.tick_params(labelsize=8)
+    axes.margins(x=0.1)
 
 
 def _scaling(axes: Any, rows: list[Row]) -> None:
@@ -215,8 +240,57 @@ def _scaling(axes: Any, rows: list[Row]) -> None:
     axes.legend(fontsize=8)
 
 
+def _convergence(axes: Any, rows: list[Row]) -> None:
+    halves = axes.figure.add_gridspec(1, 2)
+    axes.set_subplotspec(halves[0])
+    beside = axes.figure.add_subplot(halves[1])
+    styles = {"float32": "-", "float64": "--"}
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        colour = _colour(provider)
+        own = [row for row in rows if row["provider"] == provider]
+        for dtype, style in styles.items():
+            mine = [row for row in own if row["dtype"] == dtype]
+            if dtype == "float32":
+                _band(axes, mine, "test error", mean, color=colour, label=provider)
+            if provider != "naive":
+                label = f"{provider}, {dtype}"
+                _band(
+                    beside,
+                    mine,
+                    "weight difference",
+                    median,
+                    color=colour,
+                    label=label,
+                    linestyle=style,
+                )
+    seeds = len({row["sample"] for row in rows})
+    axes.set_title(f"float32: mean and range of {seeds} seeds", fontsize=10)
+    axes.set_ylabel("test error, %")
+    beside.set_title("distance to the naive net's weights", fontsize=10)
+    beside.set_ylabel("|w - w naive| / |w naive|")
+    for each in (axes, beside):
+        each.set_yscale("log")
+        each.set_xlabel("training step")
+        each.grid(alpha=0.3)
+        each.legend(fontsize=8)
+    _plain(axes.yaxis)
+
+
+def _band(axes: Any, rows: list[Row], metric: str, middle: Any, **style: Any) -> None:
+    """The middle of all samples over the steps, and their range as a band."""
+    samples: dict[int, list[float]] = {}
+    for row in rows:
+        if row["metric"] == metric:
+            samples.setdefault(int(row["steps"]), []).append(float(row["value"]))
+    steps = sorted(samples)
+    axes.plot(steps, [middle(samples[step]) for step in steps], **style)
+    low, high = ([of(samples[step]) for step in steps] for of in (min, max))
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
 def _estimates(axes: Any, rows: list[Row]) -> None:
-    sizes = []
+    sizes: list[float] = []
+    furthest = 10.0
     for metric, marker, colour in (("peak", "s", "#E69F00"), ("live", "o", "#0072B2")):
         predicted = {
             r["arch"]: float(r["value"]) for r in rows if r["metric"] == f"predicted {metric}"
@@ -224,6 +298,7 @@ def _estimates(axes: Any, rows: list[Row]) -> None:
         own = {r["arch"]: float(r["value"]) for r in rows if r["metric"] == metric and r["value"]}
         errors = [100 * (predicted[arch] / value - 1) for arch, value in own.items()]
         sizes += [value / 2**20 for value in own.values()]
+        furthest = max([furthest, *map(abs, errors)])
         label = {"peak": "peak resident size", "live": "peak live tensor bytes"}[metric]
         places = [value / 2**20 for value in own.values()]
         axes.plot(places, errors, marker, color=colour, label=f"against {label}", markersize=5)
@@ -238,7 +313,9 @@ def _estimates(axes: Any, rows: list[Row]) -> None:
         axes.plot(line, allowed, "--", color="#E69F00", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    axes.set_ylim(-30, 30)
+    # every point, the misses above all
+    axes.set_ylim(-1.1 * furthest, 1.1 * furthest)
+    _plain(axes.xaxis)
     axes.set_xlabel("measured peak of a training step, MiB")
     axes.set_ylabel("prediction's error, %")
     axes.set_title(f"effdense.estimate over {len(predicted)} configurations")
@@ -269,19 +346,29 @@ def _pareto(axes: Any, rows: list[Row]) -> None:
         markersize=4,
         label="every plan, predicted",
     )
-    for save, samples in times.items():
+    for i, (save, samples) in enumerate(times.items()):
         place = peaks[save] / 2**20, median(samples)
         colour = "#000000" if save == "naive" else "#D55E00"
         axes.plot(*place, "s", color=colour, markersize=6)
         if save in slowdowns:
             predicted = sizes[save] / 2**20, second * slowdowns[save]
             axes.plot(*zip(predicted, place, strict=True), "-", color="#999999", linewidth=0.8)
-        name = save if len(set(save.split("+"))) > 1 else save.split("+")[0]
+        modes = save.split("+")
+        # a mixture by its initials, block after block; neighbours on either side
+        name = modes[0] if len(set(modes)) == 1 else " ".join(mode[0] for mode in modes)
+        side = 1 if i % 2 == 0 else -1
         axes.annotate(
-            name, place, xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour
+            name,
+            place,
+            xytext=(6 * side, -3),
+            textcoords="offset points",
+            ha="left" if side == 1 else "right",
+            fontsize=8,
+            color=colour,
         )
     axes.plot([], [], "s", color="#D55E00", label="measured: resident size, median step")
     axes.set_xscale("log")
+    _plain(axes.xaxis)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.25)
     axes.set_xlabel("peak memory of a training step, MiB")
@@ -365,6 +452,15 @@ def _step_panel(panel: Any, rows: list[Row]) -> None:
         if row["detail"] != last and last:
             panel.axvline(share, color="#000000", linewidth=0.5, linestyle=":")
         last = row["detail"]
+
+
+def _plain(axis: Any) -> None:
+    """Numbers as people write them on a logarithmic axis, at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _describe(row: Row, but: str = "") -> str:

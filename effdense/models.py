@@ -199,31 +199,37 @@ def densenet_bc(depth: int, growth_rate: int, num_classes: int = 10, **kwargs: A
 
 
 def densenet121(weights: Any = None, **kwargs: Any) -> DenseNet:
-    """torchvision's DenseNet-121; see :func:`_torchvision_variant` for ``weights``."""
+    """torchvision's DenseNet-121.
+
+    Args:
+        weights: None, a member of torchvision's weights enum or its name (which torchvision
+            downloads), or the path of a saved state dict.
+        kwargs: any argument of :class:`DenseNet`; ``num_classes`` is otherwise that of the
+            weights.
+
+    Raises:
+        ValueError: for ``weights`` that are none of these.
+    """
     return _torchvision_variant("densenet121", weights, **kwargs)
 
 
 def densenet161(weights: Any = None, **kwargs: Any) -> DenseNet:
-    """torchvision's DenseNet-161; see :func:`_torchvision_variant` for ``weights``."""
+    """torchvision's DenseNet-161; arguments as of :func:`densenet121`."""
     return _torchvision_variant("densenet161", weights, **kwargs)
 
 
 def densenet169(weights: Any = None, **kwargs: Any) -> DenseNet:
-    """torchvision's DenseNet-169; see :func:`_torchvision_variant` for ``weights``."""
+    """torchvision's DenseNet-169; arguments as of :func:`densenet121`."""
     return _torchvision_variant("densenet169", weights, **kwargs)
 
 
 def densenet201(weights: Any = None, **kwargs: Any) -> DenseNet:
-    """torchvision's DenseNet-201; see :func:`_torchvision_variant` for ``weights``."""
+    """torchvision's DenseNet-201; arguments as of :func:`densenet121`."""
     return _torchvision_variant("densenet201", weights, **kwargs)
 
 
 def _torchvision_variant(name: str, weights: Any, **kwargs: Any) -> DenseNet:
-    """A torchvision architecture.
-
-    ``weights`` is None, a member of torchvision's weights enum or its name (downloaded by
-    torchvision), or the path of a saved state dict. ``kwargs`` go to :class:`DenseNet`.
-    """
+    """A torchvision architecture; arguments as of :func:`densenet121`."""
     state = None if weights is None else _load_weights(name, weights)
     if state is not None and "num_classes" not in kwargs and "classifier.bias" in state:
         kwargs["num_classes"] = state["classifier.bias"].numel()

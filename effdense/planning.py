@@ -378,8 +378,10 @@ def largest_batch(
     """The largest batch whose predicted peak fits ``budget``, with the model's save modes.
 
     Args:
-        model, input_shape, budget, options: as of :func:`plan`; ``input_shape[0]`` does
-            not matter.
+        model: as of :func:`plan`.
+        input_shape: likewise; ``input_shape[0]`` does not matter.
+        budget: likewise.
+        options: likewise.
 
     Raises:
         BudgetError: (a ValueError) where not even two images fit.
