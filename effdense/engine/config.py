@@ -20,7 +20,7 @@ import tyro
 from ..memory_sizes import parse_size
 from .errors import UserError, speaks_for_all
 
-DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagefolder", "fake"]
+DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagefolder", "webdataset", "fake"]
 Arch = Literal["densenet_bc", "densenet121", "densenet161", "densenet169", "densenet201"]
 
 
@@ -64,20 +64,23 @@ _CIFAR = Recipe(
 # Section 4.2: dropout of 0.2 on the data that are not augmented.
 UNAUGMENTED_DROP_RATE = 0.2
 
+_IMAGENET = dataclasses.replace(
+    _CIFAR,
+    arch="densenet121",
+    epochs=90,
+    batch_size=256,
+    milestones=(1 / 3, 2 / 3),
+    image_size=224,
+)
+
 RECIPES: dict[str, Recipe] = {
     # Sized for 8x8 images: under 3 % test error after a minute on two processor cores.
     "digits": dataclasses.replace(_CIFAR, depth=22, epochs=12, schedule="cosine", image_size=8),
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
     "svhn": dataclasses.replace(_CIFAR, epochs=40, augment="none", drop_rate=UNAUGMENTED_DROP_RATE),
-    "imagefolder": dataclasses.replace(
-        _CIFAR,
-        arch="densenet121",
-        epochs=90,
-        batch_size=256,
-        milestones=(1 / 3, 2 / 3),
-        image_size=224,
-    ),
+    "imagefolder": _IMAGENET,
+    "webdataset": _IMAGENET,
     "fake": dataclasses.replace(_CIFAR, depth=22, epochs=2, augment="none"),
 }
 # SGD's rate comes from the recipe; these are the usual ones of the adaptive methods.
@@ -105,7 +108,7 @@ class TrainConfig:
     )
     """Augmentation of the training images; see above."""
     image_size: Annotated[int | None, _recipe_default("PIXELS")] = None
-    """Height and width of the images, pixels; for imagefolder and fake only."""
+    """Height and width of the images, pixels; for imagefolder, webdataset and fake only."""
 
     arch: Annotated[Arch | None, _recipe_default(f"{{{','.join(get_args(Arch))}}}")] = None
     """Network. densenet_bc: the paper's CIFAR family; the others: its ImageNet family."""
@@ -206,7 +209,8 @@ class TrainConfig:
     num_workers: Annotated[
         int | None, _recipe_default("PROCESSES", "the cores per process, at most 8")
     ] = None
-    """Loader processes per training process; for imagefolder only, other data stay in memory."""
+    """Loader processes per training process; for imagefolder and webdataset only, other data stay
+    in memory."""
     threads: Annotated[int | None, _recipe_default("THREADS", "the cores per process")] = None
     """Processor threads per training process."""
 
@@ -383,7 +387,7 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
         "batch_size",
         f"at least {world_size}, one image for each of the {world_size} processes",
     )
-    fixed_size = config.data not in ("imagefolder", "fake")
+    fixed_size = config.data not in ("imagefolder", "webdataset", "fake")
     require(
         not fixed_size or config.image_size == RECIPES[config.data].image_size,
         "image_size",
@@ -428,11 +432,13 @@ DESCRIPTION = """Train a DenseNet: in one process with "python train_ddp.py", in
 
 Data sets: digits, the 1,797 handwritten digits that scikit-learn ships; cifar10, cifar100 and
 svhn, which --download fetches; imagefolder, images in DATA_DIR/train/CLASS/ and
-DATA_DIR/val/CLASS/; fake, noise that can be learnt.
+DATA_DIR/val/CLASS/; webdataset, shards DATA_DIR/train/NAME-NUMBER.tar and DATA_DIR/val/... of
+KEY.jpg and KEY.cls (the label's number), names of the classes in DATA_DIR/classes.txt where that
+is there; fake, noise that can be learnt.
 
 Standard augmentation: digits, shifts by up to 1 pixel; cifar10, cifar100 and fake, shifts by up
-to 4 pixels and mirroring; svhn, the shifts alone; imagefolder, random resized crops and
-mirroring.
+to 4 pixels and mirroring; svhn, the shifts alone; imagefolder and webdataset, random resized
+crops and mirroring.
 
 Defaults that depend on the data set:
 """

@@ -40,6 +40,10 @@ class World:
     device: torch.device
     backend: str | None
     """What reduces gradients, "nccl" or "gloo"; None for a single process."""
+    attempt: str = ""
+    """A name that these processes have in common with no others; empty for a single process."""
+    launch: str = ""
+    """The same, but that processes which torchrun has restarted keep it."""
 
     @property
     def is_main(self) -> bool:
@@ -80,50 +84,57 @@ def joined_world(device: Literal["auto", "cpu", "cuda"], threads: int) -> Iterat
         yield World(rank, world_size, local_rank, local_world_size, chosen, None)
         return
     backend = "nccl" if gpus >= local_world_size else "gloo"
+    store, attempt, launch = _met()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
-        store=_fresh_store(),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=_TIMEOUT,
         device_id=chosen if backend == "nccl" else None,
     )
-    yield World(rank, world_size, local_rank, local_world_size, chosen, backend)
+    yield World(rank, world_size, local_rank, local_world_size, chosen, backend, attempt, launch)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _fresh_store() -> dist.Store:
-    """The processes' common store, under a name that no earlier attempt has used.
+def _met(timeout: datetime.timedelta = _TIMEOUT) -> tuple[dist.PrefixStore, str, str]:
+    """Meet the other processes in their common store.
 
-    torchrun's agent serves one store for all its restarts: without this, a process may read the
-    address that a dead one left there.
+    torchrun's agent serves one store for all attempts of a launch, though processes that read
+    what dead ones have left there meet nobody; and it tells the number of the attempt only as its
+    own machine counts. So every process asks rank 0 with a word of its own, and rank 0, which
+    alone knows its word, answers those that live: one round trip each.
+
+    Returns:
+        The store under a name that no earlier attempt has used, that name, and the launch's.
+
+    Raises:
+        TrainingError: where a process does not come in time.
     """
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
-    own = uuid.uuid4().hex
-
-    def read(key: str) -> str:
-        return store.get(key).decode() if store.check([key]) else ""
-
-    end = time.monotonic() + _TIMEOUT.total_seconds()
-    while time.monotonic() < end:
+    common, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store, own = dist.PrefixStore("effdense/meeting", common), uuid.uuid4().hex
+    try:
         if rank == 0:
-            # others may still be what an earlier attempt has left: proposed until all agree
-            names = [own, *(read(f"name/{other}") for other in range(1, world_size))]
-            proposal = "-".join(names)
-            store.set("proposal", proposal)
-            if all(read(f"agrees/{other}") == proposal for other in range(1, world_size)):
-                store.set("agreed", proposal)
+            attempt, end = own, time.monotonic() + timeout.total_seconds()
+            missing = set(range(1, world_size))
+            while missing := {other for other in missing if not store.check([f"{own}/{other}"])}:
+                if time.monotonic() > end:
+                    raise TrainingError(f"rank {min(missing)} did not come within {timeout}")
+                # an earlier attempt's words may be answered too: nobody hears it
+                for other in missing:
+                    if store.check([str(other)]):
+                        store.set(store.get(str(other)).decode(), own)
+                time.sleep(0.01)
         else:
-            store.set(f"name/{rank}", own)
-            proposal = read("proposal")
-            if own in proposal:
-                store.set(f"agrees/{rank}", proposal)
-        agreed = read("agreed")
-        if own in agreed:
-            return dist.PrefixStore(agreed, store)
-        time.sleep(0.01)
-    raise TrainingError(f"rank {rank}: the other processes did not arrive within {_TIMEOUT}")
+            store.set(str(rank), own)
+            store.wait([own], timeout)
+            attempt = store.get(own).decode()
+            store.set(f"{attempt}/{rank}", "")
+        launch = store.compare_set("launch", "", attempt).decode()
+    except dist.DistError as error:
+        raise TrainingError(f"rank {rank} met no rank 0 within {timeout}: {error}") from None
+    return dist.PrefixStore(f"effdense/{attempt}", common), attempt, launch
 
 
 @contextmanager

@@ -136,7 +136,9 @@ class WorkDir:
     _lock: Lock
 
     @classmethod
-    def claim(cls, config: ResolvedConfig, facts: Mapping[str, Any] | None = None) -> WorkDir:
+    def claim(
+        cls, config: ResolvedConfig, facts: Mapping[str, Any] | None = None, launch: str = ""
+    ) -> WorkDir:
         """Make the folder or take it over, with the run it holds if that has the same options.
 
         With --overwrite the run it holds is taken away. Processes that torchrun has restarted
@@ -145,15 +147,15 @@ class WorkDir:
         Args:
             config: the run's options.
             facts: what else the run must have in common with the one it goes on with.
+            launch: what processes have in common with those that torchrun restarted them for.
 
         Raises:
             UserError: if another process is at work in it, if it holds a run that this one
                 cannot go on with, or if it cannot be written.
         """
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         with _writing(config.work_dir or Path("runs")):
             if config.work_dir is None:
-                begun = _begun_before(Path("runs"), config) if restarted else None
+                begun = _begun_before(Path("runs"), config, launch)
                 path = begun or _first_free(Path("runs"), config.data)
             else:
                 path = config.work_dir
@@ -161,13 +163,13 @@ class WorkDir:
             lock = Lock(path)
             work_dir = cls(path, lock)
             try:
-                work_dir._take_over(config, facts or {}, restarted)
+                work_dir._take_over(config, facts or {}, launch)
             except BaseException:
                 work_dir.close()
                 raise
         return work_dir
 
-    def _take_over(self, config: ResolvedConfig, facts: Mapping[str, Any], again: bool) -> None:
+    def _take_over(self, config: ResolvedConfig, facts: Mapping[str, Any], launch: str) -> None:
         for leftover in self.path.glob(".[0-9]*-*"):
             leftover.unlink()
         held = [self.path / name for name in _RUN_FILES if (self.path / name).exists()]
@@ -175,7 +177,7 @@ class WorkDir:
             return
         differences = self._differences(config, facts)
         goes_on = config.resume == "auto" and not differences
-        if config.overwrite and not (again and goes_on):
+        if config.overwrite and not (goes_on and _launched_by(self.path, launch)):
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
             for file in held:
                 if file.is_file():
@@ -229,7 +231,7 @@ class WorkDir:
         options["work_dir"] = str(self.path)
         content = {
             "command": shlex.join(sys.argv),
-            "launch": launch_id(),
+            "launch": world.launch,
             "options": options,
             "processes": {
                 "world_size": world.world_size,
@@ -262,20 +264,20 @@ def _first_free(parent: Path, name: str) -> Path:
         number += 1
 
 
-def _begun_before(parent: Path, config: ResolvedConfig) -> Path | None:
+def _begun_before(parent: Path, config: ResolvedConfig, launch: str) -> Path | None:
     """The newest folder of this launch, which torchrun has now restarted."""
-    begun = []
-    for path in parent.glob(f"{config.data}-*"):
-        with suppress(UserError):
-            held = read_config(path)
-            if held.get("launch") == launch_id() and not config.differences(held["options"]):
-                begun.append(path)
+    begun = [
+        path
+        for path in parent.glob(f"{config.data}-*")
+        if _launched_by(path, launch) and not config.differences(read_config(path)["options"])
+    ]
     return max(begun, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def launch_id() -> str:
-    """What torchrun calls this launch: the same for the processes it restarts."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "none")
+def _launched_by(path: Path, launch: str) -> bool:
+    with suppress(UserError):
+        return bool(launch) and read_config(path).get("launch") == launch
+    return False
 
 
 def read_config(path: Path) -> dict[str, Any]:

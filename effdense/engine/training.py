@@ -14,7 +14,8 @@ import torch
 from . import plots
 from .checkpoint import Position
 from .config import ResolvedConfig, TrainConfig
-from .data import ImageData, load
+from .data import ImageData
+from .datasets import load, needs_preparation
 from .distributed import (
     World,
     all_or_none,
@@ -101,7 +102,7 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
                     f"images, got {config.batch_size}"
                 )
             if world.is_main:
-                work_dir = stack.enter_context(closing(WorkDir.claim(config, facts)))
+                work_dir = stack.enter_context(closing(WorkDir.claim(config, facts, world.launch)))
         progress = Progress(config, world)
         progress.say(_headline(config, world, data, facts["model"]["parameters"]))
         if plan is not None:
@@ -227,13 +228,15 @@ def _say_left_out(trainer: Trainer, data: ImageData, progress: Progress) -> None
 
 
 def _load_together(config: ResolvedConfig, world: World) -> ImageData:
-    """Load on every process; fetch first on rank 0, then on one process of each other machine."""
+    """Load on every process; first, where that fetches or indexes, on rank 0, then on one process
+    of each other machine.
+    """
     loaded: list[ImageData] = []
-    if config.download:
+    if needs_preparation(config):
         for turn in (world.rank == 0, world.rank != 0 and world.local_rank == 0):
             with all_or_none():
                 if turn:
-                    loaded.append(load(config, download=True))
+                    loaded.append(load(config, download=config.download))
     with all_or_none():
         if not loaded:
             loaded.append(load(config, download=False))

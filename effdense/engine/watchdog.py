@@ -97,8 +97,7 @@ class Watchdog:
             wait_for_workers=False,
             timeout=timedelta(seconds=max(1.0, self._interval)),
         )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"effdense/watchdog/{attempt}", client)
+        return dist.PrefixStore(f"effdense/{self._world.attempt}/watchdog", client)
 
     def _facts(self) -> dict[str, Any]:
         return {

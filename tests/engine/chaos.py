@@ -43,13 +43,13 @@ class Kill:
     after: float
     """Seconds after the start of the processes."""
     statuses: str
-    """How the processes ended."""
+    """How the processes ended; waiting: not within ten seconds of the kill, and killed then."""
     newest: str
     """The newest checkpoint then."""
 
 
 def kill_once(folder: Path, seed: int, run: int, longest: float) -> Kill | None:
-    """Start the run and kill it; None if it came to its end before."""
+    """Start the run and kill it; None if what was to be killed had ended before."""
     source = random.Random(seed)
     everyone = source.random() < 0.3
     victims = list(range(WORLD_SIZE)) if everyone else [source.randrange(WORLD_SIZE)]
@@ -63,7 +63,9 @@ def kill_once(folder: Path, seed: int, run: int, longest: float) -> Kill | None:
         for rank in victims:
             ranks.send(rank, signal.SIGKILL)
         # those that had not met the killed one yet wait for it, as long as torchrun lets them
-        statuses = " ".join(str(status or "left waiting") for status in ranks.wait(10))
+        statuses = ranks.wait(10)
+    if not any(statuses[rank] == -signal.SIGKILL for rank in victims):
+        return None
     store = folder / "run" / "checkpoints"
     newest = max((path.name for path in store.glob("epoch-*")), default="none")
     return Kill(
@@ -71,7 +73,7 @@ def kill_once(folder: Path, seed: int, run: int, longest: float) -> Kill | None:
         run,
         " ".join(map(str, victims)),
         round(after, 3),
-        " ".join(map(str, statuses)),
+        " ".join("waiting" if status is None else str(status) for status in statuses),
         newest,
     )
 

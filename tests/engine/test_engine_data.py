@@ -21,9 +21,9 @@ from effdense.engine.data import (
     ShiftAndFlip,
     Split,
     global_batches,
-    load,
     share,
 )
+from effdense.engine.datasets import load
 from effdense.engine.errors import UserError
 
 CPU = torch.device("cpu")

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import meddlers
-import numpy as np
 import pytest
 import torch
 from conftest import flags
-from PIL import Image
+from pictures import write_folder
 from ranks import REPOSITORY, RUN, Ranks, final_state, wait_for
 
 SCRIPT = REPOSITORY / "train_ddp.py"
@@ -261,17 +260,11 @@ def test_a_process_that_hangs_in_its_reader_is_named(tmp_path: Path) -> None:
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """A folder of images of two classes, one file of each part not an image any more."""
-    generator = np.random.default_rng(0)
-    for part, per_class in (("train", 8), ("val", 3)):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "images" / part / name
-            folder.mkdir(parents=True)
-            for i in range(per_class):
-                pixels = generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-        cut_off = folder / "1.png"
+    root = write_folder(tmp_path / "images", train=8, val=3)
+    for part in ("train", "val"):
+        cut_off = root / part / "dog" / "001.png"
         cut_off.write_bytes(cut_off.read_bytes()[:200])
-    return tmp_path / "images"
+    return root
 
 
 def test_images_that_cannot_be_read(images: Path, tmp_path: Path) -> None:
@@ -290,7 +283,7 @@ def test_images_that_cannot_be_read(images: Path, tmp_path: Path) -> None:
     )
     with Ranks(tmp_path, run) as ranks:
         assert ranks.wait() == [2]
-    unreadable = images / "train" / "dog" / "1.png"
+    unreadable = images / "train" / "dog" / "001.png"
     assert f"error: {unreadable} cannot be read as an image" in ranks.said()
     with Ranks(tmp_path, [*run, "--corrupt-images", "skip", "--overwrite"], 2) as ranks:
         assert ranks.wait() == [0, 0], ranks.said()

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from effdense import machine
 from effdense.engine import plots
 from effdense.engine.config import ResolvedConfig, TrainConfig
+from effdense.engine.distributed import World
 from effdense.engine.errors import UserError
 from effdense.engine.records import CsvLog, WorkDir, write_atomically
 
@@ -82,6 +84,34 @@ def test_a_run_is_not_written_over_unless_asked(tmp_path: Path) -> None:
     assert {file: file.read_bytes() for file in path.glob("[!.]*")} == before
     WorkDir.claim(config(path, overwrite=True)).close()
     assert list(path.glob("[!.]*")) == [path / "notes.txt"]
+
+
+def test_what_torchrun_restarts_keeps_what_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def begin(launch: str, **options: Any) -> WorkDir:
+        asked = config(None, **options)
+        work_dir = WorkDir.claim(asked, launch=launch)
+        if not (work_dir.path / "config.yaml").exists():
+            world = World(0, 2, 0, 2, torch.device("cpu"), "gloo", "some attempt", launch)
+            work_dir.write_config(asked, world, {})
+        work_dir.close()
+        return work_dir
+
+    assert str(begin("one").path) == "runs/digits-1"
+    assert str(begin("two").path) == "runs/digits-2"
+    assert str(begin("one").path) == "runs/digits-1"
+    assert str(begin("one", lr=0.3).path) == "runs/digits-3"
+    assert str(begin("").path) == "runs/digits-4"
+    assert str(begin("").path) == "runs/digits-5"
+    # so --overwrite is meant for what there was before the launch
+    path = begin("one").path
+    for launch, stays in (("one", True), ("two", False)):
+        again = WorkDir.claim(config(path, overwrite=True), launch=launch)
+        assert (path / "config.yaml").exists() == stays
+        again.close()
 
 
 def test_without_a_work_dir_every_run_has_its_own(

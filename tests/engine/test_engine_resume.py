@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import meddlers
-import numpy as np
 import pytest
 import torch
 import yaml
 from chaos import chaos
 from conftest import flags
-from PIL import Image
+from pictures import write_folder, write_shards
 from ranks import RUN, Ranks, final_state, wait_for
 
 from effdense.engine.checkpoint import Position
@@ -65,17 +64,10 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted: Path, tmp_path: Path) ->
 
 
 def test_mid_epoch_with_loader_processes_and_augmentation(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    for part, per_class in (("train", 20), ("val", 3)):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "images" / part / name
-            folder.mkdir(parents=True)
-            for i in range(per_class):
-                pixels = generator.integers(0, 256, (24, 20 + i % 3, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
+    """Killed while it reads shards; the undisturbed run reads the same images from a folder."""
+    write_folder(tmp_path / "folder", train=20, val=3)
+    write_shards(tmp_path / "shards", tmp_path / "folder")
     options: dict[str, Any] = {
-        "data": "imagefolder",
-        "data_dir": tmp_path / "images",
         "arch": "densenet_bc",
         "depth": 10,
         "growth_rate": 4,
@@ -87,14 +79,15 @@ def test_mid_epoch_with_loader_processes_and_augmentation(tmp_path: Path) -> Non
         "num_workers": 1,
         "checkpoint_steps": 3,
     }
-    with Ranks(tmp_path, flags(**options, work_dir="whole"), 2) as ranks:
+    whole = flags(**options, data="imagefolder", data_dir="folder", work_dir="whole")
+    cut = flags(**options, data="webdataset", data_dir="shards", work_dir="cut")
+    with Ranks(tmp_path, whole, 2) as ranks:
         assert ranks.wait() == [0, 0], ranks.said()
-    with Ranks(tmp_path, flags(**options, work_dir="cut"), 2) as ranks:
+    with Ranks(tmp_path, cut, 2) as ranks:
         wait_for(lambda: (tmp_path / "cut" / "checkpoints" / str(Position(1, 6))).exists())
         ranks.kill()
     # another number of loader processes makes no difference
-    options["num_workers"] = 2
-    with Ranks(tmp_path, flags(**options, work_dir="cut"), 2) as ranks:
+    with Ranks(tmp_path, [*cut, "--num-workers", 2], 2) as ranks:
         assert ranks.wait() == [0, 0], ranks.said()
     assert "going on from epoch 1 of 1, step 7" in ranks.said()
     assert final_state(tmp_path / "cut") == final_state(tmp_path / "whole")

@@ -1,0 +1,50 @@
+"""Folders of small images for tests, and the same images in WebDataset shards."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def write_folder(root: Path, train: int, val: int, names: Sequence[str] = ("cat", "dog")) -> Path:
+    """``root``/train and ``root``/val: so many images of each class, of several sizes."""
+    generator = np.random.default_rng(0)
+    for part, per_class in (("train", train), ("val", val)):
+        for name in names:
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                pixels = generator.integers(0, 256, (24, 20 + i % 3, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:03}.png")
+    return root
+
+
+def write_shard(path: Path, members: Mapping[str, bytes]) -> None:
+    """A tar file of these members."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in members.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            tar.addfile(about, io.BytesIO(content))
+
+
+def write_shards(root: Path, folder: Path, per_shard: int = 7) -> Path:
+    """The images of :func:`write_folder` in the same order, in shards."""
+    for part in ("train", "val"):
+        files = sorted((folder / part).glob("*/*.png"))
+        classes = sorted({file.parent.name for file in files})
+        for first in range(0, len(files), per_shard):
+            members: dict[str, bytes] = {}
+            for file in files[first : first + per_shard]:
+                key = f"{file.parent.name}/{file.stem}"
+                members[f"{key}.cls"] = b"%d\n" % classes.index(file.parent.name)
+                members[f"{key}.json"] = b"{}"  # what we do not know is passed over
+                members[f"{key}.png"] = file.read_bytes()
+            write_shard(root / part / f"{part}-{first // per_shard:06}.tar", members)
+    return root
