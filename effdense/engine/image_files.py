@@ -325,6 +325,9 @@ def prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
                     if abandoned.is_set():
                         return
             put(None)
+        except UserError as error:
+            # without the frames, which would keep the loader processes until the run has ended
+            put(error.with_traceback(None))
         # whatever it is, the run's thread is to know
         except BaseException as error:
             put(error)
