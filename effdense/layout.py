@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from itertools import islice
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 _Piece = TypeVar("_Piece")
@@ -24,6 +25,13 @@ def rows(x: Tensor) -> Tensor:
     matrix = x.movedim(1, -1).reshape(positions, x.shape[1])
     # One image's pixels can be viewed as columns, which no backend expects.
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(N, c, *spatial) in the layout whose :func:`rows` is a view, in 2-D and 3-D."""
+    if x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last_3d) if x.dim() == 5 else x
 
 
 def channels_first(matrix: Tensor, images: int, spatial: list[int] | tuple[int, ...]) -> Tensor:

@@ -2,8 +2,8 @@
 
 Where the torch backend makes several passes of torch operations over a row tile, each
 split over all threads, here every thread takes its own tiles through all of an
-operation's steps: nothing but the tile's own rows moves between memory and cache. The
-pools, and types narrower than float32, are the torch backend's.
+operation's steps: nothing but the tile's own rows moves between memory and cache. Types
+narrower than float32 are the torch backend's.
 """
 
 from __future__ import annotations
@@ -79,6 +79,23 @@ class _Convolution(ctypes.Structure):
         )
 
 
+class _Pool(ctypes.Structure):
+    _fields_ = [
+        ("f", _Norm),
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("ldx", "c")),
+        *((name, ctypes.c_int64) for name in ("images", "depth", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("wz", "wy", "wx")),
+    ]
+
+    def __init__(
+        self, x: Tensor, norm: Normalization, shape: tuple[int, ...], window: Sequence[int]
+    ) -> None:
+        absent = [1] * (4 - len(shape))
+        sizes = [shape[0], *absent, *shape[1:], *absent, *window]
+        super().__init__(_Norm(norm), x.data_ptr(), x.stride(0), x.shape[1], *sizes)
+
+
 class _Channels(ctypes.Structure):
     _fields_ = [("count", ctypes.c_int64), ("index", ctypes.c_void_p)]
 
@@ -108,7 +125,11 @@ class CpuBackend(TorchBackend):
 
     def _tile_rows(self, x: Tensor) -> int:
         rows = _TILE_BYTES // (max(x.shape[1], 32) * x.element_size())
-        return max(1, min(x.shape[0], max(32, rows // 16 * 16)))
+        largest, threads = max(32, rows // 16 * 16), torch.get_num_threads()
+        # as few rounds as with the largest tiles, and all threads busy in the last one too
+        rounds = -(-x.shape[0] // (largest * threads))
+        even = -(-x.shape[0] // (rounds * threads * 16)) * 16
+        return max(1, min(x.shape[0], largest, even))
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows, c = x.shape
@@ -392,6 +413,82 @@ class CpuBackend(TorchBackend):
         self, source: Tensor, threads: int, rows: int, *widths: int
     ) -> Sequence[Tensor]:
         return [source.new_empty((threads, rows, width)) for width in widths]
+
+    def bn_relu_avg_pool(
+        self, x: Tensor, norm: Normalization, shape: tuple[int, ...], out: Tensor
+    ) -> None:
+        self._pool(x, norm, shape, [2] * (len(shape) - 1), out)
+
+    def bn_relu_avg_pool_backward(
+        self,
+        x: Tensor,
+        norm: Normalization,
+        shape: tuple[int, ...],
+        dpooled: Tensor,
+        d: Tensor,
+        pooled: Tensor | None,
+        channels: Channels = ALL_CHANNELS,
+    ) -> tuple[Tensor, Tensor]:
+        window = [2] * (len(shape) - 1)
+        return self._pool_backward(x, norm, shape, window, dpooled, d, pooled, channels)
+
+    def bn_relu_global_pool(self, x: Tensor, norm: Normalization, images: int, out: Tensor) -> None:
+        positions = x.shape[0] // images
+        self._pool(x, norm, (images, positions), [positions], out)
+
+    def bn_relu_global_pool_backward(
+        self, x: Tensor, norm: Normalization, images: int, dpooled: Tensor, d: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        positions = x.shape[0] // images
+        shape, window = (images, positions), [positions]
+        return self._pool_backward(x, norm, shape, window, dpooled, d, None, ALL_CHANNELS)
+
+    def _pool(
+        self,
+        x: Tensor,
+        norm: Normalization,
+        shape: tuple[int, ...],
+        window: Sequence[int],
+        out: Tensor,
+    ) -> None:
+        threads, c = torch.get_num_threads(), x.shape[1]
+        partial = x.new_empty((threads, c))
+        sums = x.new_empty((threads, c), dtype=torch.float64)
+        if loops := self._loops(x):
+            loops.call("bn_relu_pool", threads, _Pool(x, norm, shape, window), partial, sums, out)
+
+    def _pool_backward(
+        self,
+        x: Tensor,
+        norm: Normalization,
+        shape: tuple[int, ...],
+        window: Sequence[int],
+        dpooled: Tensor,
+        d: Tensor,
+        pooled: Tensor | None,
+        channels: Channels,
+    ) -> tuple[Tensor, Tensor]:
+        threads, c = torch.get_num_threads(), x.shape[1]
+        direct = _Channels(channels, c)
+        s, t = x.new_empty(c), x.new_empty(direct.count)
+        partial = x.new_empty((threads, 5 * c))
+        sums = x.new_empty((threads, 3 * c), dtype=torch.float64)
+        if loops := self._loops(x):
+            loops.call(
+                "bn_relu_pool_backward",
+                threads,
+                _Pool(x, norm, shape, window),
+                dpooled,
+                d,
+                d.stride(0),
+                pooled,
+                direct,
+                partial,
+                sums,
+                s,
+                t,
+            )
+        return s, t
 
     def finish_gradient(
         self,
