@@ -69,7 +69,7 @@ class BlockForward:
             output = run_block(self, args[0])
             if output is not None:
                 return output
-        refuse_torchs(self.modules(), args[0])  # type: ignore[attr-defined]
+        refuse_torchs(self.modules(), *args, *kwargs.values())  # type: ignore[attr-defined]
         with offload() if self.offload else nullcontext():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
@@ -87,7 +87,7 @@ class TransitionForward:
             output = run_block(None, args[0], self)
             if output is not None:
                 return output
-        refuse_torchs(self.modules(), args[0])  # type: ignore[attr-defined]
+        refuse_torchs(self.modules(), *args, *kwargs.values())  # type: ignore[attr-defined]
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -75,15 +75,19 @@ def sync_batch_norm(x: Tensor, norm: nn.Module) -> Tensor:
     return output
 
 
-def refuse_torchs(modules: Iterable[nn.Module], x: Any) -> None:
-    """Raise where calling ``modules`` one by one would end in torch's SyncBatchNorm on a CPU.
+def refuse_torchs(modules: Iterable[nn.Module], *inputs: Any) -> None:
+    """Raise where ``modules`` one by one would end in torch's SyncBatchNorm on a CPU.
+
+    Args:
+        modules: what is to be called.
+        inputs: what it is called with, tensors or not.
 
     Raises:
         ValueError: with what to do.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    if not isinstance(x, Tensor) or x.device.type != "cpu":
+    if not any(isinstance(x, Tensor) and x.device.type == "cpu" for x in inputs):
         return
     if any(type(module) is nn.SyncBatchNorm and module.training for module in modules):
         raise ValueError(
