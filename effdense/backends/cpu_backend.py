@@ -21,7 +21,7 @@ from .cpu_library import Library, load
 from .torch_backend import TorchBackend
 
 # A thread's tile of x, z, dz and d together should stay in its cache.
-_TILE_BYTES = 128 << 10
+_TILE_BYTES = 256 << 10
 # Rows of a tile where nothing but sums depends on it.
 _SUM_ROWS = 256
 
