@@ -30,7 +30,9 @@ def parse_size(text: str) -> int:
 
 
 def show_size(size: float) -> str:
-    """Such as "1.5 GiB" or "33 MiB"."""
+    """Such as "1.5 GiB", "33 MiB" or, of less than one, "12 KiB"."""
+    if 0 < size < 1 << 20:
+        return f"{size / 2**10:,.0f} KiB"
     return f"{size / 2**30:,.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:,.0f} MiB"
 
 

@@ -440,7 +440,10 @@ def budget_bytes(budget: int | str, device: str) -> int:
     if budget == "auto":
         return int(available_bytes(device) * _AUTO_SHARE)
     if isinstance(budget, str):
-        return parse_size(budget)
+        try:
+            return parse_size(budget)
+        except ValueError as error:
+            raise ValueError(f'budget {error}; or give "auto"') from None
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise ValueError(f'budget must be bytes, a size such as "8GiB" or "auto", got {budget!r}')
     return budget
