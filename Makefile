@@ -83,7 +83,7 @@ $(ROWS)/convergence.csv: | $(STAMP)
 	$(BIN)/python benchmarks/convergence.py --output $@
 
 $(ROWS)/pareto.csv: | $(STAMP)
-	$(BIN)/python benchmarks/pareto.py --depth 100 --growth-rate 12 --output $@
+	$(BIN)/python benchmarks/pareto.py --depth 250 --growth-rate 24 --batch-size 16 --steps 1 --output $@
 
 # predictions that miss are drawn too
 $(ROWS)/estimates.csv: | $(STAMP)
