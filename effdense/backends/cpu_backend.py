@@ -188,10 +188,7 @@ class CpuBackend(TorchBackend):
             self.bn_relu(x, norm, z)
         rows, c = x.shape
         threads = torch.get_num_threads()
-        direct = _Channels(channels, c)
-        s, t = x.new_empty(c), x.new_empty(direct.count)
-        partial = x.new_empty((threads, 2 * c))
-        sums = x.new_empty((threads, 2 * c), dtype=torch.float64)
+        direct, partial, sums, s, t = _gradient_sums(x, c, channels, threads)
         if loops := self._loops(x):
             loops.call(
                 "bn_relu_backward_reduce",
@@ -279,12 +276,9 @@ class CpuBackend(TorchBackend):
         (rows, c), b = x.shape, weight.shape[0]
         step, threads = self._tile_rows(x), torch.get_num_threads()
         channels = direct_channels(norm)
-        direct = _Channels(channels, c)
-        s, t = x.new_empty(c), x.new_empty(direct.count)
+        direct, partial, sums, s, t = _gradient_sums(x, c, channels, threads)
         z, dz = x.new_empty((2, threads, step, c))
         dw = x.new_empty((threads, b, c))
-        partial = x.new_empty((threads, 2 * c))
-        sums = x.new_empty((threads, 2 * c), dtype=torch.float64)
         before = again = None
         if pending is not None:
             slope, offset = _affine(pending.norm, pending.correction)
@@ -357,10 +351,7 @@ class CpuBackend(TorchBackend):
         h, g, *dh = self._line_scratch(source, threads, lines * shape[-1], *widths)
         dw = source.new_empty((threads, *taps.shape)) if need_weight else None
         channels = direct_channels(norm) if need_weight else ALL_CHANNELS
-        direct = _Channels(channels, b)
-        s, t = source.new_empty(b), source.new_empty(direct.count)
-        partial = source.new_empty((threads, 2 * b))
-        sums = source.new_empty((threads, 2 * b), dtype=torch.float64)
+        direct, partial, sums, s, t = _gradient_sums(source, b, channels, threads)
         if loops := self._loops(source):
             loops.call(
                 "bn_relu_conv3_backward",
@@ -469,10 +460,7 @@ class CpuBackend(TorchBackend):
         channels: Channels,
     ) -> tuple[Tensor, Tensor]:
         threads, c = torch.get_num_threads(), x.shape[1]
-        direct = _Channels(channels, c)
-        s, t = x.new_empty(c), x.new_empty(direct.count)
-        partial = x.new_empty((threads, 5 * c))
-        sums = x.new_empty((threads, 3 * c), dtype=torch.float64)
+        direct, partial, sums, s, t = _gradient_sums(x, c, channels, threads, 5, 3)
         if loops := self._loops(x):
             loops.call(
                 "bn_relu_pool_backward",
@@ -516,6 +504,19 @@ class CpuBackend(TorchBackend):
                 out,
                 out.stride(0),
             )
+
+
+def _gradient_sums(
+    x: Tensor, c: int, channels: Channels, threads: int, narrow: int = 2, wide: int = 2
+) -> tuple[_Channels, Tensor, Tensor, Tensor, Tensor]:
+    """What a sum over rows of x into S (c,) and T needs: (direct, partial, sums, S, T).
+
+    ``partial`` and ``sums`` are each thread's scratch, ``narrow`` and ``wide`` times c of it.
+    """
+    direct = _Channels(channels, c)
+    partial = x.new_empty((threads, narrow * c))
+    sums = x.new_empty((threads, wide * c), dtype=torch.float64)
+    return direct, partial, sums, x.new_empty(c), x.new_empty(direct.count)
 
 
 def _affine(
