@@ -49,7 +49,7 @@ BACKWARD_SHARE = 2 / 3
 
 
 class RunError(RuntimeError):
-    """Torchrun failed; the message is its last word."""
+    """A run under torchrun failed; the message is what its processes said, or died of."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -255,15 +255,30 @@ def launch(args: argparse.Namespace, case: Case, name: str, processes: int) -> d
         env = os.environ | {
             "PYTHONPATH": os.pathsep.join(path),
             "OMP_NUM_THREADS": str(args.threads),
+            # a process that dies of a signal says where it was
+            "PYTHONFAULTHANDLER": "1",
         }
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         torchrun += [f"--nproc_per_node={processes}", "-m", "harness.rank", json.dumps(request)]
         done = subprocess.run(torchrun, env=env, capture_output=True, text=True)
-        if done.returncode or not answer.exists():
-            # The rank's own exception is far above torchrun's summary.
-            said = [line for line in done.stderr.splitlines() if "Error" in line]
-            raise RunError(said[0].strip()[:300] if said else f"exit status {done.returncode}")
+        if not answer.exists():
+            raise RunError(reason(done.stderr) or f"exit status {done.returncode}")
+        if done.returncode:
+            # The answer is written whole when all is measured: only leaving can have failed.
+            print(f"{name}, {processes} processes, measured, but failed to leave:")
+            print(f"  {reason(done.stderr) or f'exit status {done.returncode}'}")
         return json.loads(answer.read_text())
+
+
+def reason(stderr: str) -> str:
+    """Why a run under torchrun failed, in a line: a process's exception, else its signal."""
+    # torchrun's own exception, which is in every failure, says neither
+    lines = [line.strip() for line in stderr.splitlines() if "ChildFailedError" not in line]
+    for sign in ("Error", "Fatal", "terminate called", "Signal "):
+        found = [line for line in lines if sign in line]
+        if found:
+            return found[0][:300]
+    return ""
 
 
 def project(args: argparse.Namespace, case: Case, recorder: Recorder) -> None:

@@ -89,7 +89,10 @@ def main() -> None:
     try:
         answer = measure(request, case, gpu)
         if dist.get_rank() == 0:
-            Path(request["answer"]).write_text(json.dumps(answer))
+            path = Path(request["answer"])
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(answer))
+            partial.replace(path)
     finally:
         dist.destroy_process_group()
 

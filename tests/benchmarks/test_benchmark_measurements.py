@@ -125,6 +125,26 @@ def test_scaling_counts_what_two_processes_communicate(tmp_path, capsys):
     assert any(row["metric"] == "weak step time" and float(row["value"]) > 0 for row in rows)
 
 
+@pytest.mark.parametrize("measured", [False, True])
+def test_scaling_says_what_a_process_died_of(tmp_path, monkeypatch, capsys, measured):
+    rank = tmp_path / "harness" / "rank.py"
+    rank.parent.mkdir()
+    answer = "pathlib.Path(json.loads(sys.argv[1])['answer']).write_text('{}')"
+    rank.write_text(
+        "import json, os, pathlib, sys\n" + (f"{answer}\n" if measured else "") + "os.abort()\n"
+    )
+    monkeypatch.setattr(scaling, "BENCHMARKS", tmp_path)
+    args = scaling.make_parser().parse_args(SMALL_ARGUMENTS)
+    if measured:
+        assert scaling.launch(args, SMALL, "naive", 1) == {}
+        said = capsys.readouterr().out
+    else:
+        with pytest.raises(scaling.RunError) as failure:
+            scaling.launch(args, SMALL, "naive", 1)
+        said = str(failure.value)
+    assert "Fatal Python error: Aborted" in said
+
+
 def test_depth_search_ends_at_the_budget(monkeypatch):
     case = Case("densenet-bc", 22, 12, 8, 32)
     budget = 2 << 30
