@@ -58,10 +58,12 @@ class _Convolution(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("lds", "b", "k")),
         *((name, ctypes.c_int64) for name in ("images", "depth", "height", "width", "dz", "dy")),
         ("weight", ctypes.c_void_p),
+        ("stride", ctypes.c_int64 * 5),
+        ("u", ctypes.c_void_p),
     ]
 
     def __init__(
-        self, source: Tensor, norm: Normalization, taps: Tensor, k: int, shape: tuple[int, ...]
+        self, source: Tensor, norm: Normalization, weight: Tensor, shape: tuple[int, ...], u: Tensor
     ) -> None:
         images, *spatial = shape
         absent = 3 - len(spatial)
@@ -71,11 +73,13 @@ class _Convolution(ctypes.Structure):
             source.data_ptr(),
             source.stride(0),
             source.shape[1],
-            k,
+            weight.shape[0],
             images,
             *([1] * absent + spatial),
             *reach[:2],
-            taps.data_ptr(),
+            weight.data_ptr(),
+            _weight_strides(weight),
+            u.data_ptr(),
         )
 
 
@@ -324,13 +328,12 @@ class CpuBackend(TorchBackend):
         shape: tuple[int, ...],
         out: Tensor,
     ) -> None:
-        taps, threads = self._taps(weight), torch.get_num_threads()
-        lines = self._tile_lines(shape, len(taps))
-        h, g = self._line_scratch(source, threads, lines * shape[-1], source.shape[1], len(taps))
+        threads, lines = torch.get_num_threads(), self._tile_lines(weight, shape)
+        u, h, v, m = self._line_scratch(weight, shape, threads, lines)
         if loops := self._loops(source):
-            window = _Convolution(source, norm, taps, weight.shape[0], shape)
+            window = _Convolution(source, norm, weight, shape, u)
             loops.call(
-                "bn_relu_conv3", threads, loops.gemm, window, lines, h, g, out, out.stride(0)
+                "bn_relu_conv3", threads, loops.gemm, window, lines, h, v, m, out, out.stride(0)
             )
 
     def bn_relu_conv3_backward(
@@ -344,12 +347,14 @@ class CpuBackend(TorchBackend):
         dz: Tensor | None,
         d: Tensor | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        (k, b), threads = weight.shape[:2], torch.get_num_threads()
-        taps = self._taps(weight)
-        lines = self._tile_lines(shape, len(taps))
-        widths = [b, len(taps)] + ([b] if dz is None else [])
-        h, g, *dh = self._line_scratch(source, threads, lines * shape[-1], *widths)
-        dw = source.new_empty((threads, *taps.shape)) if need_weight else None
+        threads, lines = torch.get_num_threads(), self._tile_lines(weight, shape)
+        u, h, v, e = self._line_scratch(weight, shape, threads, lines)
+        b = weight.shape[1]
+        du = gradient = product = strides = None
+        if need_weight:
+            du, product = u.new_empty((threads, *u.shape)), u.new_empty(b)
+            gradient = torch.empty_like(weight)
+            strides = _weight_strides(gradient)
         channels = direct_channels(norm) if need_weight else ALL_CHANNELS
         direct, partial, sums, s, t = _gradient_sums(source, b, channels, threads)
         if loops := self._loops(source):
@@ -357,7 +362,7 @@ class CpuBackend(TorchBackend):
                 "bn_relu_conv3_backward",
                 threads,
                 loops.gemm,
-                _Convolution(source, norm, taps, k, shape),
+                _Convolution(source, norm, weight, shape, u),
                 dout,
                 dz,
                 d,
@@ -365,45 +370,38 @@ class CpuBackend(TorchBackend):
                 direct,
                 lines,
                 h,
-                dh[0] if dh else None,
-                g,
-                dw,
+                v,
+                e,
+                du,
+                gradient,
+                strides,
+                product,
                 partial,
                 sums,
                 s,
                 t,
             )
-        if dw is None:
-            return None, s, t
-        t = second_sum(norm, (taps * dw[0]).sum(0), s, t, channels)
-        gradient = torch.empty_like(weight)
-        self._copy_taps(gradient, dw[0], True)
-        return gradient, s, t
+        return gradient, s, t if product is None else second_sum(norm, product, s, t, channels)
 
-    def _taps(self, weight: Tensor) -> Tensor:
-        """The weight (k, b, 3, ...) in the order of the loops, (taps k, b)."""
-        taps = weight.new_empty((weight[0, 0].numel() * weight.shape[0], weight.shape[1]))
-        self._copy_taps(weight, taps, False)
-        return taps
-
-    def _copy_taps(self, weight: Tensor, taps: Tensor, to_weight: bool) -> None:
+    def _tile_lines(self, weight: Tensor, shape: tuple[int, ...]) -> int:
+        """Lines of pixels whose transformed values, of both kinds, take about two tiles."""
         k, b, *window = weight.shape
-        absent = 3 - len(window)
-        strides = (*weight.stride()[:2], *[0] * absent, *weight.stride()[2:])
-        if loops := self._loops(weight):
-            sizes = [1] * absent + window
-            strides_in_c = (ctypes.c_int64 * 5)(*strides)
-            loops.call("copy_taps", k, b, *sizes[:2], weight, strides_in_c, taps, int(to_weight))
-
-    def _tile_lines(self, shape: tuple[int, ...], columns: int) -> int:
-        """Lines of pixels whose gathered columns take about one tile."""
-        rows = max(32, _TILE_BYTES // (4 * columns))
+        columns = k * math.prod(window) // 3
+        rows = max(32, _TILE_BYTES // (b + columns) // weight.element_size())
         return max(1, min(math.prod(shape[:-1]), rows // shape[-1]))
 
     def _line_scratch(
-        self, source: Tensor, threads: int, rows: int, *widths: int
+        self, weight: Tensor, shape: tuple[int, ...], threads: int, lines: int
     ) -> Sequence[Tensor]:
-        return [source.new_empty((threads, rows, width)) for width in widths]
+        """The transformed weight, and each thread's line, inputs and outputs of a tile."""
+        k, b, *window = weight.shape
+        columns, pairs = k * math.prod(window) // 3, (shape[-1] + 1) // 2
+        return [
+            weight.new_empty((4, columns, b)),
+            weight.new_empty((threads, 2 * pairs + 2, b)),
+            weight.new_empty((threads, 4, lines * pairs, b)),
+            weight.new_empty((threads, 4, lines * pairs, columns)),
+        ]
 
     def bn_relu_avg_pool(
         self, x: Tensor, norm: Normalization, shape: tuple[int, ...], out: Tensor
@@ -504,6 +502,12 @@ class CpuBackend(TorchBackend):
                 out,
                 out.stride(0),
             )
+
+
+def _weight_strides(weight: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    """Strides of a weight (k, b, 3, ...) as if it had three spatial dimensions."""
+    outer, inner, *window = weight.stride()
+    return (ctypes.c_int64 * 5)(outer, inner, *[0] * (3 - len(window)), *window)
 
 
 def _gradient_sums(

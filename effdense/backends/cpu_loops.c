@@ -551,13 +551,20 @@ void bn_relu_conv1x1_backward(idx threads, gemm_function *gemm, idx rows, const 
 /* ---------------------------------------------------------------- 3-wide convolution
  *
  * Work is cut at lines (rows of pixels along the last dimension) of an (images, depth, height)
- * grid; spatial dimensions that are not there have size 1 and a window of 1. The weight is
- * (taps, k, b) with taps ordered by (dz, dy), and along the line from +1 to -1.
+ * grid; spatial dimensions that are not there have size 1 and a window of 1.
  *
- * Forward multiplies a tile of h = relu(norm(source)) by all taps at once, (n, b) by
- * (b, taps k), and adds the taps' columns to the lines they belong to. Backward gathers the
- * output gradient of all taps, (n, taps k), once, for the products of both gradients. Either
- * way the products are wide where the convolution itself has few output channels. */
+ * Along a line the convolution is Winograd's F(2, 3): two neighbouring outputs of three taps
+ * take four products of sums instead of six products (Winograd 1980; Lavin, Gray 2016). For
+ * inputs d0..d3 around a pair of outputs and taps w0..w2,
+ *
+ *     v = (d0 - d2, d1 + d2, d2 - d1, d1 - d3)
+ *     u = (w0, (w0 + w1 + w2) / 2, (w0 - w1 + w2) / 2, w2)
+ *     m = u v,  outputs (m0 + m1 + m2, m1 - m2 - m3),
+ *
+ * all of it linear in w and in d, so that backward is the adjoint of each step: with e =
+ * (g0, g0 + g1, g0 - g1, -g1) of a pair of output gradients, du = e v and dv = u e. Where a
+ * line is odd, its last pair has one pixel outside. The taps across lines are plain: one
+ * product for all of them, (pairs, b) by (b, across k), wide where k is small. */
 
 typedef struct {
     norm f;
@@ -565,30 +572,56 @@ typedef struct {
     idx lds, b, k;
     idx images, depth, height, width;
     idx dz, dy;         /* reach of the window in lines: 0 or 1 */
-    const REAL *weight;
+    const REAL *weight; /* (k, b, 2 dz + 1, 2 dy + 1, 3) at these strides */
+    idx stride[5];
+    REAL *u;            /* (4, across, k, b): scratch for the transformed weight */
 } convolution;
-
-/* Between a weight (k, b, depth, height, 3) at any strides and its taps. */
-void copy_taps(idx k, idx b, idx depth, idx height, REAL *weight, const idx *stride, REAL *taps,
-               idx to_weight) {
-    for (idx z = 0, tap = 0; z < depth; z++)
-        for (idx y = 0; y < height; y++)
-            for (idx x = 2; x >= 0; x--, tap++)
-                for (idx o = 0; o < k; o++) {
-                    REAL *w = weight + o * stride[0] + z * stride[2] + y * stride[3] + x * stride[4];
-                    REAL *v = taps + (tap * k + o) * b;
-                    if (to_weight)
-                        for (idx i = 0; i < b; i++)
-                            w[i * stride[1]] = v[i];
-                    else
-                        for (idx i = 0; i < b; i++)
-                            v[i] = w[i * stride[1]];
-                }
-}
 
 static idx lines_of(const convolution *v) { return v->images * v->depth * v->height; }
 
-static idx taps_of(const convolution *v) { return (2 * v->dz + 1) * (2 * v->dy + 1) * 3; }
+static idx across(const convolution *v) { return (2 * v->dz + 1) * (2 * v->dy + 1); }
+
+static idx pairs_of(const convolution *v) { return (v->width + 1) / 2; }
+
+/* Offset of tap (line, output channel) of the weight, its first of three. */
+static idx tap_offset(const convolution *v, const idx *stride, idx line, idx o) {
+    idx height = 2 * v->dy + 1;
+    return o * stride[0] + line / height * stride[2] + line % height * stride[3];
+}
+
+/* Rows [first, last) of (across k, b) of u from the weight. */
+static void transform_weight(const convolution *v, idx first, idx last) {
+    const idx b = v->b, plane = across(v) * v->k * b, *stride = v->stride;
+    for (idx row = first; row < last; row++) {
+        const REAL *w = v->weight + tap_offset(v, stride, row / v->k, row % v->k);
+        REAL *restrict u = v->u + row * b;
+        for (idx i = 0; i < b; i++) {
+            const REAL *wi = w + i * stride[1];
+            REAL w0 = wi[0], w1 = wi[stride[4]], w2 = wi[2 * stride[4]], ends = w0 + w2;
+            u[i] = w0;
+            u[plane + i] = (ends + w1) / 2;
+            u[2 * plane + i] = (ends - w1) / 2;
+            u[3 * plane + i] = w2;
+        }
+    }
+}
+
+/* Rows [first, last) of (across k, b) of the weight's gradient, at `stride`, from du. */
+static void gather_weight(const convolution *v, const REAL *du, REAL *gradient, const idx *stride,
+                          idx first, idx last) {
+    const idx b = v->b, plane = across(v) * v->k * b;
+    for (idx row = first; row < last; row++) {
+        REAL *w = gradient + tap_offset(v, stride, row / v->k, row % v->k);
+        const REAL *restrict u = du + row * b;
+        for (idx i = 0; i < b; i++) {
+            REAL *wi = w + i * stride[1];
+            REAL sum = (u[plane + i] + u[2 * plane + i]) / 2;
+            wi[0] = u[i] + sum;
+            wi[stride[4]] = (u[plane + i] - u[2 * plane + i]) / 2;
+            wi[2 * stride[4]] = sum + u[3 * plane + i];
+        }
+    }
+}
 
 /* The line (dz, dy) away from `line`, or -1 outside its image. */
 static idx neighbour(const convolution *v, idx line, idx dz, idx dy) {
@@ -598,153 +631,233 @@ static idx neighbour(const convolution *v, idx line, idx dz, idx dy) {
     return line + dz * v->height + dy;
 }
 
-/* Add one line's columns of one (dz, dy) to the line they belong to. g is at stride ldg and
- * holds, per position, 3k values: for the positions before, at and after it. */
-static void scatter_line(idx width, idx k, const REAL *g, idx ldg, REAL *out, idx ldo) {
-    for (idx x = 0; x < width; x++) {
-        const REAL *restrict before = g + (x - 1) * ldg + 2 * k;
-        const REAL *restrict at = g + x * ldg + k;
-        const REAL *restrict after = g + (x + 1) * ldg;
-        REAL *restrict o = out + x * ldo;
-        if (x > 0 && x + 1 < width)
-            for (idx j = 0; j < k; j++)
-                o[j] += before[j] + at[j] + after[j];
-        else if (x > 0)
-            for (idx j = 0; j < k; j++)
-                o[j] += before[j] + at[j];
-        else if (x + 1 < width)
-            for (idx j = 0; j < k; j++)
-                o[j] += at[j] + after[j];
+/* v of one line: h = relu(norm(source)) with a pixel of zeros before it and up to two after,
+ * (2 pairs + 2, b), whose zeros are there already; v is four planes of (pairs, b). */
+static void transform_line(const convolution *v, idx line, REAL *h, REAL *out, idx plane) {
+    const idx b = v->b, pairs = pairs_of(v);
+    normalize_rectify(v->width, b, v->source + line * v->width * v->lds, v->lds, &v->f, h + b, b);
+    for (idx p = 0; p < pairs; p++) {
+        const REAL *restrict d = h + 2 * p * b;
+        REAL *restrict o = out + p * b;
+        for (idx j = 0; j < b; j++) {
+            REAL d0 = d[j], d1 = d[b + j], d2 = d[2 * b + j], d3 = d[3 * b + j];
+            o[j] = d0 - d2;
+            o[plane + j] = d1 + d2;
+            o[2 * plane + j] = d2 - d1;
+            o[3 * plane + j] = d1 - d3;
+        }
+    }
+}
+
+/* Add the outputs of one line's pairs to the line they belong to; m is four planes of rows
+ * `ldm` apart, k of each row. */
+static void add_outputs(idx width, idx k, const REAL *m, idx ldm, idx plane, REAL *out, idx ldo) {
+    for (idx x = 0; x < width; x += 2) {
+        const REAL *restrict m0 = m + x / 2 * ldm, *restrict m1 = m0 + plane;
+        const REAL *restrict m2 = m1 + plane, *restrict m3 = m2 + plane;
+        REAL *restrict o = out + x * ldo, *restrict next = o + ldo;
+        if (x + 1 < width)
+            for (idx j = 0; j < k; j++) {
+                o[j] += m0[j] + (m1[j] + m2[j]);
+                next[j] += (m1[j] - m2[j]) - m3[j];
+            }
         else
             for (idx j = 0; j < k; j++)
-                o[j] += at[j];
+                o[j] += m0[j] + (m1[j] + m2[j]);
+    }
+}
+
+/* e of one line of dout (dense, k; NULL outside the image) into four planes of rows `lde`. */
+static void transform_gradients(idx width, idx k, const REAL *dout, REAL *e, idx lde, idx plane) {
+    for (idx x = 0; x < width; x += 2) {
+        REAL *restrict e0 = e + x / 2 * lde, *restrict e1 = e0 + plane;
+        REAL *restrict e2 = e1 + plane, *restrict e3 = e2 + plane;
+        const REAL *restrict g = dout + x * k;
+        for (idx j = 0; j < k; j++) {
+            REAL first = dout == NULL ? 0 : g[j];
+            REAL second = dout == NULL || x + 1 == width ? 0 : g[k + j];
+            e0[j] = first;
+            e1[j] = first + second;
+            e2[j] = first - second;
+            e3[j] = -second;
+        }
     }
 }
 
 /* out = conv3(relu(norm(source))), (rows, k) at stride ldo.
- * h (threads, tile_lines width, b) and g (threads, tile_lines width, taps k): scratch. */
+ * Scratch of each thread: h (2 pairs + 2, b), v (4, tile_lines pairs, b) and m (4, tile_lines
+ * pairs, across k). */
 void bn_relu_conv3(idx threads, gemm_function *gemm, const convolution *v, idx tile_lines,
-                   REAL *h_all, REAL *g_all, REAL *out, idx ldo) {
-    const idx lines = lines_of(v), width = v->width, b = v->b, k = v->k;
-    const idx columns = taps_of(v) * k, reach = v->dz * v->height + v->dy;
-    const REAL one = 1, zero = 0;
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (idx t = 0; t < threads; t++) {
-        REAL *h = h_all + t * tile_lines * width * b, *g = g_all + t * tile_lines * width * columns;
-        idx first, last;
-        share(lines, t, threads, &first, &last);
-        /* Lines of other threads that reach into this thread's are computed once more. */
-        idx from = first < reach ? 0 : first - reach, to = smaller(lines, last + reach);
-        idx cleared = first;
-        if (first == last)
-            to = from;
-        for (idx top = from; top < to; top += tile_lines) {
-            idx bottom = smaller(to, top + tile_lines), n = (bottom - top) * width;
-            for (; cleared < smaller(last, bottom + reach); cleared++)
-                for (idx x = 0; x < width; x++)
-                    memset(out + (cleared * width + x) * ldo, 0, k * sizeof(REAL));
-            normalize_rectify(n, b, v->source + top * width * v->lds, v->lds, &v->f, h, b);
-            gemm("T", "N", &columns, &n, &b, &one, v->weight, &b, h, &b, &zero, g, &columns);
-            for (idx line = top; line < bottom; line++)
-                for (idx dz = -v->dz, tap = 0; dz <= v->dz; dz++)
-                    for (idx dy = -v->dy; dy <= v->dy; dy++, tap += 3) {
-                        idx target = neighbour(v, line, -dz, -dy);
-                        if (target >= first && target < last)
-                            scatter_line(width, k, g + (line - top) * width * columns + tap * k,
-                                         columns, out + target * width * ldo, ldo);
-                    }
-        }
-    }
-}
-
-/* Fill one line of one (dz, dy) of the gathered gradient, 3k values per position, from the
- * line of dout (dense, k) that it sees; zeros outside the image. */
-static void gather_line(idx width, idx k, const REAL *dout, REAL *g, idx ldg) {
-    for (idx x = 0; x < width; x++) {
-        REAL *gx = g + x * ldg;
-        if (dout == NULL) {
-            memset(gx, 0, 3 * k * sizeof(REAL));
-            continue;
-        }
-        idx left = x == 0 ? k : 0, right = x + 1 == width ? k : 0;
-        memset(gx, 0, left * sizeof(REAL));
-        memcpy(gx + left, dout + (x - 1) * k + left, (3 * k - left - right) * sizeof(REAL));
-        memset(gx + 3 * k - right, 0, right * sizeof(REAL));
-    }
-}
-
-/* Back through it: dz (rows, b) = the masked gradient after the ReLU where given, else
- * d += scale dz; dw, s and t. dout (rows, k) dense.
- * Scratch: h and dh (threads, tile_lines width, b), g (threads, tile_lines width, taps k), dw
- * (threads, taps, k, b) with the result in the first, partial (threads, 2b), sums (threads, 2b). */
-void bn_relu_conv3_backward(idx threads, gemm_function *gemm, const convolution *v,
-                            const REAL *dout, REAL *dz_out, REAL *d, idx ldd, channels *direct,
-                            idx tile_lines, REAL *h_all, REAL *dh_all, REAL *g_all, REAL *dw_all,
-                            REAL *partial, double *sums, REAL *s, REAL *t_out) {
-    const idx lines = lines_of(v), width = v->width, b = v->b, k = v->k;
-    const idx columns = taps_of(v) * k;
+                   REAL *h_all, REAL *v_all, REAL *m_all, REAL *out, idx ldo) {
+    const idx lines = lines_of(v), width = v->width, b = v->b, k = v->k, pairs = pairs_of(v);
+    const idx columns = across(v) * k, reach = v->dz * v->height + v->dy;
+    const idx capacity = tile_lines * pairs;
     const REAL one = 1, zero = 0;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static, 1)
+        for (idx t = 0; t < threads; t++)
+            transform_weight(v, columns * t / threads, columns * (t + 1) / threads);
+#pragma omp for schedule(static, 1)
         for (idx t = 0; t < threads; t++) {
-            REAL *h = h_all + t * tile_lines * width * b, *dh = dh_all + t * tile_lines * width * b;
-            REAL *g = g_all + t * tile_lines * width * columns;
-            REAL *dw = dw_all == NULL ? NULL : dw_all + t * columns * b;
+            REAL *h = h_all + t * (2 * pairs + 2) * b;
+            REAL *vt = v_all + t * 4 * capacity * b, *m = m_all + t * 4 * capacity * columns;
+            idx first, last;
+            share(lines, t, threads, &first, &last);
+            memset(h, 0, (2 * pairs + 2) * b * sizeof(REAL));
+            /* Lines of other threads that reach into this thread's are computed once more. */
+            idx from = first < reach ? 0 : first - reach, to = smaller(lines, last + reach);
+            idx cleared = first;
+            if (first == last)
+                to = from;
+            for (idx top = from; top < to; top += tile_lines) {
+                idx bottom = smaller(to, top + tile_lines), n = (bottom - top) * pairs;
+                for (; cleared < smaller(last, bottom + reach); cleared++)
+                    for (idx x = 0; x < width; x++)
+                        memset(out + (cleared * width + x) * ldo, 0, k * sizeof(REAL));
+                for (idx line = top; line < bottom; line++)
+                    transform_line(v, line, h, vt + (line - top) * pairs * b, capacity * b);
+                for (idx i = 0; i < 4; i++)
+                    gemm("T", "N", &columns, &n, &b, &one, v->u + i * columns * b, &b,
+                         vt + i * capacity * b, &b, &zero, m + i * capacity * columns, &columns);
+                for (idx line = top; line < bottom; line++)
+                    for (idx dz = -v->dz, tap = 0; dz <= v->dz; dz++)
+                        for (idx dy = -v->dy; dy <= v->dy; dy++, tap++) {
+                            idx target = neighbour(v, line, -dz, -dy);
+                            if (target >= first && target < last)
+                                add_outputs(width, k, m + (line - top) * pairs * columns + tap * k,
+                                            columns, capacity * columns,
+                                            out + target * width * ldo, ldo);
+                        }
+            }
+        }
+    }
+}
+
+/* One line of dh out of the four planes dv (pairs, b), masked where h is not above zero, into
+ * `out`; its sum onto `sum`. `none` is a row of zeros. */
+static void gather_line(const convolution *v, idx line, const REAL *dv, idx plane,
+                        const REAL *restrict none, REAL *out, REAL *restrict sum) {
+    const idx b = v->b, pairs = pairs_of(v);
+    const REAL *restrict scale = v->f.scale, *restrict shift = v->f.shift;
+    const REAL *source = v->source + line * v->width * v->lds;
+    for (idx p = 0; p < pairs; p++) {
+        const REAL *restrict v0 = dv + p * b, *restrict v1 = v0 + plane;
+        const REAL *restrict v2 = v1 + plane, *restrict v3 = v2 + plane;
+        const REAL *restrict before = p == 0 ? none : v3 - b;
+        const REAL *restrict after = p + 1 == pairs ? none : v0 + b;
+        const REAL *restrict x = source + 2 * p * v->lds;
+        REAL *restrict o = out + 2 * p * b;
+        for (idx j = 0; j < b; j++) {
+            REAL h = x[j] * scale[j] + shift[j];
+            REAL g = (v1[j] - v2[j]) + (v3[j] - before[j]);
+            o[j] = g = h <= 0 ? 0 : g;
+            sum[j] += g;
+        }
+        if (2 * p + 1 == v->width)
+            continue;
+        x += v->lds;
+        o += b;
+        for (idx j = 0; j < b; j++) {
+            REAL h = x[j] * scale[j] + shift[j];
+            REAL g = (v1[j] + v2[j]) + (after[j] - v0[j]);
+            o[j] = g = h <= 0 ? 0 : g;
+            sum[j] += g;
+        }
+    }
+}
+
+/* Back through it: dz (rows, b) = the masked gradient after the ReLU where given, else
+ * d += scale dz; s and t; the weight's gradient where `gradient` is given, at `stride`, and
+ * with it product (b,) = sum W dW. dout (rows, k) dense.
+ * Scratch of each thread: h (2 pairs + 2, b), v (4, tile_lines pairs, b), e (4, tile_lines
+ * pairs, across k), du (4, across, k, b) where there is a gradient, partial (2b), sums (2b). */
+void bn_relu_conv3_backward(idx threads, gemm_function *gemm, const convolution *v,
+                            const REAL *dout, REAL *dz_out, REAL *d, idx ldd, channels *direct,
+                            idx tile_lines, REAL *h_all, REAL *v_all, REAL *e_all, REAL *du_all,
+                            REAL *gradient, const idx *stride, REAL *product, REAL *partial,
+                            double *sums, REAL *s, REAL *t_out) {
+    const idx lines = lines_of(v), width = v->width, b = v->b, k = v->k, pairs = pairs_of(v);
+    const idx columns = across(v) * k, capacity = tile_lines * pairs;
+    const REAL one = 1, zero = 0;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static, 1)
+        for (idx t = 0; t < threads; t++)
+            transform_weight(v, columns * t / threads, columns * (t + 1) / threads);
+#pragma omp for schedule(static, 1)
+        for (idx t = 0; t < threads; t++) {
+            REAL *h = h_all + t * (2 * pairs + 2) * b;
+            REAL *vt = v_all + t * 4 * capacity * b, *e = e_all + t * 4 * capacity * columns;
+            REAL *du = gradient == NULL ? NULL : du_all + t * 4 * columns * b;
             REAL *restrict sum = partial + t * 2 * b;
             const REAL *restrict scale = v->f.scale;
             double *own = sums + t * 2 * b;
             idx first, last;
             share(lines, t, threads, &first, &last);
+            memset(h, 0, (2 * pairs + 2) * b * sizeof(REAL));
             memset(own, 0, 2 * b * sizeof(double));
-            if (dw != NULL && first == last)
-                memset(dw, 0, columns * b * sizeof(REAL));
+            memset(sum, 0, b * sizeof(REAL));
+            if (du != NULL && first == last)
+                memset(du, 0, 4 * columns * b * sizeof(REAL));
             for (idx top = first; top < last; top += tile_lines) {
-                idx bottom = smaller(last, top + tile_lines), n = (bottom - top) * width;
-                idx row = top * width;
-                for (idx line = top; line < bottom; line++)
+                idx bottom = smaller(last, top + tile_lines), n = (bottom - top) * pairs;
+                for (idx line = top; line < bottom; line++) {
                     for (idx dz = -v->dz, tap = 0; dz <= v->dz; dz++)
-                        for (idx dy = -v->dy; dy <= v->dy; dy++, tap += 3) {
+                        for (idx dy = -v->dy; dy <= v->dy; dy++, tap++) {
                             idx seen = neighbour(v, line, -dz, -dy);
-                            gather_line(width, k, seen < 0 ? NULL : dout + seen * width * k,
-                                        g + (line - top) * width * columns + tap * k, columns);
+                            transform_gradients(width, k,
+                                                seen < 0 ? NULL : dout + seen * width * k,
+                                                e + (line - top) * pairs * columns + tap * k,
+                                                columns, capacity * columns);
                         }
-                normalize_rectify(n, b, v->source + row * v->lds, v->lds, &v->f, h, b);
-                if (dw != NULL)
-                    gemm("N", "T", &b, &columns, &n, &one, h, &b, g, &columns,
-                         top == first ? &zero : &one, dw, &b);
-                REAL *dht = dz_out == NULL ? dh : dz_out + row * b;
-                gemm("N", "N", &b, &n, &columns, &one, v->weight, &b, g, &columns, &zero, dht,
-                     &b);
-                memset(sum, 0, b * sizeof(REAL));
-                for (idx i = 0; i < n; i++) {
-                    const REAL *restrict hi = h + i * b;
-                    REAL *restrict gi = dht + i * b;
-                    for (idx j = 0; j < b; j++) {
-                        REAL masked = hi[j] <= 0 ? 0 : gi[j];
-                        gi[j] = masked;
-                        sum[j] += masked;
-                    }
-                    if (d != NULL) {
+                    if (du != NULL)
+                        transform_line(v, line, h, vt + (line - top) * pairs * b, capacity * b);
+                }
+                for (idx i = 0; i < 4; i++) {
+                    REAL *vi = vt + i * capacity * b, *ei = e + i * capacity * columns;
+                    if (du != NULL)
+                        gemm("N", "T", &b, &columns, &n, &one, vi, &b, ei, &columns,
+                             top == first ? &zero : &one, du + i * columns * b, &b);
+                    /* v is used up */
+                    gemm("N", "N", &b, &n, &columns, &one, v->u + i * columns * b, &b, ei,
+                         &columns, &zero, vi, &b);
+                }
+                for (idx line = top; line < bottom; line++) {
+                    idx row = line * width;
+                    REAL *dh = dz_out == NULL ? h + b : dz_out + row * b;
+                    gather_line(v, line, vt + (line - top) * pairs * b, capacity * b, h, dh, sum);
+                    for (idx i = 0; d != NULL && i < width; i++) {
+                        const REAL *restrict gi = dh + i * b;
                         REAL *restrict di = d + (row + i) * ldd;
                         for (idx j = 0; j < b; j++)
                             di[j] += scale[j] * gi[j];
                     }
-                    if (i % SUM_ROWS == SUM_ROWS - 1 || i == n - 1)
-                        flush(b, sum, own);
+                    flush(b, sum, own);
+                    add_second_sum(width, v->source + row * v->lds, v->lds, dh, b, &v->f, *direct,
+                                   sum + b, own + b);
                 }
-                add_second_sum(n, v->source + row * v->lds, v->lds, dht, b, &v->f, *direct,
-                               sum + b, own + b);
             }
         }
-        if (dw_all != NULL) {
+        if (gradient != NULL) {
 #pragma omp for schedule(static)
-            for (idx i = 0; i < columns * b; i++)
+            for (idx i = 0; i < 4 * columns * b; i++)
                 for (idx t = 1; t < threads; t++)
-                    dw_all[i] += dw_all[t * columns * b + i];
+                    du_all[i] += du_all[t * 4 * columns * b + i];
+#pragma omp for schedule(static, 1)
+            for (idx t = 0; t < threads; t++)
+                gather_weight(v, du_all, gradient, stride, columns * t / threads,
+                              columns * (t + 1) / threads);
         }
     }
     add_threads(b, sums, 2 * b, threads, s);
     add_threads(direct->count, sums + b, 2 * b, threads, t_out);
     finish_second_sum(*direct, &v->f, t_out);
+    if (gradient == NULL)
+        return;
+    /* sum W dW = sum U dU: W and U are the two sides of one linear map, and so are dU and dW. */
+    memset(product, 0, b * sizeof(REAL));
+    for (idx row = 0; row < 4 * columns; row++)
+        for (idx i = 0; i < b; i++)
+            product[i] += v->u[row * b + i] * du_all[row * b + i];
 }
