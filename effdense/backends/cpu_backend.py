@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..norm_sums import ALL_CHANNELS, Channels, direct_channels, second_sum
+from ..norm_sums import ALL_CHANNELS, STABLE_RATIO, Channels
 from .base import Normalization, PendingNorm, Rebuild
 from .cpu_library import Library, load
 from .torch_backend import TorchBackend
@@ -24,6 +24,8 @@ from .torch_backend import TorchBackend
 _TILE_BYTES = 256 << 10
 # Rows of a tile where nothing but sums depends on it.
 _SUM_ROWS = 256
+# What torch aligns an allocation to: a vector register's and a cache line's size.
+_ALIGNMENT = 64
 
 
 class _Norm(ctypes.Structure):
@@ -47,8 +49,26 @@ class _Product(ctypes.Structure):
         super().__init__(_Norm(norm), c, b, weight.data_ptr(), 0 if y is None else y.data_ptr())
 
 
+class _Correction(ctypes.Structure):
+    _fields_ = [
+        ("f", _Norm),
+        *((name, ctypes.c_void_p) for name in ("s", "t")),
+        ("count", ctypes.c_double),
+        ("vectors", ctypes.c_void_p),
+    ]
+
+    def __init__(
+        self, norm: Normalization, correction: tuple[Tensor, Tensor, float] | None, vectors: int
+    ) -> None:
+        if correction is None:
+            super().__init__(_Norm(norm))
+        else:
+            s, t, count = correction
+            super().__init__(_Norm(norm), s.data_ptr(), t.data_ptr(), count, vectors)
+
+
 class _Pending(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("y", "scale", "slope", "offset")]
+    _fields_ = [("y", ctypes.c_void_p), ("n", _Correction)]
 
 
 class _Convolution(ctypes.Structure):
@@ -63,7 +83,7 @@ class _Convolution(ctypes.Structure):
     ]
 
     def __init__(
-        self, source: Tensor, norm: Normalization, weight: Tensor, shape: tuple[int, ...], u: Tensor
+        self, source: Tensor, norm: Normalization, weight: Tensor, shape: tuple[int, ...], u: int
     ) -> None:
         images, *spatial = shape
         absent = 3 - len(spatial)
@@ -79,7 +99,7 @@ class _Convolution(ctypes.Structure):
             *reach[:2],
             weight.data_ptr(),
             _weight_strides(weight),
-            u.data_ptr(),
+            u,
         )
 
 
@@ -108,6 +128,21 @@ class _Channels(ctypes.Structure):
             super().__init__(len(channels), channels.data_ptr())
         else:
             super().__init__(0 if channels is None else c, None)
+
+
+class _Scratch:
+    """One allocation in areas of so many float64 and so many values of x's type."""
+
+    def __init__(self, x: Tensor, doubles: Sequence[int], values: Sequence[int]) -> None:
+        self.areas, end = [], 0
+        for size, count in [(8, n) for n in doubles] + [(x.element_size(), n) for n in values]:
+            self.areas.append(end)
+            end += -(-size * count // _ALIGNMENT) * _ALIGNMENT
+        self._memory = x.new_empty(end, dtype=torch.uint8)
+        if not x.is_meta:
+            base = self._memory.data_ptr()
+            self.areas = [base + start for start in self.areas]
+            """The areas' addresses."""
 
 
 class CpuBackend(TorchBackend):
@@ -139,12 +174,10 @@ class CpuBackend(TorchBackend):
         rows, c = x.shape
         threads = torch.get_num_threads()
         mean, var = x.new_empty(c), x.new_empty(c)
-        partial = x.new_empty((threads, 3 * c))
-        sums = x.new_empty((threads, 4 * c), dtype=torch.float64)
+        scratch = _Scratch(x, [threads * 4 * c], [threads * 3 * c])
         if loops := self._loops(x):
-            loops.call(
-                "statistics", threads, rows, c, x, x.stride(0), _SUM_ROWS, partial, sums, mean, var
-            )
+            rest = (x.stride(0), _SUM_ROWS, *scratch.areas, mean, var)
+            loops.call("statistics", threads, rows, c, x, *rest)
         return mean, var
 
     def bn_relu(self, x: Tensor, norm: Normalization, out: Tensor) -> None:
@@ -192,7 +225,8 @@ class CpuBackend(TorchBackend):
             self.bn_relu(x, norm, z)
         rows, c = x.shape
         threads = torch.get_num_threads()
-        direct, partial, sums, s, t = _gradient_sums(x, c, channels, threads)
+        direct, s, t = _sums(x, c, channels)
+        scratch = _Scratch(x, [threads * 2 * c], [threads * 2 * c])
         if loops := self._loops(x):
             loops.call(
                 "bn_relu_backward_reduce",
@@ -212,8 +246,7 @@ class CpuBackend(TorchBackend):
                 0 if d is None else d.stride(0),
                 direct,
                 _SUM_ROWS,
-                partial,
-                sums,
+                *scratch.areas,
                 s,
                 t,
             )
@@ -226,7 +259,7 @@ class CpuBackend(TorchBackend):
         dz: Tensor,
         correction: tuple[Tensor, Tensor, float] | None,
     ) -> None:
-        slope, offset = _affine(norm, correction)
+        scratch = _Scratch(x, [], [2 * x.shape[1]])
         if loops := self._loops(x):
             loops.call(
                 "bn_relu_backward_apply",
@@ -234,9 +267,7 @@ class CpuBackend(TorchBackend):
                 *x.shape,
                 x,
                 x.stride(0),
-                norm.scale,
-                slope,
-                offset,
+                _Correction(norm, correction, *scratch.areas),
                 dz,
                 dz.stride(0),
             )
@@ -245,9 +276,7 @@ class CpuBackend(TorchBackend):
         self, x: Tensor, norm: Normalization, weight: Tensor, out: Tensor, statistics: bool
     ) -> tuple[Tensor, Tensor] | None:
         step, threads, b = self._tile_rows(x), torch.get_num_threads(), weight.shape[0]
-        z = x.new_empty((threads, step, x.shape[1]))
-        partial = x.new_empty((threads, 3 * b))
-        sums = x.new_empty((threads, 4 * b), dtype=torch.float64)
+        scratch = _Scratch(x, [threads * 4 * b], [threads * step * x.shape[1], threads * 3 * b])
         found = (x.new_empty(b), x.new_empty(b)) if statistics else None
         if loops := self._loops(x):
             loops.call(
@@ -259,9 +288,7 @@ class CpuBackend(TorchBackend):
                 x.stride(0),
                 _Product(norm, weight, out),
                 step,
-                z,
-                partial,
-                sums,
+                *scratch.areas,
                 *(found or (None, None)),
             )
         return found
@@ -279,15 +306,18 @@ class CpuBackend(TorchBackend):
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         (rows, c), b = x.shape, weight.shape[0]
         step, threads = self._tile_rows(x), torch.get_num_threads()
-        channels = direct_channels(norm)
-        direct, partial, sums, s, t = _gradient_sums(x, c, channels, threads)
-        z, dz = x.new_empty((2, threads, step, c))
-        dw = x.new_empty((threads, b, c))
+        tile = threads * step * c
+        scratch = _Scratch(
+            x,
+            [threads * 2 * c, c, c],
+            [tile, tile, (threads - 1) * b * c, threads * 2 * c, 2 * b],
+        )
+        *areas, vectors = scratch.areas
+        dw, s, t = x.new_empty((b, c)), x.new_empty(c), x.new_empty(c)
         before = again = None
         if pending is not None:
-            slope, offset = _affine(pending.norm, pending.correction)
-            vectors = (pending.y, pending.norm.scale, slope, offset)
-            before = _Pending(*(None if v is None else v.data_ptr() for v in vectors))
+            correction = _Correction(pending.norm, pending.correction, vectors)
+            before = _Pending(pending.y.data_ptr(), correction)
         if rebuild is not None:
             again = _Product(rebuild.norm, rebuild.weight, rebuild.out)
         if loops := self._loops(x):
@@ -304,21 +334,14 @@ class CpuBackend(TorchBackend):
                 again,
                 d,
                 d.stride(0),
-                direct,
+                STABLE_RATIO,
                 step,
-                z,
-                dz,
+                *areas,
                 dw,
-                partial,
-                sums,
                 s,
                 t,
             )
-        t = second_sum(norm, (weight * dw[0]).sum(0), s, t, channels)
-        if not need_weight:
-            return None, s, t
-        # a view would keep every thread's part for as long as the gradient lives
-        return (dw[0] if threads == 1 else dw[0].clone()), s, t
+        return (dw if need_weight else None), s, t
 
     def bn_relu_conv3(
         self,
@@ -329,11 +352,12 @@ class CpuBackend(TorchBackend):
         out: Tensor,
     ) -> None:
         threads, lines = torch.get_num_threads(), self._tile_lines(weight, shape)
-        u, h, v, m = self._line_scratch(weight, shape, threads, lines)
+        scratch = _Scratch(source, [], self._line_scratch(weight, shape, threads, lines))
+        u, *areas = scratch.areas
         if loops := self._loops(source):
             window = _Convolution(source, norm, weight, shape, u)
             loops.call(
-                "bn_relu_conv3", threads, loops.gemm, window, lines, h, v, m, out, out.stride(0)
+                "bn_relu_conv3", threads, loops.gemm, window, lines, *areas, out, out.stride(0)
             )
 
     def bn_relu_conv3_backward(
@@ -348,15 +372,17 @@ class CpuBackend(TorchBackend):
         d: Tensor | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         threads, lines = torch.get_num_threads(), self._tile_lines(weight, shape)
-        u, h, v, e = self._line_scratch(weight, shape, threads, lines)
         b = weight.shape[1]
-        du = gradient = product = strides = None
-        if need_weight:
-            du, product = u.new_empty((threads, *u.shape)), u.new_empty(b)
-            gradient = torch.empty_like(weight)
-            strides = _weight_strides(gradient)
-        channels = direct_channels(norm) if need_weight else ALL_CHANNELS
-        direct, partial, sums, s, t = _gradient_sums(source, b, channels, threads)
+        transformed, *of_threads = self._line_scratch(weight, shape, threads, lines)
+        du = threads * transformed if need_weight else 0
+        scratch = _Scratch(
+            source,
+            [threads * 2 * b, b, b],
+            [*of_threads, du, threads * 2 * b, transformed],
+        )
+        *areas, u = scratch.areas
+        gradient = torch.empty_like(weight) if need_weight else None
+        s, t = source.new_empty(b), source.new_empty(b)
         if loops := self._loops(source):
             loops.call(
                 "bn_relu_conv3_backward",
@@ -367,21 +393,15 @@ class CpuBackend(TorchBackend):
                 dz,
                 d,
                 0 if d is None else d.stride(0),
-                direct,
+                STABLE_RATIO,
                 lines,
-                h,
-                v,
-                e,
-                du,
+                *areas,
                 gradient,
-                strides,
-                product,
-                partial,
-                sums,
+                None if gradient is None else _weight_strides(gradient),
                 s,
                 t,
             )
-        return gradient, s, t if product is None else second_sum(norm, product, s, t, channels)
+        return gradient, s, t
 
     def _tile_lines(self, weight: Tensor, shape: tuple[int, ...]) -> int:
         """Lines of pixels whose transformed values, of both kinds, take about two tiles."""
@@ -392,16 +412,12 @@ class CpuBackend(TorchBackend):
 
     def _line_scratch(
         self, weight: Tensor, shape: tuple[int, ...], threads: int, lines: int
-    ) -> Sequence[Tensor]:
-        """The transformed weight, and each thread's line, inputs and outputs of a tile."""
+    ) -> list[int]:
+        """Values of the transformed weight, and of all threads' lines, inputs and outputs."""
         k, b, *window = weight.shape
         columns, pairs = k * math.prod(window) // 3, (shape[-1] + 1) // 2
-        return [
-            weight.new_empty((4, columns, b)),
-            weight.new_empty((threads, 2 * pairs + 2, b)),
-            weight.new_empty((threads, 4, lines * pairs, b)),
-            weight.new_empty((threads, 4, lines * pairs, columns)),
-        ]
+        tile = threads * 4 * lines * pairs
+        return [4 * columns * b, threads * (2 * pairs + 2) * b, tile * b, tile * columns]
 
     def bn_relu_avg_pool(
         self, x: Tensor, norm: Normalization, shape: tuple[int, ...], out: Tensor
@@ -441,10 +457,9 @@ class CpuBackend(TorchBackend):
         out: Tensor,
     ) -> None:
         threads, c = torch.get_num_threads(), x.shape[1]
-        partial = x.new_empty((threads, c))
-        sums = x.new_empty((threads, c), dtype=torch.float64)
+        scratch = _Scratch(x, [threads * c], [threads * c])
         if loops := self._loops(x):
-            loops.call("bn_relu_pool", threads, _Pool(x, norm, shape, window), partial, sums, out)
+            loops.call("bn_relu_pool", threads, _Pool(x, norm, shape, window), *scratch.areas, out)
 
     def _pool_backward(
         self,
@@ -458,7 +473,8 @@ class CpuBackend(TorchBackend):
         channels: Channels,
     ) -> tuple[Tensor, Tensor]:
         threads, c = torch.get_num_threads(), x.shape[1]
-        direct, partial, sums, s, t = _gradient_sums(x, c, channels, threads, 5, 3)
+        direct, s, t = _sums(x, c, channels)
+        scratch = _Scratch(x, [threads * 3 * c], [threads * 5 * c])
         if loops := self._loops(x):
             loops.call(
                 "bn_relu_pool_backward",
@@ -469,8 +485,7 @@ class CpuBackend(TorchBackend):
                 d.stride(0),
                 pooled,
                 direct,
-                partial,
-                sums,
+                *scratch.areas,
                 s,
                 t,
             )
@@ -486,19 +501,21 @@ class CpuBackend(TorchBackend):
         count: float,
         out: Tensor,
     ) -> None:
-        slope = t / -count
-        offset = s / -count - slope * mean
+        scratch = _Scratch(x, [], [2 * x.shape[1]])
         if loops := self._loops(x):
             loops.call(
-                "add_affine",
+                "finish_gradient",
                 torch.get_num_threads(),
                 *x.shape,
                 d,
                 d.stride(0),
                 x,
                 x.stride(0),
-                slope,
-                offset,
+                mean,
+                s,
+                t,
+                count,
+                *scratch.areas,
                 out,
                 out.stride(0),
             )
@@ -510,25 +527,7 @@ def _weight_strides(weight: Tensor) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * 5)(outer, inner, *[0] * (3 - len(window)), *window)
 
 
-def _gradient_sums(
-    x: Tensor, c: int, channels: Channels, threads: int, narrow: int = 2, wide: int = 2
-) -> tuple[_Channels, Tensor, Tensor, Tensor, Tensor]:
-    """What a sum over rows of x into S (c,) and T needs: (direct, partial, sums, S, T).
-
-    ``partial`` and ``sums`` are each thread's scratch, ``narrow`` and ``wide`` times c of it.
-    """
+def _sums(x: Tensor, c: int, channels: Channels) -> tuple[_Channels, Tensor, Tensor]:
+    """What a sum over rows of x into S (c,) and T of ``channels`` writes: (direct, S, T)."""
     direct = _Channels(channels, c)
-    partial = x.new_empty((threads, narrow * c))
-    sums = x.new_empty((threads, wide * c), dtype=torch.float64)
-    return direct, partial, sums, x.new_empty(c), x.new_empty(direct.count)
-
-
-def _affine(
-    norm: Normalization, correction: tuple[Tensor, Tensor, float] | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """(slope, offset) of the part of the gradient that is affine in x; Nones if there is none."""
-    if correction is None:
-        return None, None
-    s, t, count = correction
-    slope = norm.scale * norm.rstd * t / -count
-    return slope, norm.scale * s / -count - slope * norm.mean
+    return direct, x.new_empty(c), x.new_empty(direct.count)

@@ -39,19 +39,34 @@ class Library:
     """The functions of cpu_loops.c for one type; ``gemm`` is the BLAS's product for them."""
 
     def __init__(self, functions: ctypes.CDLL, gemm: ctypes.c_void_p) -> None:
-        self.functions, self.gemm = functions, gemm
+        self.gemm = gemm
+        self._library = functions
+        self._functions: dict[str, Any] = {}
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call a function; tensors, structures and None are pointers, numbers 64-bit integers."""
-        getattr(self.functions, name)(*map(_argument, arguments))
+        """Call a function.
+
+        Numbers are 64-bit integers or doubles; tensors, structures, arrays, addresses (which
+        are integers too) and None are pointers. What an argument is never changes.
+        """
+        function = self._functions.get(name)
+        if function is None:
+            function = self._functions[name] = getattr(self._library, name)
+            function.argtypes = [_KINDS.get(type(a), ctypes.c_void_p) for a in arguments]
+            function.restype = None
+        function(
+            *[
+                a.data_ptr()
+                if isinstance(a, torch.Tensor)
+                else ctypes.byref(a)
+                if isinstance(a, ctypes.Structure)
+                else a
+                for a in arguments
+            ]
+        )
 
 
-def _argument(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, int):
-        return ctypes.c_int64(value)
-    return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value
+_KINDS = {int: ctypes.c_int64, float: ctypes.c_double}
 
 
 @functools.cache

@@ -110,10 +110,73 @@ static void add_threads(idx c, const double *sums, idx stride, idx threads, REAL
     }
 }
 
+/* The channels whose |beta| is at least `ratio` |gamma|, both times rstd: see norm_sums.py.
+ * `index` (c,) is scratch. */
+static channels unstable_channels(idx c, const norm *f, double ratio, idx *index) {
+    channels found = {0, index};
+    for (idx j = 0; j < c; j++) {
+        REAL beta = (f->shift[j] + f->mean[j] * f->scale[j]) * f->rstd[j], gamma = f->scale[j];
+        if ((beta < 0 ? -beta : beta) >= (REAL)ratio * (gamma < 0 ? -gamma : gamma))
+            index[found.count++] = j;
+    }
+    /* gathering many columns costs more than reading all of them */
+    return 4 * found.count <= c ? found : (channels){c, NULL};
+}
+
+/* (slope, offset) of the part of a norm's input gradient that is affine in x. */
+static void affine_part(idx c, const norm *f, const REAL *s, const REAL *t, double count,
+                        REAL *slope, REAL *offset) {
+    for (idx j = 0; j < c; j++) {
+        slope[j] = f->scale[j] * f->rstd[j] * t[j] / -(REAL)count;
+        offset[j] = f->scale[j] * s[j] / -(REAL)count - slope[j] * f->mean[j];
+    }
+}
+
 /* T of the direct channels in units of xhat. */
 static void finish_second_sum(channels direct, const norm *f, REAL *t) {
     for (idx j = 0; j < direct.count; j++)
         t[j] *= f->rstd[direct.index == NULL ? j : direct.index[j]];
+}
+
+/* S and T (c,) from the threads' sums (2c each, T of the direct channels) and, for the other
+ * channels, from product = sum W dW: see norm_sums.py. */
+static void finish_sums(idx c, const norm *f, channels direct, const double *sums, idx threads,
+                        const double *product, REAL *s, REAL *t) {
+    add_threads(c, sums, 2 * c, threads, s);
+    if (direct.index == NULL) {
+        add_threads(direct.count, sums + c, 2 * c, threads, t);
+        finish_second_sum(direct, f, t);
+        return;
+    }
+    for (idx j = 0; j < c; j++) {
+        REAL beta = f->shift[j] + f->mean[j] * f->scale[j];
+        t[j] = ((REAL)product[j] - beta * s[j]) * (f->rstd[j] / f->scale[j]);
+    }
+    for (idx j = 0; j < direct.count; j++) {
+        idx q = direct.index[j];
+        double total = 0;
+        for (idx i = 0; i < threads; i++)
+            total += sums[i * 2 * c + c + j];
+        t[q] = (REAL)total * f->rstd[q];
+    }
+}
+
+/* Columns [first, last) of the threads' parts of a weight's gradient (rows, c) onto the first
+ * part, and product = sum W dW. The other parts stand one after the other in `others`. */
+static void add_parts(idx rows, idx c, idx first, idx last, const REAL *weight, REAL *dw,
+                      const REAL *others, idx count, double *product) {
+    memset(product + first, 0, (last - first) * sizeof(double));
+    for (idx i = 0; i < rows; i++) {
+        REAL *restrict own = dw + i * c;
+        const REAL *restrict w = weight + i * c;
+        for (idx t = 0; t < count; t++) {
+            const REAL *restrict part = others + (t * rows + i) * c;
+            for (idx j = first; j < last; j++)
+                own[j] += part[j];
+        }
+        for (idx j = first; j < last; j++)
+            product[j] += (double)w[j] * own[j];
+    }
 }
 
 /* ------------------------------------------------------------------ mean and variance
@@ -179,8 +242,8 @@ static void finish_statistics(idx c, double *sums, idx stride, const idx *seen, 
 enum { MOST_THREADS = 1024 };
 
 /* sums (threads, 4c) double, partial (threads, 3c) REAL: scratch. */
-void statistics(idx threads, idx rows, idx c, const REAL *x, idx ldx, idx tile_rows, REAL *partial,
-                double *sums, REAL *mean, REAL *var) {
+void statistics(idx threads, idx rows, idx c, const REAL *x, idx ldx, idx tile_rows, double *sums,
+                REAL *partial, REAL *mean, REAL *var) {
     idx tiles = (rows + tile_rows - 1) / tile_rows, seen[MOST_THREADS];
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (idx t = 0; t < threads; t++) {
@@ -211,13 +274,19 @@ void bn_relu(idx threads, idx rows, idx c, const REAL *x, idx ldx, const norm *f
     }
 }
 
-/* out = d + x * slope + offset */
-void add_affine(idx threads, idx rows, idx c, const REAL *d, idx ldd, const REAL *x, idx ldx,
-                const REAL *slope, const REAL *offset, REAL *out, idx ldo) {
+/* out = d - (s + t (x - mean)) / count; vectors (2c): scratch. */
+void finish_gradient(idx threads, idx rows, idx c, const REAL *d, idx ldd, const REAL *x, idx ldx,
+                     const REAL *mean, const REAL *s, const REAL *t, double count, REAL *vectors,
+                     REAL *out, idx ldo) {
+    REAL *slope = vectors, *offset = vectors + c;
+    for (idx j = 0; j < c; j++) {
+        slope[j] = t[j] / -(REAL)count;
+        offset[j] = s[j] / -(REAL)count - slope[j] * mean[j];
+    }
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (idx t = 0; t < threads; t++) {
+    for (idx thread = 0; thread < threads; thread++) {
         idx first, last;
-        share(rows, t, threads, &first, &last);
+        share(rows, thread, threads, &first, &last);
         for (idx i = first; i < last; i++) {
             const REAL *restrict di = d + i * ldd, *restrict xi = x + i * ldx;
             REAL *restrict oi = out + i * ldo;
@@ -243,14 +312,31 @@ static void apply_gradient(idx n, idx c, const REAL *x, idx ldx, const REAL *res
     }
 }
 
+/* What a norm's correction is made of: its S and T over `count` rows; NULL for a frozen norm.
+ * vectors (2c) are scratch. */
+typedef struct {
+    norm f;
+    const REAL *s, *t;
+    double count;
+    REAL *vectors;
+} correction;
+
+/* (slope, offset) of a correction in its scratch, or NULL. */
+static const REAL *corrected_slope(idx c, const correction *n) {
+    if (n->s == NULL)
+        return NULL;
+    affine_part(c, &n->f, n->s, n->t, n->count, n->vectors, n->vectors + c);
+    return n->vectors;
+}
+
 void bn_relu_backward_apply(idx threads, idx rows, idx c, const REAL *x, idx ldx,
-                            const REAL *scale, const REAL *slope, const REAL *offset, REAL *dz,
-                            idx ldz) {
+                            const correction *n, REAL *dz, idx ldz) {
+    const REAL *slope = corrected_slope(c, n);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (idx t = 0; t < threads; t++) {
         idx first, last;
         share(rows, t, threads, &first, &last);
-        apply_gradient(last - first, c, x + first * ldx, ldx, scale, slope, offset,
+        apply_gradient(last - first, c, x + first * ldx, ldx, n->f.scale, slope, n->vectors + c,
                        dz + first * ldz, ldz);
     }
 }
@@ -259,8 +345,8 @@ void bn_relu_backward_apply(idx threads, idx rows, idx c, const REAL *x, idx ldx
  * partial (threads, 2c) REAL, sums (threads, 2c) double: scratch. */
 void bn_relu_backward_reduce(idx threads, idx rows, idx c, const REAL *x, idx ldx, const norm *f,
                              const REAL *z, idx ldz, const REAL *dz, idx lddz, REAL *out, idx ldo,
-                             REAL *d, idx ldd, channels *direct, idx tile_rows, REAL *partial,
-                             double *sums, REAL *s, REAL *t_out) {
+                             REAL *d, idx ldd, channels *direct, idx tile_rows, double *sums,
+                             REAL *partial, REAL *s, REAL *t_out) {
     idx tiles = (rows + tile_rows - 1) / tile_rows;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (idx t = 0; t < threads; t++) {
@@ -332,7 +418,7 @@ static idx window_row(const pool *p, windows w, idx line, idx x, idx at) {
 
 /* out (windows, c) dense = averages of relu(norm(x)).
  * partial (threads, c) REAL, sums (threads, c) double: scratch. */
-void bn_relu_pool(idx threads, const pool *p, REAL *partial, double *sums, REAL *out) {
+void bn_relu_pool(idx threads, const pool *p, double *sums, REAL *partial, REAL *out) {
     const windows w = windows_of(p);
     const idx c = p->c;
     const REAL *restrict scale = p->f.scale, *restrict shift = p->f.shift;
@@ -380,7 +466,7 @@ static void pool_backward_row(idx c, const REAL *restrict x, const norm *f,
  * the averages themselves into `pooled` where given.
  * partial (threads, 5c) REAL, sums (threads, 3c) double: scratch. */
 void bn_relu_pool_backward(idx threads, const pool *p, const REAL *dpooled, REAL *d, idx ldd,
-                           REAL *pooled, channels *direct, REAL *partial, double *sums, REAL *s,
+                           REAL *pooled, channels *direct, double *sums, REAL *partial, REAL *s,
                            REAL *t_out) {
     const windows w = windows_of(p);
     const idx c = p->c, lines = p->images * p->depth * p->height;
@@ -449,7 +535,7 @@ static void tile_product(gemm_function *gemm, idx n, const REAL *x, idx ldx, con
 /* y = relu(norm(x)) @ weight^T and, where `mean` is given, y's statistics.
  * z (threads, tile_rows, c), partial (threads, 3b) REAL and sums (threads, 4b): scratch. */
 void bn_relu_conv1x1(idx threads, gemm_function *gemm, idx rows, const REAL *x, idx ldx,
-                     const product *p, idx tile_rows, REAL *z, REAL *partial, double *sums,
+                     const product *p, idx tile_rows, double *sums, REAL *z, REAL *partial,
                      REAL *mean, REAL *var) {
     idx tiles = (rows + tile_rows - 1) / tile_rows, b = p->b, seen[MOST_THREADS];
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -476,19 +562,23 @@ void bn_relu_conv1x1(idx threads, gemm_function *gemm, idx rows, const REAL *x, 
 
 /* The gradient after norm2's ReLU becomes the one of y, tile by tile: apply_gradient's operands. */
 typedef struct {
-    const REAL *y, *scale, *slope, *offset;
+    const REAL *y;
+    correction n;
 } pending;
 
 /* One pass over x: dw += dy^T z, d += scale dz, s and t; see base.py.
- * Scratch: z and dz (threads, tile_rows, c) each, dw (threads, b, c) with the result in the
- * first, partial (threads, 2c) REAL, sums (threads, 2c) double. */
+ * Scratch: z and dz (threads, tile_rows, c) each, others (threads - 1, b, c), partial
+ * (threads, 2c) REAL, sums (threads, 2c) and product (c) double, index (c). */
 void bn_relu_conv1x1_backward(idx threads, gemm_function *gemm, idx rows, const REAL *x, idx ldx,
                               const product *p, REAL *dy, const pending *before,
-                              const product *again, REAL *d, idx ldd, channels *direct,
-                              idx tile_rows, REAL *z_all, REAL *dz_all, REAL *dw_all,
-                              REAL *partial, double *sums, REAL *s, REAL *t_out) {
+                              const product *again, REAL *d, idx ldd, double ratio,
+                              idx tile_rows, double *sums, double *product, idx *index,
+                              REAL *z_all, REAL *dz_all, REAL *others, REAL *partial, REAL *dw_out,
+                              REAL *s, REAL *t_out) {
     idx tiles = (rows + tile_rows - 1) / tile_rows, c = p->c, b = p->b;
     const REAL one = 1, zero = 0;
+    const REAL *slope = before == NULL ? NULL : corrected_slope(b, &before->n);
+    const channels direct = unstable_channels(c, &p->f, ratio, index);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static, 1)
@@ -496,24 +586,23 @@ void bn_relu_conv1x1_backward(idx threads, gemm_function *gemm, idx rows, const 
             double *own = sums + t * 2 * c;
             REAL *restrict sum = partial + t * 2 * c;
             REAL *z = z_all + t * tile_rows * c, *dz = dz_all + t * tile_rows * c;
-            REAL *dw = dw_all == NULL ? NULL : dw_all + t * b * c;
+            REAL *dw = t == 0 ? dw_out : others + (t - 1) * b * c;
             const REAL *restrict scale = p->f.scale;
             idx first, last;
             share(tiles, t, threads, &first, &last);
             memset(own, 0, 2 * c * sizeof(double));
-            if (dw != NULL && first == last)
+            if (first == last)
                 memset(dw, 0, b * c * sizeof(REAL));
             for (idx tile = first; tile < last; tile++) {
                 idx row = tile * tile_rows, n = smaller(tile_rows, rows - row);
                 const REAL *xt = x + row * ldx;
                 REAL *dyt = dy + row * b;
                 if (before != NULL)
-                    apply_gradient(n, b, before->y + row * b, b, before->scale, before->slope,
-                                   before->offset, dyt, b);
+                    apply_gradient(n, b, before->y + row * b, b, before->n.f.scale, slope,
+                                   before->n.vectors + b, dyt, b);
                 normalize_rectify(n, c, xt, ldx, &p->f, z, c);
-                if (dw != NULL)
-                    gemm("N", "T", &c, &b, &n, &one, z, &c, dyt, &b,
-                         tile == first ? &zero : &one, dw, &c);
+                gemm("N", "T", &c, &b, &n, &one, z, &c, dyt, &b, tile == first ? &zero : &one, dw,
+                     &c);
                 gemm("N", "N", &c, &n, &b, &one, p->weight, &c, dyt, &b, &zero, dz, &c);
                 memset(sum, 0, c * sizeof(REAL));
                 for (idx i = 0; i < n; i++) {
@@ -527,25 +616,21 @@ void bn_relu_conv1x1_backward(idx threads, gemm_function *gemm, idx rows, const 
                     if (i % SUM_ROWS == SUM_ROWS - 1 || i == n - 1)
                         flush(c, sum, own);
                 }
-                if (direct->count > 0) {
+                if (direct.count > 0) {
                     for (idx i = 0; i < n * c; i++)
                         dz[i] = z[i] <= 0 ? 0 : dz[i];
-                    add_second_sum(n, xt, ldx, dz, c, &p->f, *direct, sum + c, own + c);
+                    add_second_sum(n, xt, ldx, dz, c, &p->f, direct, sum + c, own + c);
                 }
                 if (again != NULL)
                     tile_product(gemm, n, xt, ldx, again, z, again->y + row * again->b);
             }
         }
-        if (dw_all != NULL) {
-#pragma omp for schedule(static)
-            for (idx i = 0; i < b * c; i++)
-                for (idx t = 1; t < threads; t++)
-                    dw_all[i] += dw_all[t * b * c + i];
-        }
+#pragma omp for schedule(static, 1)
+        for (idx t = 0; t < threads; t++)
+            add_parts(b, c, c * t / threads, c * (t + 1) / threads, p->weight, dw_out, others,
+                      threads - 1, product);
     }
-    add_threads(c, sums, 2 * c, threads, s);
-    add_threads(direct->count, sums + c, 2 * c, threads, t_out);
-    finish_second_sum(*direct, &p->f, t_out);
+    finish_sums(c, &p->f, direct, sums, threads, product, s, t_out);
 }
 
 /* ---------------------------------------------------------------- 3-wide convolution
@@ -768,18 +853,22 @@ static void gather_line(const convolution *v, idx line, const REAL *dv, idx plan
 }
 
 /* Back through it: dz (rows, b) = the masked gradient after the ReLU where given, else
- * d += scale dz; s and t; the weight's gradient where `gradient` is given, at `stride`, and
- * with it product (b,) = sum W dW. dout (rows, k) dense.
+ * d += scale dz; s and t; the weight's gradient where `gradient` is given, at `stride`.
+ * dout (rows, k) dense.
  * Scratch of each thread: h (2 pairs + 2, b), v (4, tile_lines pairs, b), e (4, tile_lines
- * pairs, across k), du (4, across, k, b) where there is a gradient, partial (2b), sums (2b). */
+ * pairs, across k), du (4, across, k, b) where there is a gradient, partial (2b), sums (2b);
+ * of all: product (b) double, index (b). */
 void bn_relu_conv3_backward(idx threads, gemm_function *gemm, const convolution *v,
-                            const REAL *dout, REAL *dz_out, REAL *d, idx ldd, channels *direct,
-                            idx tile_lines, REAL *h_all, REAL *v_all, REAL *e_all, REAL *du_all,
-                            REAL *gradient, const idx *stride, REAL *product, REAL *partial,
-                            double *sums, REAL *s, REAL *t_out) {
+                            const REAL *dout, REAL *dz_out, REAL *d, idx ldd, double ratio,
+                            idx tile_lines, double *sums, double *product, idx *index, REAL *h_all,
+                            REAL *v_all, REAL *e_all, REAL *du_all, REAL *partial, REAL *gradient,
+                            const idx *stride, REAL *s, REAL *t_out) {
     const idx lines = lines_of(v), width = v->width, b = v->b, k = v->k, pairs = pairs_of(v);
     const idx columns = across(v) * k, capacity = tile_lines * pairs;
     const REAL one = 1, zero = 0;
+    const channels all = {b, NULL};
+    const channels direct =
+        gradient == NULL ? all : unstable_channels(b, &v->f, ratio, index);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static, 1)
@@ -834,30 +923,22 @@ void bn_relu_conv3_backward(idx threads, gemm_function *gemm, const convolution 
                             di[j] += scale[j] * gi[j];
                     }
                     flush(b, sum, own);
-                    add_second_sum(width, v->source + row * v->lds, v->lds, dh, b, &v->f, *direct,
+                    add_second_sum(width, v->source + row * v->lds, v->lds, dh, b, &v->f, direct,
                                    sum + b, own + b);
                 }
             }
         }
         if (gradient != NULL) {
-#pragma omp for schedule(static)
-            for (idx i = 0; i < 4 * columns * b; i++)
-                for (idx t = 1; t < threads; t++)
-                    du_all[i] += du_all[t * 4 * columns * b + i];
+            /* sum W dW = sum U dU: both sides of one linear map, as are dU and dW */
+#pragma omp for schedule(static, 1)
+            for (idx t = 0; t < threads; t++)
+                add_parts(4 * columns, b, b * t / threads, b * (t + 1) / threads, v->u, du_all,
+                          du_all + 4 * columns * b, threads - 1, product);
 #pragma omp for schedule(static, 1)
             for (idx t = 0; t < threads; t++)
                 gather_weight(v, du_all, gradient, stride, columns * t / threads,
                               columns * (t + 1) / threads);
         }
     }
-    add_threads(b, sums, 2 * b, threads, s);
-    add_threads(direct->count, sums + b, 2 * b, threads, t_out);
-    finish_second_sum(*direct, &v->f, t_out);
-    if (gradient == NULL)
-        return;
-    /* sum W dW = sum U dU: W and U are the two sides of one linear map, and so are dU and dW. */
-    memset(product, 0, b * sizeof(REAL));
-    for (idx row = 0; row < 4 * columns; row++)
-        for (idx i = 0; i < b; i++)
-            product[i] += v->u[row * b + i] * du_all[row * b + i];
+    finish_sums(b, &v->f, direct, sums, threads, product, s, t_out);
 }
