@@ -212,6 +212,7 @@ class _Stage:
         ]
         self.bottleneck_offset = [sum(self.bottleneck[:i]) for i in range(len(self.layers))]
         self.bottlenecks: list[Tensor] = []
+        self._latest_norm1: tuple[int, Normalization] | None = None
         self.x: Tensor
 
     # ------------------------------------------------------------------ state
@@ -291,11 +292,16 @@ class _Stage:
             self.mean[channels], self.var[channels] = self.spec.batch.merge(*own)
 
     def _norm1(self, index: int) -> Normalization:
+        if self._latest_norm1 is not None and self._latest_norm1[0] == index:
+            # backward asks twice: for the bottleneck made ahead, and for the layer's own pass
+            return self._latest_norm1[1]
         layer, read = self.layers[index], self._read(index)
         mean, var = self.mean[read], self.var[read]
         mean, var = self._frozen(layer.frozen_mean1, layer.frozen_var1, mean, var)
         eps = self.spec.layers[index].norm1.eps
-        return normalization(eps, layer.gamma1, layer.beta1, mean, var)
+        norm = normalization(eps, layer.gamma1, layer.beta1, mean, var)
+        self._latest_norm1 = index, norm
+        return norm
 
     def _norm2(self, index: int) -> Normalization:
         layer, spec = self.layers[index], self.spec.layers[index].norm2
@@ -474,11 +480,11 @@ class _Stage:
         correction = None
         if spec.norm2.batch_statistics:
             correction = (*self.spec.batch.sum(s2, t2), float(self.spec.batch.count))
+        norm1 = self._norm1(index)
         y_before, rebuild = None, None
         if before is not None and self.bottleneck[before]:
             y_before = self._bottleneck_like(before, y)
             rebuild = Rebuild(self._norm1(before), self._weight1(before), y_before)
-        norm1 = self._norm1(index)
         dw1, s1, t1 = self.ops.bn_relu_conv1x1_backward(
             self.x[:, read],
             norm1,
