@@ -13,7 +13,6 @@ import weakref
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .sync_batch_norm import SyncBatchNorm
 
@@ -66,9 +65,10 @@ def norm_objection(name: str, norm: nn.Module | None) -> str | None:
     if type(norm) not in BATCH_NORMS:
         return f"{name} is a {type(norm).__name__}, not a batch norm"
     assert norm is not None
-    if norm.weight is None or norm.bias is None:
+    objection, parameters = module_objection(name, norm), norm._parameters
+    if objection is None and (parameters["weight"] is None or parameters["bias"] is None):
         return f"{name} has no weight and bias (affine=False)"
-    return module_objection(name, norm)
+    return objection
 
 
 def conv_objection(name: str, conv: nn.Module | None, kernel: int) -> str | None:
@@ -76,15 +76,15 @@ def conv_objection(name: str, conv: nn.Module | None, kernel: int) -> str | None
     if type(conv) not in CONVOLUTIONS:
         return f"{name} is a {type(conv).__name__}, not a convolution"
     assert isinstance(conv, nn.modules.conv._ConvNd)
+    ones = (1,) * len(conv.kernel_size)
     if (
-        set(conv.kernel_size) != {kernel}
-        or set(conv.stride) != {1}
-        or set(conv.dilation) != {1}
-        or isinstance(conv.padding, str)
-        or set(conv.padding) != {kernel // 2}
+        conv.kernel_size != (kernel,) * len(ones)
+        or conv.stride != ones
+        or conv.dilation != ones
+        or conv.padding != (kernel // 2,) * len(ones)
         or conv.groups != 1
         or conv.padding_mode != "zeros"
-        or conv.bias is not None
+        or conv._parameters.get("bias") is not None
     ):
         return f"{name} is {conv}, not a {kernel}-wide convolution of stride 1 without bias"
     return module_objection(name, conv)
@@ -108,7 +108,8 @@ def module_objection(name: str, module: nn.Module) -> str | None:
     """What makes calling a module more than its type's mathematics, or None."""
     if has_hooks(module):
         return f"{name} has hooks (or a weight computed by one)"
-    if parametrize.is_parametrized(module):
+    # is_parametrized, but asking a module for what it hasn't got is slow
+    if "parametrizations" in module._modules:
         return f"{name} is parametrised"
     for parameter in module._parameters.values():
         if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):

@@ -286,14 +286,16 @@ def _run_with_block(block: Any, x: Tensor, tail: Any, tail_parts: Any) -> Tensor
             return None
         norms = [layer.norm1 for layer in parts.layers]
         norms += [layer.norm2 for layer in parts.layers if layer.norm2 is not None]
-        found = differing_groups(norms)
+        last = tail_parts.norm if isinstance(tail_parts, TransitionParts) else tail_parts
+        together = norms if last is None else [*norms, last]
+        differing = differing_groups(together)
+        found = None if differing is None else differing_groups(norms)
         if found is not None:
             names = {module: name for name, module in block.named_modules()}
             one, other = (names[norm] for norm in found)
             warn_once(block, f"{one} and {other} take their statistics over different processes")
             return None
-        last = tail_parts.norm if isinstance(tail_parts, TransitionParts) else tail_parts
-        if last is not None and differing_groups([*norms, last]) is not None:
+        if differing is not None:
             # each can run fused by itself
             return None
         return run_stage(x, parts, tail_parts, save, block.backend)

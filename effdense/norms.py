@@ -38,12 +38,13 @@ def read_norm(norm: nn.Module) -> tuple[NormSpec, tuple[Tensor | None, ...]]:
     always when it tracks none.
     """
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    batch_statistics = norm.training or norm.running_mean is None
-    group = process_group(norm) if batch_statistics else None
-    spec = NormSpec(norm.eps, batch_statistics, group)
-    if batch_statistics:
-        return spec, (norm.weight, norm.bias, None, None)
-    return spec, (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    # from where a module keeps them: its attributes are found the slow way, for every norm
+    parameters, buffers = norm._parameters, norm._buffers
+    weight, bias = parameters["weight"], parameters["bias"]
+    if norm.training or buffers["running_mean"] is None:
+        return NormSpec(norm.eps, True, process_group(norm)), (weight, bias, None, None)
+    frozen = buffers["running_mean"], buffers["running_var"]
+    return NormSpec(norm.eps, False), (weight, bias, *frozen)
 
 
 def batch_of(x: Tensor, norms: Sequence[NormSpec]) -> Batch:
@@ -74,11 +75,13 @@ def batch_of(x: Tensor, norms: Sequence[NormSpec]) -> Batch:
 
 def differing_groups(norms: Sequence[nn.Module]) -> tuple[nn.Module, nn.Module] | None:
     """Two of ``norms`` that take batch statistics over different processes, if there are."""
-    specs = [(norm, read_norm(norm)[0]) for norm in norms]
-    taking = [(norm, spec.group) for norm, spec in specs if spec.batch_statistics]
-    for norm, group in taking:
-        if group is not taking[0][1]:
-            return taking[0][0], norm
+    first = None
+    for norm in norms:
+        if norm.training or norm._buffers["running_mean"] is None:
+            found = norm, process_group(norm)
+            first = first or found
+            if found[1] is not first[1]:
+                return first[0], norm
     return None
 
 
@@ -109,13 +112,15 @@ def update_running_statistics(
     by_factor: dict[float, list[int]] = {}
     for i, norm in enumerate(norms):
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
+        buffers = norm._buffers
+        if not (norm.training and norm.track_running_stats) or buffers["running_mean"] is None:
             continue
         factor = 0.0 if norm.momentum is None else norm.momentum
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
+        tracked = buffers["num_batches_tracked"]
+        if tracked is not None:
+            tracked.add_(1)
             if norm.momentum is None:
-                factor = 1.0 / float(norm.num_batches_tracked)
+                factor = 1.0 / float(tracked)
         if count:
             by_factor.setdefault(factor, []).append(i)
     unbias = count / (count - 1) if count > 1 else float("nan")
@@ -123,9 +128,10 @@ def update_running_statistics(
         running: list[Tensor] = []
         batch: list[Tensor] = []
         for i in chosen:
-            running_mean, running_var = norms[i].running_mean, norms[i].running_var
-            assert isinstance(running_mean, Tensor)
-            assert isinstance(running_var, Tensor)
+            buffers = norms[i]._buffers
+            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+            assert running_mean is not None
+            assert running_var is not None
             running += [running_mean, running_var]
             batch += [
                 means[i].to(running_mean.dtype),

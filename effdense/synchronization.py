@@ -81,7 +81,8 @@ def process_group(norm: nn.Module) -> Any:
 
     As torch's SyncBatchNorm: in training, in an initialised group of more than one process.
     """
-    if not hasattr(norm, "process_group") or not norm.training or _alone.get():
+    # in its own attributes: asking a module for what it hasn't got is slow
+    if "process_group" not in vars(norm) or not norm.training or _alone.get():
         return None
     if not (dist.is_available() and dist.is_initialized()):
         return None

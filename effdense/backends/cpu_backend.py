@@ -32,7 +32,8 @@ class _Norm(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in Normalization._fields]
 
     def __init__(self, norm: Normalization) -> None:
-        super().__init__(*(vector.data_ptr() for vector in norm))
+        mean, rstd, scale, shift = norm
+        super().__init__(mean.data_ptr(), rstd.data_ptr(), scale.data_ptr(), shift.data_ptr())
 
 
 class _Product(ctypes.Structure):
@@ -134,15 +135,14 @@ class _Scratch:
     """One allocation in areas of so many float64 and so many values of x's type."""
 
     def __init__(self, x: Tensor, doubles: Sequence[int], values: Sequence[int]) -> None:
-        self.areas, end = [], 0
-        for size, count in [(8, n) for n in doubles] + [(x.element_size(), n) for n in values]:
-            self.areas.append(end)
-            end += -(-size * count // _ALIGNMENT) * _ALIGNMENT
+        size, end, starts = x.element_size(), 0, []
+        for nbytes in [*[8 * n for n in doubles], *[size * n for n in values]]:
+            starts.append(end)
+            end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         self._memory = x.new_empty(end, dtype=torch.uint8)
-        if not x.is_meta:
-            base = self._memory.data_ptr()
-            self.areas = [base + start for start in self.areas]
-            """The areas' addresses."""
+        base = 0 if x.is_meta else self._memory.data_ptr()
+        self.areas = [base + start for start in starts]
+        """The areas' addresses."""
 
 
 class CpuBackend(TorchBackend):

@@ -54,19 +54,17 @@ class Library:
             function = self._functions[name] = getattr(self._library, name)
             function.argtypes = [_KINDS.get(type(a), ctypes.c_void_p) for a in arguments]
             function.restype = None
-        function(
-            *[
-                a.data_ptr()
-                if isinstance(a, torch.Tensor)
-                else ctypes.byref(a)
-                if isinstance(a, ctypes.Structure)
-                else a
-                for a in arguments
-            ]
-        )
+        function(*[a if type(a) in _AS_GIVEN else _pointer(a) for a in arguments])
 
 
 _KINDS = {int: ctypes.c_int64, float: ctypes.c_double}
+_AS_GIVEN = {int, float, type(None), ctypes.c_void_p}
+
+
+def _pointer(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value
 
 
 @functools.cache
