@@ -275,7 +275,8 @@ class Comparison:
     def _narrow(self, dtype: torch.dtype) -> Iterator[Row]:
         amp = None if dtype == torch.float32 else dtype
         pooled: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
-        for seed in range(3):
+        # A ReLU whose input is within rounding of zero makes one batch's error ten times another's.
+        for seed in range(11):
             twins = self._twins.copies()
             twins.naive.float(), twins.ours.float()
             twins.ours.load_state_dict(twins.naive.state_dict())
