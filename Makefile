@@ -56,6 +56,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/throughput.py --arch densenet121 --image-size 224 --batch-size 8 $(RACE)
 	$(BIN)/python benchmarks/scaling.py --processes 1 2 4
 	$(BIN)/python benchmarks/memory.py --sweep depth --growth-rate 12 --batch-size 8 --providers naive checkpoint effdense-bottlenecks effdense-features
+	$(BIN)/python benchmarks/memory.py --depth 1000 --growth-rate 12 --batch-size 8 --memory-limit 8GiB --threads 1 --providers naive effdense-features effdense-input
 
 # Each picture from its benchmark's rows; a benchmark that fails leaves none.
 FIGURES := memory-depth throughput timeline convergence pareto estimates

@@ -58,8 +58,7 @@ def measure(
 ) -> list[str]:
     """A row of the table; what can't be measured is blank and its reason a row of the CSV."""
     package, case = packages.MODELS[arch], packages.case(arch, batch_size)
-    size = "x".join([str(case.image_size)] * package.dims)
-    name = f"`{package.line}`, {case.batch_size} x {size}"
+    name = f"`{package.line}`, {case.batch_size} x {case.size}"
     if importlib.util.find_spec(package.module) is None:
         recorder.add("original", case, "peak", None, "B", status="not installed")
         return [f"{name}: {package.module} is not installed", *[""] * 10]

@@ -471,7 +471,8 @@ def _describe(row: Row, but: str = "") -> str:
         parts += [] if but == "depth" else [f"depth {row['depth']}"]
         parts += [] if but == "growth_rate" else [f"k={row['growth_rate']}"]
     parts += [] if but == "batch_size" else [f"batch {row['batch_size']}"]
-    return ", ".join([*parts, f"{row['image_size']}x{row['image_size']}", row["dtype"]])
+    size = "x".join([row["image_size"]] * int(row["spatial_dims"]))
+    return ", ".join([*parts, size, row["dtype"]])
 
 
 def _colour(provider: str) -> str:

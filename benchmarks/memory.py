@@ -3,12 +3,13 @@
     python benchmarks/memory.py --depth 250
     python benchmarks/memory.py --sweep depth --growth-rate 12 --batch-size 8
     python benchmarks/memory.py --max-depth-for 12GiB --growth-rate 12 --batch-size 64
+    python benchmarks/memory.py --depth 40 --spatial-dims 3 --batch-size 2
 
 Each figure comes from a process of its own. On a CPU "peak" is the largest resident size
 over the process's size before the model was built, on a GPU what torch's allocator gave
 out at most; "live" is the sum of all tensors at its largest, split by role. The floor is
 parameters, gradients, momentum, all features and one gradient buffer: see
-harness/counts.py.
+harness/counts.py. What would not fit is not run; its prediction is shown, labelled.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases = [case] if not args.sweep else sweep(case, args.sweep, args.points)
     except ValueError as error:
         parser.error(str(error))
-    names = args.providers or list(providers.DEFAULT)
+    names = providers.selected(parser, args.providers, providers.DEFAULT, case)
 
     path = args.output or Path("results") / f"{result_name(args, case)}.csv"
     with Recorder(path, "memory", case.device, args.threads) as recorder:
@@ -167,8 +168,11 @@ def floor_row(floor: counts.Floor) -> list[str]:
 
 
 def row(name: str, result: Memory, floor: counts.Floor, case: Case) -> list[str]:
-    ratio = f"{result.peak / floor.total:.2f}" if result.peak is not None else ""
-    peak = mebibytes(result.peak) if result.peak is not None else result.status
+    peak, ratio = result.status, ""
+    found = result.peak if result.peak is not None else result.predicted
+    if found is not None:
+        label = "" if result.peak is not None else " (predicted)"
+        peak, ratio = mebibytes(found) + label, f"{found / floor.total:.2f}{label}"
     cells = [name, peak, ratio, mebibytes(result.live.get("total"))]
     cells += [mebibytes(result.live.get(role)) for role in ROLES]
     if case.device != "cpu":
@@ -266,7 +270,7 @@ def deepest(args: argparse.Namespace, case: Case, names: Sequence[str], recorder
             notes.append(f"{name}: {result.status}: {result.detail}")
     print(
         f"\nDeepest DenseNet-BC (k={case.growth_rate}, batch {case.batch_size}, "
-        f"{case.image_size}x{case.image_size}, {case.dtype}) in {budget / 2**30:.1f} GiB; "
+        f"{case.size}, {case.dtype}) in {budget / 2**30:.1f} GiB; "
         f"run here: the deepest within {here / 2**30:.1f} GiB\n"
     )
     header = ["provider", "deepest", "predicted MiB", "depth run here", "measured MiB"]
@@ -304,6 +308,8 @@ def measured(
     for metric, value in values.items():
         if value is not None:
             recorder.add(name, case, metric, value, "B", **common)
+    if result.predicted is not None:
+        recorder.add(name, case, "predicted peak", result.predicted, "B", kind="formula")
     return result
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import counts, machine, roofline
+from harness import counts, machine, providers, roofline
 from harness.case import (
     Case,
     Parser,
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     case = case_of(parser, args)
+    args.providers = providers.selected(parser, args.providers, DEFAULT, case)
     if args.on and not args.project:
         parser.error("--on belongs to --project")
     if args.project:
@@ -102,7 +103,6 @@ def make_parser() -> Parser:
         nargs="+",
         type=provider_name,
         metavar="NAME",
-        default=list(DEFAULT),
         help=f"default: {' '.join(DEFAULT)}",
     )
     parser.add_argument(

@@ -2,12 +2,14 @@
 
     python benchmarks/throughput.py --depth 100 --growth-rate 12 --batch-size 64
     python benchmarks/throughput.py --arch densenet121 --batch-size 8
+    python benchmarks/throughput.py --depth 40 --spatial-dims 3 --batch-size 2
     python benchmarks/throughput.py --depth 250 --growth-rate 24 --project h100
 
 Before anything is timed, loss and gradients of every provider are compared with the naive
 net's; one that disagrees gets no figure of speed. Then each provider takes one sample per
-round, in a process of its own. A ratio is formed within each round, so that a slow moment
-of the machine touches both sides.
+round, in a process of its own; an untimed step goes before each sample, since the first
+one after the other processes' turns finds none of its data in the caches. A ratio is formed
+within each round, so that a slow moment of the machine touches both sides.
 
 --project prints what published peak rates would allow on a device that isn't here. Its
 figures are no measurements and are kept in a file of their own.
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     case = case_of(parser, args)
-    names = list(dict.fromkeys(args.providers or (PROJECTED if args.project else DEFAULT)))
+    default = PROJECTED if args.project else DEFAULT
+    names = list(dict.fromkeys(providers.selected(parser, args.providers, default, case)))
     if "naive" not in names:
         # the gate's yardstick
         names.insert(0, "naive")
@@ -128,7 +131,10 @@ def race(args: argparse.Namespace, case: Case, names: Sequence[str], recorder: R
         for name in names:
             needed = predicted_peak(name, case)
             if needed > free:
-                out[name] = f"needs {needed / 2**30:.1f} GiB, machine has {free / 2**30:.1f} GiB"
+                out[name] = (
+                    f"needs {needed / 2**30:.1f} GiB by prediction, machine has "
+                    f"{free / 2**30:.1f} GiB free; not run"
+                )
     red = False
     times: dict[str, list[float]] = {}
     with Race([name for name in names if name not in out], case, args.threads) as racers:
@@ -153,7 +159,9 @@ def race(args: argparse.Namespace, case: Case, names: Sequence[str], recorder: R
         verdict = "RED" if red else "green"
         print(f"correctness gate: {verdict} ({', '.join(gate for gate, _ in gates)})")
         once = (time.perf_counter() - start) / max(1, len(gates))
-        print(f"about {estimate(once, args, len(names)):.0f} minutes for {args.rounds} rounds")
+        # compilation, where there is any, was in the gate's steps
+        minutes = estimate(once, args, len(names))
+        print(f"at most about {minutes:.0f} minutes for {args.rounds} rounds")
         rounds = racers.rounds(args.rounds, args.seconds, args.steps)
         for i, found in enumerate(
             tqdm(rounds, total=args.rounds, desc="rounds", file=sys.stderr, disable=None)
@@ -178,7 +186,8 @@ def race(args: argparse.Namespace, case: Case, names: Sequence[str], recorder: R
 
 def estimate(gate_seconds: float, args: argparse.Namespace, providers: int) -> float:
     """Minutes of warm-up and rounds, if a sample takes a gate's step or --seconds."""
-    sample = max(gate_seconds / max(1, providers) * (args.steps or 1), args.seconds)
+    step = gate_seconds / max(1, providers)
+    sample = step + max(step * (args.steps or 1), args.seconds)
     return providers * sample * (args.rounds + 3) / 60
 
 

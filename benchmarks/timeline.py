@@ -34,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         type=provider_name,
         metavar="NAME",
-        default=list(DEFAULT),
         help=f"default: {' '.join(DEFAULT)}",
     )
     parser.add_argument("--points", type=positive_int, default=400, help="moments (default 400)")
@@ -43,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     case = case_of(parser, args)
-    for name in args.providers:
+    names = providers.selected(parser, args.providers, DEFAULT, case)
+    for name in names:
         if providers.find(name)[0].compiled:
             parser.error(f"a compiled network can't be recorded, got {name}")
     torch.set_num_threads(args.threads)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     with Recorder(path, "timeline", case.device, args.threads) as recorder:
         print(machine.headline(recorder.environment))
-        for name in args.providers:
+        for name in names:
             small = dataclasses.replace(case, batch_size=2)
             providers.setup(name, small).step()
             moments = live_memory(lambda name=name: providers.setup(name, case))  # type: ignore[misc]

@@ -24,8 +24,9 @@ class Case:
     """One network, one input, one device.
 
     ``depth`` and ``growth_rate`` are those of the CIFAR family and 0 where ``arch`` names
-    an ImageNet network. ``image_size`` in pixels. bfloat16 and float16 mean autocast over
-    float32 parameters, the way people train; float64 and float32 mean everything.
+    an ImageNet network. ``image_size`` in pixels along each of ``spatial_dims``. bfloat16
+    and float16 mean autocast over float32 parameters, the way people train; float64 and
+    float32 mean everything.
     """
 
     arch: str
@@ -35,6 +36,7 @@ class Case:
     image_size: int
     dtype: str = "float32"
     device: str = "cpu"
+    spatial_dims: int = 2
 
     @property
     def is_cifar(self) -> bool:
@@ -56,20 +58,31 @@ class Case:
 
     def network(self) -> dict[str, Any]:
         """Arguments of ``effdense.reference.DenseNet`` and ``effdense.DenseNet``."""
+        dims = {"spatial_dims": self.spatial_dims}
         if self.is_cifar:
-            return densenet_bc_config(self.depth, self.growth_rate)
-        return dict(IMAGENET_FAMILY[self.arch], bn_size=4, num_classes=1000)
+            return densenet_bc_config(self.depth, self.growth_rate, **dims)
+        return dict(IMAGENET_FAMILY[self.arch], bn_size=4, num_classes=1000, **dims)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The input's: (N, 3, *spatial)."""
+        return (self.batch_size, 3, *[self.image_size] * self.spatial_dims)
+
+    @property
+    def size(self) -> str:
+        """Such as "32x32"."""
+        return "x".join(map(str, self.shape[2:]))
 
     def label(self) -> str:
         """For file names: unique per case."""
         name = f"bc{self.depth}-k{self.growth_rate}" if self.is_cifar else self.arch
         device = self.device.replace(":", "")
-        return f"{name}-b{self.batch_size}-{self.image_size}px-{self.dtype}-{device}"
+        dims = "" if self.spatial_dims == 2 else f"-{self.spatial_dims}d"
+        return f"{name}-b{self.batch_size}-{self.image_size}px{dims}-{self.dtype}-{device}"
 
     def describe(self) -> str:
         name = f"DenseNet-BC ({self.depth}, k={self.growth_rate})" if self.is_cifar else self.arch
-        size = f"{self.image_size}x{self.image_size}"
-        return f"{name}, batch {self.batch_size}, {size}, {self.dtype}, {self.device}"
+        return f"{name}, batch {self.batch_size}, {self.size}, {self.dtype}, {self.device}"
 
     def columns(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -109,6 +122,13 @@ def add_case_arguments(
         "--image-size", type=positive_int, help="pixels (default 32; with --arch, 224)"
     )
     group.add_argument(
+        "--spatial-dims",
+        type=int,
+        choices=(1, 2, 3),
+        default=2,
+        help="of the network and its inputs, --image-size along each (default 2)",
+    )
+    group.add_argument(
         "--dtype",
         choices=sorted(ELEMENT_SIZE),
         default="float32",
@@ -139,6 +159,7 @@ def case_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Case:
         image_size=args.image_size or (224 if args.arch else 32),
         dtype=args.dtype,
         device=args.device,
+        spatial_dims=args.spatial_dims,
     )
     problem = objection(case)
     if problem:
@@ -156,7 +177,7 @@ def objection(case: Case) -> str | None:
     smallest = 2 ** (len(network["block_config"]) - 1) * (1 if case.is_cifar else 4)
     if case.image_size < smallest:
         return f"--image-size must be at least {smallest} pixels, got {case.image_size}"
-    if case.batch_size * (case.image_size // smallest) ** 2 < 2:
+    if case.batch_size * (case.image_size // smallest) ** case.spatial_dims < 2:
         return "batch norm needs more than one value per channel; use a larger batch or image"
     if not case.device.startswith("cuda"):
         return None

@@ -42,7 +42,7 @@ def _warm_up(request: dict[str, Any], case: Case) -> None:
         # its imports count as the interpreter's
         packages.setup(request["provider"], dataclasses.replace(case, batch_size=2)).step()
     else:
-        tiny = Case(CIFAR_FAMILY, 10, 4, 2, 8, case.dtype, case.device)
+        tiny = Case(CIFAR_FAMILY, 10, 4, 2, 8, case.dtype, case.device, case.spatial_dims)
         providers.setup(request["provider"], tiny).step()
 
 

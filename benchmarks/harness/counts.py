@@ -41,6 +41,16 @@ class Block(NamedTuple):
             yield Layer(self.positions, width, self.bottleneck)
 
 
+def taps(case: Case) -> int:
+    """Weights of a layer's 3-wide convolution for each pair of channels."""
+    return 3**case.spatial_dims
+
+
+def stem_taps(case: Case) -> int:
+    """Weights of the first convolution for each of its output's channels."""
+    return 3 * (3 if case.is_cifar else 7) ** case.spatial_dims
+
+
 def blocks(case: Case) -> list[Block]:
     """The case's dense blocks, first to last."""
     network = case.network()
@@ -52,7 +62,7 @@ def blocks(case: Case) -> list[Block]:
         last = i == len(config) - 1
         out = width + num_layers * growth_rate
         output_width = 0 if last else int(out * network.get("compression", 0.5))
-        positions = case.batch_size * size * size
+        positions = case.batch_size * size**case.spatial_dims
         bottleneck = network.get("bn_size", 4) * growth_rate
         found.append(Block(positions, width, num_layers, growth_rate, bottleneck, output_width))
         width, size = output_width, size // 2
@@ -67,17 +77,17 @@ def _halved(size: int) -> int:
 def stem_positions(case: Case) -> int:
     """Positions of the first convolution's output."""
     size = case.image_size if case.is_cifar else _halved(case.image_size)
-    return case.batch_size * size * size
+    return case.batch_size * size**case.spatial_dims
 
 
 def parameter_count(case: Case) -> int:
     """Parameters of the network; a formula, because searches over depth ask a hundred times."""
     network = case.network()
     width, classes = network["num_init_features"], network.get("num_classes", 1000)
-    total = width * 3 * 9 if case.is_cifar else width * 3 * 49 + 2 * width
+    total = width * stem_taps(case) + (0 if case.is_cifar else 2 * width)
     for block in blocks(case):
         b, k = block.bottleneck, block.growth_rate
-        total += sum(2 * x.width + x.width * b + 2 * b + 9 * b * k for x in block.layers())
+        total += sum(2 * x.width + x.width * b + 2 * b + taps(case) * b * k for x in block.layers())
         # what reads the block: a transition, or the last norm and the classifier
         out = block.width
         total += 2 * out
@@ -155,11 +165,11 @@ def statistics_bytes(case: Case, shared: bool) -> int:
 def forward_flops(case: Case) -> int:
     """Multiplications and additions of all convolutions and the classifier, one forward."""
     network = case.network()
-    kernel = 9 if case.is_cifar else 49
-    total = stem_positions(case) * network["num_init_features"] * 3 * kernel
+    total = stem_positions(case) * network["num_init_features"] * stem_taps(case)
     for block in blocks(case):
         for layer in block.layers():
-            total += layer.positions * layer.bottleneck * (layer.width + 9 * block.growth_rate)
+            convolution = taps(case) * block.growth_rate
+            total += layer.positions * layer.bottleneck * (layer.width + convolution)
         total += block.positions * block.width * block.output_width
     total += case.batch_size * blocks(case)[-1].width * network.get("num_classes", 1000)
     return 2 * total
@@ -171,8 +181,7 @@ def training_flops(case: Case) -> int:
     The first convolution needs no gradient of its input.
     """
     network = case.network()
-    kernel = 9 if case.is_cifar else 49
-    stem = 2 * stem_positions(case) * network["num_init_features"] * 3 * kernel
+    stem = 2 * stem_positions(case) * network["num_init_features"] * stem_taps(case)
     return 3 * forward_flops(case) - stem
 
 

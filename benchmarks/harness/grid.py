@@ -86,6 +86,7 @@ class Configuration:
             "growth_rate": self.network["growth_rate"],
             "batch_size": self.shape[0],
             "image_size": "x".join(map(str, self.shape[2:])),
+            "spatial_dims": len(self.shape) - 2,
             "dtype": self.amp or self.dtype,
             "device": "cpu",
         }

@@ -24,13 +24,15 @@ class Memory:
     """One provider's memory in bytes, or why there is none.
 
     ``peak`` over ``baseline`` is resident memory on a CPU and allocated memory on a GPU;
-    ``live`` splits live tensor bytes at their peak by role (timeline.py).
+    ``live`` splits live tensor bytes at their peak by role (timeline.py). ``predicted`` is
+    the peak foretold for what was not run, since it would not fit.
     """
 
     status: Status
     detail: str = ""
     baseline: int | None = None
     peak: int | None = None
+    predicted: int | None = None
     reserved: int | None = None
     process: int | None = None
     seconds: float | None = None
@@ -53,11 +55,12 @@ def memory(
     """
     if not force:
         needed, here = predicted_peak(provider, case), machine.available_bytes(case.device)
-        if memory_limit is not None:
-            here = min(here, memory_limit)
+        limit = f"machine has {here / 2**30:.1f} GiB free"
+        if memory_limit is not None and memory_limit < here:
+            here, limit = memory_limit, f"the limit is {memory_limit / 2**30:.1f} GiB"
         if needed > here:
-            detail = f"needs {needed / 2**30:.1f} GiB, machine has {here / 2**30:.1f} GiB free"
-            return Memory("does not fit", detail)
+            detail = f"needs {needed / 2**30:.1f} GiB by prediction, {limit}; not run"
+            return Memory("does not fit", detail, predicted=needed)
     request = {
         "mode": "cuda" if case.device.startswith("cuda") else "resident",
         "provider": provider,

@@ -88,7 +88,8 @@ MODELS: dict[str, PackageModel] = {
 def case(arch: str, batch_size: int | None = None, device: str = "cpu") -> Case:
     """A package's model at its usual input."""
     model = MODELS[arch]
-    return Case(arch, 0, 0, batch_size or model.batch_size, model.image_size, device=device)
+    batch_size = batch_size or model.batch_size
+    return Case(arch, 0, 0, batch_size, model.image_size, device=device, spatial_dims=model.dims)
 
 
 def setup(provider: str, case: Case) -> Training:
@@ -100,7 +101,7 @@ def setup(provider: str, case: Case) -> Training:
     if provider == "converted":
         effdense.convert(model)
     generator = torch.Generator().manual_seed(1)
-    spatial = (case.image_size,) * package.dims
+    spatial = case.shape[2:]
     x = torch.randn((case.batch_size, package.channels, *spatial), generator=generator)
     shape = (case.batch_size, *spatial) if package.dense else (case.batch_size,)
     target = torch.randint(package.classes, shape, generator=generator)

@@ -7,7 +7,7 @@ the same parameters and the same input. Speed and memory are measured on the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from effdense import reference
 from effdense.autocast import autocast, autocast_dtype
 from effdense.timeline import Training
 
-from .case import Case
+from .case import Case, Parser
 
 DEFAULT = (
     "naive",
@@ -42,6 +42,8 @@ class Provider(NamedTuple):
     # the meaning of NAME:VARIANT, or None where there are no variants
     variant: str | None = None
     channels_last: bool = False
+    # the spatial_dims that it has networks of
+    dims: tuple[int, ...] = (1, 2, 3)
     # torch.compile runs under no dispatch mode, so neither live bytes nor meta runs
     compiled: bool = False
 
@@ -55,6 +57,7 @@ def _torchvision(memory_efficient: bool) -> Callable[[Case, str], nn.Module]:
         from torchvision.models import DenseNet
 
         network = case.network()
+        del network["spatial_dims"]
         small_inputs = network.pop("small_inputs", False)
         model = DenseNet(**network, memory_efficient=memory_efficient)
         if small_inputs:
@@ -124,12 +127,13 @@ def _compiled_within_budget(case: Case, variant: str) -> nn.Module:
 
 PROVIDERS: dict[str, Provider] = {
     "naive": Provider("effdense.reference, NCHW", _naive),
+    # torch has no such layout in 1-D
     "naive-channels-last": Provider(
-        "effdense.reference, channels last", _naive, channels_last=True
+        "effdense.reference, channels last", _naive, channels_last=True, dims=(2, 3)
     ),
-    "torchvision": Provider("torchvision.models.DenseNet", _torchvision(False)),
+    "torchvision": Provider("torchvision.models.DenseNet", _torchvision(False), dims=(2,)),
     "torchvision-memory-efficient": Provider(
-        "torchvision.models.DenseNet(memory_efficient=True)", _torchvision(True)
+        "torchvision.models.DenseNet(memory_efficient=True)", _torchvision(True), dims=(2,)
     ),
     "checkpoint": Provider("torch.utils.checkpoint over cat-BN-ReLU-Conv1x1", _checkpointed),
     "compile": Provider("torch.compile of naive", _compiled, compiled=True),
@@ -173,6 +177,24 @@ def find(name: str) -> tuple[Provider, str]:
     return provider, variant
 
 
+def selected(
+    parser: Parser, named: Sequence[str] | None, default: Sequence[str], case: Case
+) -> list[str]:
+    """The providers ``named``, else those of ``default`` that have the case's network.
+
+    Ends the program with one line where one that is named doesn't.
+    """
+    able = [name for name in named or default if case.spatial_dims in find(name)[0].dims]
+    for name in named or ():
+        if name not in able:
+            dims = " and ".join(f"{n}-D" for n in find(name)[0].dims)
+            parser.error(
+                f"{name} has networks in {dims} only, not for --spatial-dims "
+                f"{case.spatial_dims}; leave it out of --providers"
+            )
+    return able
+
+
 def setup(name: str, case: Case) -> Training:
     """Build a provider for a case.
 
@@ -185,13 +207,13 @@ def setup(name: str, case: Case) -> Training:
         model = provider.build(case, variant).to(dtype)
     set_parameters(model)
     generator = torch.Generator().manual_seed(1)
-    shape = (case.batch_size, 3, case.image_size, case.image_size)
     classes = case.network().get("num_classes", 1000)
-    x = torch.randn(shape, generator=generator, dtype=dtype).to(case.device)
-    target = torch.randint(classes, shape[:1], generator=generator).to(case.device)
+    x = torch.randn(case.shape, generator=generator, dtype=dtype).to(case.device)
+    target = torch.randint(classes, case.shape[:1], generator=generator).to(case.device)
     if provider.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        x = x.to(memory_format=torch.channels_last)
+        layout = torch.channels_last_3d if case.spatial_dims == 3 else torch.channels_last
+        model = model.to(memory_format=layout)  # type: ignore[call-overload]
+        x = x.to(memory_format=layout)
     # Small enough that no number of timed steps leads anywhere.
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     amp = getattr(torch, case.dtype) if case.autocast else None

@@ -25,6 +25,7 @@ RESULT_COLUMNS = (
     "growth_rate",
     "batch_size",
     "image_size",
+    "spatial_dims",
     "dtype",
     "device",
     "processes",
@@ -117,17 +118,17 @@ class Recorder:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a results file.
+    """The rows of a results file; those from before there were others are of 2-D networks.
 
     Raises:
         ValueError: for a file that no benchmark wrote.
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        missing = set(RESULT_COLUMNS) - set(reader.fieldnames or ())
+        missing = set(RESULT_COLUMNS) - {"spatial_dims"} - set(reader.fieldnames or ())
         if missing:
             raise ValueError(f"{path} is no benchmark's result: no column {sorted(missing)[0]!r}")
-        return list(reader)
+        return [row | {"spatial_dims": row.get("spatial_dims", "2")} for row in reader]
 
 
 def mebibytes(nbytes: float | None) -> str:

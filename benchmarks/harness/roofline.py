@@ -9,6 +9,7 @@ keep between operations: a roofline time is a lower bound, without launch overhe
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -111,10 +112,10 @@ def effdense_operations(save: str, case: Case) -> tuple[Operation, ...]:
 
     network, images = case.network(), case.batch_size
     stem, width0 = counts.stem_positions(case), network["num_init_features"]
-    taps = 3 * (9 if case.is_cifar else 49)
-    pixels = images * 3 * case.image_size**2
-    add("conv0", 2 * stem * width0 * taps, pixels + stem * width0)
-    add("conv0 backward", 2 * stem * width0 * taps, pixels + stem * width0)
+    taps, stem_taps = counts.taps(case), counts.stem_taps(case)
+    pixels = math.prod(case.shape)
+    add("conv0", 2 * stem * width0 * stem_taps, pixels + stem * width0)
+    add("conv0 backward", 2 * stem * width0 * stem_taps, pixels + stem * width0)
     blocks = counts.blocks(case)
     if not case.is_cifar:
         pooled = blocks[0].positions * width0
@@ -128,17 +129,13 @@ def effdense_operations(save: str, case: Case) -> tuple[Operation, ...]:
         for layer in block.layers():
             c = layer.width
             product = 2 * p * c * b
-            convolution = 18 * p * b * k
+            convolution = 2 * taps * p * b * k
 
-            def forward(p: int = p, b: int = b, k: int = k, c: int = c) -> None:
-                add("bn_relu_conv1x1", 2 * p * c * b, p * (c + b) + c * b)
+            for _ in range(2 if save == "input" else 1):
+                add("bn_relu_conv1x1", product, p * (c + b) + c * b)
                 add("bn_relu", 0, 2 * p * b)
-                add("conv3x3", 18 * p * b * k, p * (b + k))
+                add("conv3x3", convolution, p * (b + k))
                 add("new features and their statistics", 0, 3 * p * k)
-
-            forward()
-            if save == "input":
-                forward()
             if save != "bottlenecks":
                 add("bn_relu_conv1x1 again", product, p * (c + b) + c * b)
             add("finish_gradient", 0, 3 * p * k)
@@ -150,12 +147,12 @@ def effdense_operations(save: str, case: Case) -> tuple[Operation, ...]:
             add("bn_relu_conv1x1 backward", 2 * product, p * (3 * c + b) + 2 * c * b)
         c, out = block.width, block.output_width
         if out:
-            quarter = p / 4
-            add("bn_relu_avg_pool", 0, (p + quarter) * c)
-            add("transition", 2 * quarter * c * out, quarter * (c + out))
-            add("transition backward, input", 2 * quarter * c * out, quarter * (c + out))
-            add("bn_relu_avg_pool backward", 0, (2 * p + 2 * quarter) * c)
-            add("transition backward, weight", 2 * quarter * c * out, quarter * (c + out))
+            pooled = p / 2**case.spatial_dims
+            add("bn_relu_avg_pool", 0, (p + pooled) * c)
+            add("transition", 2 * pooled * c * out, pooled * (c + out))
+            add("transition backward, input", 2 * pooled * c * out, pooled * (c + out))
+            add("bn_relu_avg_pool backward", 0, (2 * p + 2 * pooled) * c)
+            add("transition backward, weight", 2 * pooled * c * out, pooled * (c + out))
         else:
             add("bn_relu_global_pool", 0, p * c)
             add("bn_relu_global_pool backward", 0, 2 * p * c)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 from harness import counts, roofline
@@ -13,7 +14,16 @@ from harness.providers import setup
 from effdense import timeline
 
 SMALL = Case("densenet-bc", depth=22, growth_rate=6, batch_size=2, image_size=8)
+VOLUME = dataclasses.replace(SMALL, spatial_dims=3)
 IMAGENET = Case("densenet121", 0, 0, batch_size=2, image_size=64)
+CASES = {
+    "cifar": SMALL,
+    "imagenet": IMAGENET,
+    "1-D": dataclasses.replace(SMALL, spatial_dims=1),
+    "3-D": VOLUME,
+    "3-D imagenet": dataclasses.replace(IMAGENET, spatial_dims=3),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def test_floor_gives_the_designs_figures():
@@ -38,15 +48,22 @@ def test_floor_of_an_imagenet_net_keeps_the_first_convolutions_output():
     assert floor.parameters == 4 * 7_978_856
 
 
-@pytest.mark.parametrize("case", [SMALL, IMAGENET], ids=["cifar", "imagenet"])
+def test_floor_of_a_volume():
+    floor = counts.floor(VOLUME)
+    block1, block2 = 2 * 8**3 * (12 + 3 * 6), 2 * 4**3 * (15 + 3 * 6)
+    assert floor.features == 4 * block1
+    assert floor.gradient_buffer == 4 * block1 > 4 * block2
+
+
+@each_case
 def test_parameters_are_those_of_the_network(case):
     model = setup("naive", dataclasses.replace(case, device="meta")).model
     assert counts.parameter_count(case) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("image_size", [64, 70, 75])
-def test_shapes_are_those_of_the_network(image_size):
-    case = dataclasses.replace(IMAGENET, image_size=image_size, device="meta")
+@pytest.mark.parametrize(("image_size", "dims"), [(64, 2), (70, 2), (75, 2), (75, 3), (70, 1)])
+def test_shapes_are_those_of_the_network(image_size, dims):
+    case = dataclasses.replace(IMAGENET, image_size=image_size, spatial_dims=dims, device="meta")
     job = setup("naive", case)
     positions = {}
     for i in range(1, 5):
@@ -56,16 +73,16 @@ def test_shapes_are_those_of_the_network(image_size):
         )
     job.loss()
     for block, shape in zip(counts.blocks(case), positions.values(), strict=True):
-        assert (block.positions, block.width) == (shape[0] * shape[2] * shape[3], shape[1])
+        assert (block.positions, block.width) == (shape[0] * math.prod(shape[2:]), shape[1])
 
 
-@pytest.mark.parametrize("case", [SMALL, IMAGENET], ids=["cifar", "imagenet"])
+@each_case
 def test_arithmetic_is_what_torch_counts(case):
     counted = sum(op.flops for op in roofline.operations("naive", case))
     assert counted == counts.training_flops(case)
 
 
-@pytest.mark.parametrize("case", [SMALL, IMAGENET], ids=["cifar", "imagenet"])
+@each_case
 def test_effdense_moves_less_and_recomputes_one_product(case):
     # a batch that isn't dwarfed by the parameters
     case = dataclasses.replace(case, batch_size=64)
@@ -103,13 +120,14 @@ def test_synchronised_statistics_grow_linearly_where_they_are_shared():
     assert shared < 1.1 < 1.6 < naive
 
 
+@pytest.mark.parametrize("case", [SMALL, VOLUME], ids=["cifar", "3-D"])
 @pytest.mark.parametrize(
     "provider", ["naive", "checkpoint", "effdense-features", "effdense-bottlenecks"]
 )
-def test_meta_tensors_predict_live_bytes(provider):
+def test_meta_tensors_predict_live_bytes(provider, case):
     real, meta = (
         timeline.record_step(lambda c=c: setup(provider, c))
-        for c in (SMALL, dataclasses.replace(SMALL, device="meta"))
+        for c in (case, dataclasses.replace(case, device="meta"))
     )
     if provider.startswith("effdense"):
         # some channels' sums need a tile of their own, which depends on the norms' weights

@@ -44,6 +44,27 @@ def test_imagenet_networks_agree_too(name):
     assert not found.red, found.describe()
 
 
+@pytest.mark.parametrize("dims", [1, 3])
+def test_networks_of_other_dimensions_agree_too(dims):
+    case = Case("densenet-bc", 22, 6, 4, 8, "float64", spatial_dims=dims)
+    truth = loss_and_gradients("naive", case)
+    for name in NAMES:
+        if dims not in PROVIDERS[name].dims:
+            continue
+        found = disagreement(truth, loss_and_gradients(name, case), "float64")
+        assert not found.red, f"{name}: {found.describe()}"
+
+
+def test_channels_last_of_volumes():
+    case = Case("densenet-bc", 10, 4, 2, 8, spatial_dims=3)
+    job = setup("naive-channels-last", case)
+    assert job.x.shape == (2, 3, 8, 8, 8)
+    assert job.x.is_contiguous(memory_format=torch.channels_last_3d)
+    weight = job.model.features.denseblock1.denselayer1.conv2.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert setup("naive", case).x.is_contiguous()
+
+
 def freeze_a_weight(job):
     next(job.model.parameters()).requires_grad_(False)
 

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import memory
 import pytest
 import scaling
 import throughput
-from harness import machine, measure, report
+import torch
+from harness import machine, measure, report, worker
 from harness.case import Case
 from harness.speed import Race
 
@@ -79,6 +81,9 @@ def test_what_would_not_fit_is_not_attempted(monkeypatch):
     # eight times the 10,657 MiB of batch 32, less the parameters' part
     assert found.detail.startswith("needs 8")
     assert "machine has 24.0 GiB" in found.detail
+    assert found.predicted == measure.predicted_peak("naive", large)
+    limited = measure.memory("naive", large, steps=1, threads=1, memory_limit=1 << 30)
+    assert "limit is 1.0 GiB" in limited.detail
     attempted = []
     answer = {"error": "no", "out_of_memory": False}
     monkeypatch.setattr(measure, "run_child", lambda request: attempted.append(1) or answer)
@@ -86,11 +91,14 @@ def test_what_would_not_fit_is_not_attempted(monkeypatch):
     assert attempted
 
 
-def test_race_of_two_providers(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "options", [[], ["--spatial-dims", "3", "--no-strict"]], ids=["2-D", "3-D"]
+)
+def test_race_of_two_providers(tmp_path, capsys, options):
     output = tmp_path / "race.csv"
     arguments = ["--providers", "naive", "effdense-features", "--rounds", "2", "--steps", "20"]
     arguments += ["--seconds", "0.01", "--output", str(output)]
-    assert throughput.main([*SMALL_ARGUMENTS, *arguments]) == 0
+    assert throughput.main([*SMALL_ARGUMENTS, *arguments, *options]) == 0
     out = capsys.readouterr().out
     assert "correctness gate: green" in out
     assert "x naive" in out
@@ -98,6 +106,15 @@ def test_race_of_two_providers(tmp_path, capsys):
     samples = [row for row in rows if row["metric"] == "step time"]
     assert len(samples) == 4
     assert all(float(row["value"]) > 0 and row["kind"] == "measured" for row in samples)
+
+
+def test_an_untimed_step_goes_before_a_sample(monkeypatch):
+    steps = []
+    own = worker.Worker()
+    own.job = SimpleNamespace(x=torch.zeros(1), step=lambda: steps.append("untimed"))
+    monkeypatch.setattr(worker, "timed", lambda step, count, gpu: steps.append(count) or 6.0)
+    assert own.sample(steps=3) == {"seconds": 2.0}
+    assert steps == ["untimed", 3]
 
 
 def test_a_provider_that_dies_leaves_the_race():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import dataclasses
 
 import draw
 import memory
@@ -43,6 +45,13 @@ def fake_measurements(monkeypatch):
         (memory.main, ["--points", "10"], "--sweep"),
         (memory.main, ["--image-size", "2"], "at least 4 pixels"),
         (throughput.main, ["--device", "tpu"], "cuda:N"),
+        (throughput.main, ["--spatial-dims", "4"], "choose from"),
+        (
+            throughput.main,
+            ["--spatial-dims", "3", "--providers", "naive", "torchvision"],
+            "2-D only",
+        ),
+        (memory.main, ["--spatial-dims", "1", "--providers", "naive-channels-last"], "3-D only"),
         (throughput.main, ["--batch-size", "0"], "positive integer"),
         (scaling.main, ["--processes", "3"], "divided"),
     ],
@@ -92,6 +101,51 @@ def test_results_say_where_they_come_from(tmp_path, fake_measurements):
     picture = tmp_path / "memory.svg"
     assert draw.main([str(output), "--output", str(picture)]) == 0
     assert "DenseNet-BC" in picture.read_text() or picture.stat().st_size > 10_000
+
+
+def test_volumes_are_described_and_old_results_are_images(tmp_path, fake_measurements, capsys):
+    output, old = tmp_path / "memory.csv", tmp_path / "old.csv"
+    arguments = ["--depth", "22", "--image-size", "8", "--spatial-dims", "3"]
+    assert memory.main([*arguments, "--output", str(output)]) == 0
+    assert "8x8x8" in capsys.readouterr().out
+    rows = report.read(output)
+    assert {row["spatial_dims"] for row in rows} == {"3"}
+    assert "8x8x8" in draw._describe(rows[0])
+    # by default those that have no networks of volumes are left out
+    names = {row["provider"] for row in rows if row["metric"] == "peak"}
+    assert "naive-channels-last" in names
+    assert not any(name.startswith("torchvision") for name in names)
+
+    with old.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [c for c in rows[0] if c != "spatial_dims"])
+        writer.writeheader()
+        writer.writerows({k: v for k, v in row.items() if k != "spatial_dims"} for row in rows)
+    assert ", 8x8, " in draw._describe(report.read(old)[0])
+    draw.draw([old], tmp_path / "old.png")
+
+
+def test_files_of_cases_have_names_of_their_own():
+    case = Case("densenet-bc", 22, 12, 2, 8)
+    labels = {dataclasses.replace(case, spatial_dims=dims).label() for dims in (1, 2, 3)}
+    assert len(labels) == 3
+    assert case.label() == "bc22-k12-b2-8px-float32-cpu"
+
+
+def test_what_does_not_fit_is_shown_by_its_prediction(tmp_path, monkeypatch, capsys):
+    def measured(name, case, **options):
+        return Memory("does not fit", "needs 7.0 GiB by prediction", predicted=7 * GIB)
+
+    monkeypatch.setattr(memory, "memory", measured)
+    output = tmp_path / "memory.csv"
+    assert memory.main(["--providers", "naive", "--output", str(output)]) == 0
+    out = capsys.readouterr().out
+    assert "7,168 (predicted)" in out
+    assert "needs 7.0 GiB by prediction" in out
+    rows = [row for row in report.read(output) if row["provider"] == "naive"]
+    assert [(row["metric"], row["kind"], row["value"]) for row in rows] == [
+        ("peak", "measured", ""),
+        ("predicted peak", "formula", str(7 * GIB)),
+    ]
 
 
 def test_an_interrupted_run_keeps_its_rows(tmp_path, monkeypatch, capsys):
