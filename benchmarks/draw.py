@@ -24,6 +24,7 @@ _COLOURS = {
     "torchvision-memory-efficient": "#CC79A7",
     "checkpoint": "#D55E00",
     "compile": "#E69F00",
+    "compile-channels-last": "#8C6D1F",
     "compile-budget": "#F0E442",
     "effdense-all": "#56B4E9",
     "effdense-bottlenecks": "#009E73",

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,7 +40,7 @@ DEFAULT = (
     "effdense-features",
 )
 PROJECTED = ("naive", "checkpoint", "effdense-bottlenecks", "effdense-features", "effdense-input")
-BASELINES = ("naive", "naive-channels-last", "compile")
+BASELINES = ("naive", "naive-channels-last", "compile", "compile-channels-last")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,7 +137,6 @@ def race(args: argparse.Namespace, case: Case, names: Sequence[str], recorder: R
     red = False
     times: dict[str, list[float]] = {}
     with Race([name for name in names if name not in out], case, args.threads) as racers:
-        start = time.perf_counter()
         gates = [("same dtype", racers.disagreements())]
         if args.strict:
             gates.append(("float64", racers.disagreements(strict=True)))
@@ -158,11 +156,9 @@ def race(args: argparse.Namespace, case: Case, names: Sequence[str], recorder: R
                     racers.failures[name] = f"DISAGREES with the naive net: {each.describe()}"
         verdict = "RED" if red else "green"
         print(f"correctness gate: {verdict} ({', '.join(gate for gate, _ in gates)})")
-        once = (time.perf_counter() - start) / max(1, len(gates))
-        # compilation, where there is any, was in the gate's steps
-        minutes = estimate(once, args, len(names))
-        print(f"at most about {minutes:.0f} minutes for {args.rounds} rounds")
-        rounds = racers.rounds(args.rounds, args.seconds, args.steps)
+        minutes = racers.warm_up(args.seconds, args.steps) * args.rounds / 60
+        print(f"about {minutes:.1f} minutes for {args.rounds} rounds")
+        rounds = racers.rounds(args.rounds)
         for i, found in enumerate(
             tqdm(rounds, total=args.rounds, desc="rounds", file=sys.stderr, disable=None)
         ):
@@ -182,13 +178,6 @@ def race(args: argparse.Namespace, case: Case, names: Sequence[str], recorder: R
     for name, why in out.items():
         print(f"{name}: {why}")
     return red
-
-
-def estimate(gate_seconds: float, args: argparse.Namespace, providers: int) -> float:
-    """Minutes of warm-up and rounds, if a sample takes a gate's step or --seconds."""
-    step = gate_seconds / max(1, providers)
-    sample = step + max(step * (args.steps or 1), args.seconds)
-    return providers * sample * (args.rounds + 3) / 60
 
 
 def print_race(

@@ -137,6 +137,13 @@ PROVIDERS: dict[str, Provider] = {
     ),
     "checkpoint": Provider("torch.utils.checkpoint over cat-BN-ReLU-Conv1x1", _checkpointed),
     "compile": Provider("torch.compile of naive", _compiled, compiled=True),
+    "compile-channels-last": Provider(
+        "torch.compile of naive, channels last",
+        _compiled,
+        channels_last=True,
+        dims=(2, 3),
+        compiled=True,
+    ),
     "compile-budget": Provider(
         "torch.compile of naive within an activation memory budget",
         _compiled_within_budget,

@@ -174,21 +174,27 @@ class Race:
             return None
         return answer["loss"], torch.load(path, weights_only=True)
 
-    def rounds(
-        self, count: int, seconds: float, steps: int | None = None
-    ) -> Iterator[dict[str, float]]:
-        """Seconds per step of each provider, round by round.
+    def warm_up(self, seconds: float, steps: int | None = None) -> float:
+        """Settle ``self.steps``, a sample's: ``steps``, or as many as last ``seconds``.
 
-        A sample is of ``steps`` steps, or of as many as last ``seconds``; after the first
-        round ``self.steps`` tells how many. A provider that fails is missing from then on.
-
-        Each round starts with another provider, so that none always follows the same one.
+        Returns the seconds that a round will take.
         """
+        taken = 0.0
         for name in self.running:
             answer = self._ask(name, "warm_up", seconds=seconds)
             self._ask(name, "release")
             if answer is not None:
                 self.steps[name] = steps or answer["steps"]
+                # and the untimed one
+                taken += (self.steps[name] + 1) * answer["seconds"]
+        return taken
+
+    def rounds(self, count: int) -> Iterator[dict[str, float]]:
+        """Seconds per step of each provider, round by round; after :meth:`warm_up`.
+
+        A provider that fails is missing from then on. Each round starts with another
+        provider, so that none always follows the same one.
+        """
         for i in range(count):
             names = self.running
             shift = i % max(1, len(names))

@@ -47,7 +47,7 @@ class Worker:
         return {"loss": loss.item()}
 
     def warm_up(self, seconds: float) -> dict[str, Any]:
-        """Two steps, then one timed: how many steps a sample of ``seconds`` takes."""
+        """Two steps, then one timed: its seconds, and how many a sample of ``seconds`` takes."""
         for _ in range(2):
             self.job.step()
         once = self._time(1)
@@ -55,7 +55,7 @@ class Worker:
             # one short step says little on a coarse clock
             few = max(1, int(seconds / 4 / max(once, 1e-3)))
             once = self._time(few) / few
-        return {"steps": max(1, math.ceil(seconds / max(once, 1e-4)))}
+        return {"seconds": once, "steps": max(1, math.ceil(seconds / max(once, 1e-4)))}
 
     def sample(self, steps: int) -> dict[str, Any]:
         """Seconds per step, over ``steps`` steps or, where the clock is too coarse, more.

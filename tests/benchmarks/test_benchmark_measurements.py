@@ -119,8 +119,9 @@ def test_an_untimed_step_goes_before_a_sample(monkeypatch):
 
 def test_a_provider_that_dies_leaves_the_race():
     with Race(["naive", "effdense-features"], SMALL, threads=1) as race:
+        assert 0 < race.warm_up(seconds=0.2, steps=1) < 60
         race._workers["effdense-features"]._process.kill()
-        times = list(race.rounds(1, seconds=0.01, steps=20))
+        times = list(race.rounds(1))
     assert "SIGKILL" in race.failures["effdense-features"]
     assert list(times[0]) == ["naive"]
 
