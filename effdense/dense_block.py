@@ -419,14 +419,14 @@ class _Stage:
             wanted = [i for i in range(offset) if needs[i]]
             first = wanted[0] // _LAYER if wanted else len(self.layers)
         kept = self.spec.save == "bottlenecks"
-        y = dz = None
+        y = dz = do = None
         for index in reversed(range(first, len(self.layers))):
             own = slice(index * _LAYER, (index + 1) * _LAYER)
             if self._neighbour_stands_for(index):
                 like = zip(self.layers[index], needs[own], strict=True)
                 grads[own] = [None if p is None or not n else torch.empty_like(p) for p, n in like]
                 continue
-            do = self._finish(d, self._written(index))
+            do = self._finish(d, self._written(index), do)
             mask = self._dropout_mask(index)
             if mask is not None:
                 do *= mask
@@ -446,13 +446,18 @@ class _Stage:
 
         if not needs_x:
             return None, grads
-        gradient = self._finish(d, self._read(0))
+        del y, dz, do  # before the gradient is made
+        gradient = self._finish(d, self._read(0), None)
         return channels_first(gradient, self.images, self.spatial), grads
 
-    def _finish(self, d: Tensor, channels: slice) -> Tensor:
-        """The gradient of some channels, complete: every reader of them has been here."""
+    def _finish(self, d: Tensor, channels: slice, out: Tensor | None) -> Tensor:
+        """The gradient of some channels, complete: every reader of them has been here.
+
+        In the storage of ``out``, the same of as many other channels, where given.
+        """
         # See NOTE [ deferred correction ] and NOTE [ which positions ].
-        out = self.x.new_empty((self.positions, channels.stop - channels.start))
+        if out is None:
+            out = self.x.new_empty((self.positions, channels.stop - channels.start))
         s, t = self.s[channels], self.t[channels]
         if self._shared:
             s, t = self.spec.batch.sum(s, t)

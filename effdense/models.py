@@ -16,7 +16,6 @@ from .autocast import autocast_dtype
 from .backends.select import check_backend
 from .dense_block import Save, check_save
 from .eligibility import has_hooks, refuse_replica
-from .layout import channels_last
 from .modules import (
     DenseBlock,
     Features,
@@ -143,8 +142,7 @@ class DenseNet(reference.DenseNet):
             pooled = features.mean(dim=tuple(range(2, features.dim())))
         else:
             assert isinstance(self.features, Features)
-            # the first convolution's output takes its input's layout, and blocks copy any other
-            pooled = self.features.pooled(channels_last(x))
+            pooled = self.features.pooled(x)
         return self.classifier(pooled)
 
     def _check_input(self, x: Tensor) -> None:

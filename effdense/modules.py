@@ -28,6 +28,7 @@ from .eligibility import (
     refuse_replica,
     warn_once,
 )
+from .layout import channels_last
 from .norms import batch_of, differing_groups, read_norm, update_running_statistics
 from .offloading import offload
 from .recognition import (
@@ -125,9 +126,11 @@ class SequentialForward:
                     if output is not None:
                         return output
             else:
-                output, used = run_stem(modules[i : i + 3], x, self.backend)
+                save = _saved_behind(modules[i:])
+                output, used = run_stem(modules[i : i + 4], x, self.backend, save)
             if output is None:
-                output, used = _call(module, x), 1
+                # the first convolution's output takes its input's layout, and blocks copy any other
+                output, used = _call(module, channels_last(x) if pool and i == 0 else x), 1
             x = output
             i += used
         return F.relu(x).mean(dim=tuple(range(2, x.dim()))) if pool else x
@@ -236,6 +239,14 @@ def _may_run(module: Any, plain: bool, x: Any) -> bool:
         return False
     # a process without images still owes the others its part of their statistics
     return x.numel() > 0 or synchronises(module)
+
+
+def _saved_behind(modules: Sequence[nn.Module]) -> Save:
+    """What the first dense block of ``modules`` keeps; the fastest mode where there is none."""
+    for module in modules:
+        if isinstance(module, BlockForward):
+            return check_save(module.save)
+    return "bottlenecks"
 
 
 def _call(module: nn.Module, x: Tensor) -> Tensor:

@@ -259,9 +259,11 @@ class _Costs:
         self._cost: list[dict[_Mode, tuple[int, int]]] = []
         runs = {mode: search.run(mode) for mode in modes}
         for i, (name, block) in enumerate(search.blocks.items()):
-            self._kept.append({mode: run.kept.get(name, 0) for mode, run in runs.items()})
-            before = {mode: sum(kept[mode] for kept in self._kept[:i]) for mode in modes}
+            # the stem keeps what the first block's mode says: see stem.py
             here = {name, "stem"} if i == 0 else {name}
+            kept_here = {m: sum(run.kept.get(p, 0) for p in here) for m, run in runs.items()}
+            self._kept.append(kept_here)
+            before = {mode: sum(kept[mode] for kept in self._kept[:i]) for mode in modes}
             self._own.append(
                 {mode: _highest(run, here, i == 0) - before[mode] for mode, run in runs.items()}
             )

@@ -1,22 +1,35 @@
-"""The ImageNet stem's BN-ReLU-MaxPool, keeping only its input for backward."""
+"""The ImageNet stem: Conv-BN-ReLU-MaxPool, or what of it can be run as one.
+
+NOTE [ what the stem keeps ]
+The convolution's output is as large as the first block's features, and would be alive in
+that block's backward, the peak of a step. It is made from three channels, by a hundredth of
+a step's arithmetic. So where the first block would rather compute again than keep
+("features", "input") the stem keeps its images and convolves them again; else it keeps the
+convolution's output. There is no whole gradient of that output: batch norm's sums are over
+the maxima of the pooling, where alone its gradient isn't zero, so that each few images'
+gradient can be finished when it is made, and go through the convolution at once. A
+convolution that can't be run without calling it is called, and BN-ReLU-MaxPool keeps its output.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .autocast import without_autocast
+from .autocast import autocast_dtype, without_autocast
 from .backends.base import Backend, accumulate_dtype
 from .backends.empty import EmptyBackend
 from .backends.select import get_backend
-from .eligibility import BATCH_NORMS, has_hooks
-from .layout import channels_first, pieces
+from .dense_block import Save
+from .eligibility import BATCH_NORMS, CONVOLUTIONS, has_hooks, module_objection
+from .layout import channels_first, channels_last, pieces
 from .layout import rows as rows_of
 from .norms import NormSpec, batch_of, normalization, read_norm, update_running_statistics
 from .recognition import read_norm_relu
@@ -24,17 +37,34 @@ from .synchronization import Batch
 from .tracing import outside_graphs
 
 _MAX_POOL = {nn.MaxPool1d: F.max_pool1d, nn.MaxPool2d: F.max_pool2d, nn.MaxPool3d: F.max_pool3d}
+_MAX_POOL_BACKWARD = (
+    torch.ops.aten.max_pool2d_with_indices_backward,
+    torch.ops.aten.max_pool3d_with_indices_backward,
+)
 
 
-def run_stem(modules: Sequence[nn.Module], x: Tensor, backend: str) -> tuple[Tensor | None, int]:
-    """BN-ReLU-MaxPool at the head of ``modules``, and how many they are; (None, 1) for others."""
-    if not isinstance(modules[0], BATCH_NORMS) or has_hooks(modules[0]):
+def run_stem(
+    modules: Sequence[nn.Module], x: Tensor, backend: str, save: Save
+) -> tuple[Tensor | None, int]:
+    """[Conv-]BN-ReLU-MaxPool at the head of ``modules``, and how many they are; else (None, 1).
+
+    ``save`` is what the dense block behind them keeps; see NOTE [ what the stem keeps ].
+    """
+    at = 1 if type(modules[0]) in CONVOLUTIONS else 0
+    norm = modules[at] if len(modules) > at else None
+    if not isinstance(norm, BATCH_NORMS) or has_hooks(norm):
         return None, 1
-    return _run_stem(modules, x, backend)
+    return _run_stem(modules[:at], modules[at:], x, backend, save)
 
 
 @outside_graphs
-def _run_stem(modules: Sequence[nn.Module], x: Tensor, backend: str) -> tuple[Tensor | None, int]:
+def _run_stem(
+    convolution: Sequence[Any],
+    modules: Sequence[nn.Module],
+    x: Tensor,
+    backend: str,
+    save: Save,
+) -> tuple[Tensor | None, int]:
     found = read_norm_relu(modules)
     if isinstance(found, str) or len(modules) <= found[1]:
         return None, 1
@@ -42,10 +72,49 @@ def _run_stem(modules: Sequence[nn.Module], x: Tensor, backend: str) -> tuple[Te
     pool = modules[used]
     if type(pool) not in _MAX_POOL or has_hooks(pool) or pool.return_indices:
         return None, 1
-    return norm_relu_max_pool(x, norm, pool, backend), used + 1
+    if not convolution:
+        return _norm_relu_max_pool(x, norm, pool, backend), used + 1
+    (conv,) = convolution
+    if not torch.is_grad_enabled() or _objection(conv, x) is not None:
+        # called as it is; what follows it may still be run as one
+        return None, 1
+    return _conv_norm_relu_max_pool(x, conv, norm, pool, backend, save), used + 2
 
 
-def norm_relu_max_pool(x: Tensor, norm: nn.Module, pool: Any, backend: str) -> Tensor:
+def _objection(conv: Any, x: Tensor) -> str | None:
+    """Why a convolution can't be run without calling it, or None."""
+    objection = module_objection("the convolution", conv)
+    if objection is not None:
+        return objection
+    if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return "it does more than multiply zero-padded windows"
+    weight = conv.weight
+    if x.dim() != weight.dim() or x.shape[1] != conv.in_channels or x.device != weight.device:
+        return "its input doesn't fit"
+    if _compute_dtype(x, weight) is None:
+        return "its input is of another type"
+    if x.numel() == 0 or min(_output_size(conv, x)) < 1:
+        return "it has no output"
+    return None
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """What a convolution of x computes in; None for types that torch wouldn't convolve."""
+    autocast, double = autocast_dtype(x.device), torch.float64 in (x.dtype, weight.dtype)
+    if autocast is not None and not double:
+        # as torch's own operations: autocast leaves double alone
+        return autocast if x.is_floating_point() else None
+    return x.dtype if x.dtype == weight.dtype else None
+
+
+def _output_size(conv: Any, x: Tensor) -> list[int]:
+    sizes = zip(
+        x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True
+    )
+    return [(n + 2 * pad - gap * (k - 1) - 1) // step + 1 for n, k, step, pad, gap in sizes]
+
+
+def _norm_relu_max_pool(x: Tensor, norm: nn.Module, pool: Any, backend: str) -> Tensor:
     """MaxPool(relu(norm(x))) for x (N, C, *spatial); moves the norm's running statistics."""
     spec, tensors = read_norm(norm)
     batch = batch_of(x, [spec])
@@ -56,15 +125,38 @@ def norm_relu_max_pool(x: Tensor, norm: nn.Module, pool: Any, backend: str) -> T
         image_bytes = x.shape[1:].numel() * x.element_size()
         step = ops.images_per_step(x.shape[0], 4 * image_bytes)
         parts = [
-            _NormReluMaxPool.apply(ops, batch, spec, pool, part, *tensors) for part in x.split(step)
+            _Stem.apply(ops, batch, spec, pool, None, part, None, None, *tensors)
+            for part in x.split(step)
         ]
         return parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts])
-    output, mean, var = _NormReluMaxPool.apply(ops, batch, spec, pool, x, *tensors)
+    output, mean, var = _Stem.apply(ops, batch, spec, pool, None, x, None, None, *tensors)
     update_running_statistics([norm], [mean], [var], batch.count)
     return output
 
 
-class _NormReluMaxPool(torch.autograd.Function):
+def _conv_norm_relu_max_pool(
+    image: Tensor, conv: Any, norm: nn.Module, pool: Any, backend: str, save: Save
+) -> Tensor:
+    """MaxPool(relu(norm(conv(image)))) likewise, for a convolution without objection."""
+    dtype = _compute_dtype(image, conv.weight)
+    assert dtype is not None
+    ops = get_backend(backend, image.device, dtype)
+    geometry = conv.stride, conv.padding, conv.dilation, False, [0] * len(conv.stride), conv.groups
+    convolution = _Convolution(geometry, save in ("features", "input"))
+    with torch.no_grad(), without_autocast(image.device):
+        x = convolution.forward(image, conv.weight, dtype)
+    spec, tensors = read_norm(norm)
+    batch = batch_of(x, [spec])
+    output, mean, var = _Stem.apply(
+        ops, batch, spec, pool, convolution, x, image, conv.weight, *tensors
+    )
+    update_running_statistics([norm], [mean], [var], batch.count)
+    return output
+
+
+class _Stem(torch.autograd.Function):
+    """BN-ReLU-MaxPool of x, or of what ``convolution`` made of ``image`` and ``weight``."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -72,7 +164,10 @@ class _NormReluMaxPool(torch.autograd.Function):
         batch: Batch,
         spec: NormSpec,
         pool: Any,
+        convolution: _Convolution | None,
         x: Tensor,
+        image: Tensor | None,
+        weight: Tensor | None,
         gamma: Tensor,
         beta: Tensor,
         frozen_mean: Tensor | None,
@@ -86,10 +181,15 @@ class _NormReluMaxPool(torch.autograd.Function):
             else:
                 # copies: the buffers may be changed before backward
                 mean, var = frozen_mean.to(dtype, copy=True), frozen_var.to(dtype, copy=True)
-            stage = _Stem(ops, batch, spec, pool, rows, x.shape, gamma, beta, mean, var)
-            output = stage.forward()
-        ctx.ops, ctx.batch, ctx.spec, ctx.pool, ctx.shape = ops, batch, spec, pool, x.shape
-        ctx.save_for_backward(rows, gamma, beta, mean, var)
+            pooling = _Pooling(ops, spec, pool, rows, x.shape, gamma, beta, mean, var)
+            output = pooling.forward()
+        ctx.ops, ctx.batch, ctx.spec, ctx.pool = ops, batch, spec, pool
+        ctx.convolution, ctx.shape, ctx.dtype = convolution, x.shape, x.dtype
+        # See NOTE [ what the stem keeps ].
+        again = convolution is not None and convolution.again
+        kept = None if again else rows
+        kept_image = image if again or any(ctx.needs_input_grad[6:8]) else None
+        ctx.save_for_backward(kept, kept_image, weight, gamma, beta, mean, var)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         return output, mean, var
@@ -98,22 +198,77 @@ class _NormReluMaxPool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         if grad_output is None:
-            return (None,) * 9
-        rows, gamma, beta, mean, var = ctx.saved_tensors
-        with without_autocast(rows.device):
-            constants = ctx.ops, ctx.batch, ctx.spec, ctx.pool
-            stem = _Stem(*constants, rows, ctx.shape, gamma, beta, mean, var)
-            dx, dgamma, dbeta = stem.backward(grad_output)
-        return *(None,) * 4, dx, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), None, None
+            return (None,) * 12
+        rows, image, weight, gamma, beta, mean, var = ctx.saved_tensors
+        need_x, need_image, need_weight = ctx.needs_input_grad[5:8]
+        convolution, dimage, dweight = ctx.convolution, None, None
+        with without_autocast(gamma.device):
+            if rows is None:
+                rows = rows_of(convolution.forward(image, weight, ctx.dtype))
+            constants = ctx.ops, ctx.spec, ctx.pool
+            pooling = _Pooling(*constants, rows, ctx.shape, gamma, beta, mean, var)
+            s, t, pixels, masked = pooling.reduce(grad_output)
+            correction = None
+            if ctx.spec.batch_statistics:
+                correction = (*ctx.batch.sum(s, t), float(ctx.batch.count))
+            dx = torch.empty_like(rows) if need_x else None
+            if need_x or need_image or need_weight:
+                parts = pooling.backward(pixels, masked, correction, dx)
+                if convolution is None:
+                    deque(parts, maxlen=0)
+                else:
+                    needs = need_image, need_weight
+                    dimage, dweight = convolution.backward(image, weight, parts, needs)
+        if dx is not None:
+            dx = channels_first(dx, ctx.shape[0], ctx.shape[2:])
+        gradients = dx, dimage, dweight, t.to(gamma.dtype), s.to(beta.dtype)
+        return *(None,) * 5, *gradients, None, None
 
 
-class _Stem:
+class _Convolution(NamedTuple):
+    """A convolution without bias."""
+
+    geometry: tuple[Any, ...]
+    # stride, padding, dilation, transposed, output padding, groups
+    again: bool
+    # instead of keeping its output
+
+    def forward(self, image: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """(N, c, *spatial) to (N, C, *spatial), in ``dtype``."""
+        # its output takes its input's layout
+        image, weight = channels_last(image.to(dtype)), weight.to(dtype)
+        return torch.ops.aten.convolution(image, weight, None, *self.geometry)
+
+    def backward(
+        self,
+        image: Tensor,
+        weight: Tensor,
+        gradients: Iterable[tuple[slice, Tensor]],
+        needs: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of image and weight where needed, from those of some images at a time."""
+        dimage = torch.empty_like(image) if needs[0] else None
+        dweight = None
+        for images, dx in gradients:
+            part = channels_last(image[images].to(dx.dtype))
+            found = torch.ops.aten.convolution_backward(
+                dx, part, weight.to(dx.dtype), None, *self.geometry, [*needs, False]
+            )
+            if dimage is not None:
+                dimage[images] = found[0]
+            if needs[1]:
+                new = found[1].to(accumulate_dtype(dx.dtype))
+                dweight = new if dweight is None else dweight.add_(new)
+            del part, found
+        return dimage, None if dweight is None else dweight.to(weight.dtype)
+
+
+class _Pooling:
     """One forward or backward, a few images at a time."""
 
     def __init__(
         self,
         ops: Backend,
-        batch: Batch,
         spec: NormSpec,
         pool: Any,
         rows: Tensor,
@@ -123,7 +278,7 @@ class _Stem:
         mean: Tensor,
         var: Tensor,
     ) -> None:
-        self.ops, self.batch, self.spec, self.pool, self.rows = ops, batch, spec, pool, rows
+        self.ops, self.pool, self.rows = ops, pool, rows
         self.images, self.channels, *self.spatial = shape
         self.norm = normalization(spec.eps, gamma, beta, mean, var)
 
@@ -143,37 +298,83 @@ class _Stem:
         self.ops.bn_relu(x, self.norm, z)
         return z, channels_first(z, len(z) // math.prod(self.spatial), self.spatial)
 
-    def _max_pool(self, z: Tensor) -> Tensor:
+    def _max_pool(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Maxima of some images (n, C, *spatial), and the pixels that they are at."""
         pool = self.pool
         return _MAX_POOL[type(pool)](
-            z, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+            z,
+            pool.kernel_size,
+            pool.stride,
+            pool.padding,
+            pool.dilation,
+            pool.ceil_mode,
+            return_indices=True,
         )
+
+    def _max_pool_backward(self, grad: Tensor, x: Tensor, pixels: Tensor) -> Tensor:
+        """The gradient of pooling's input, of the shape and layout of x (n, C, *spatial)."""
+        pool = self.pool
+        window = [pool.kernel_size, pool.stride, pool.padding, pool.dilation]
+        if x.dim() > 3:
+            backward = _MAX_POOL_BACKWARD[x.dim() - 4]
+            return backward(grad, x, *window, pool.ceil_mode, pixels)
+        # as on images one pixel high
+        high = (1, 1, 0, 1)
+        window = [[h, *nn.modules.utils._single(n)] for h, n in zip(high, window, strict=True)]
+        grad, x, pixels = grad.unsqueeze(2), x.unsqueeze(2), pixels.unsqueeze(2)
+        return _MAX_POOL_BACKWARD[0](grad, x, *window, pool.ceil_mode, pixels).squeeze(2)
 
     def forward(self) -> Tensor:
         output: Tensor | None = None
         for images, rows in self._steps():
-            pooled = self._max_pool(self._rectified(rows)[1]).movedim(1, -1)
+            pooled = self._max_pool(self._rectified(rows)[1])[0].movedim(1, -1)
             if output is None:
                 output = pooled.new_empty((self.images, *pooled.shape[1:]))
             output[images] = pooled
         assert output is not None
         return output.movedim(-1, 1)
 
-    def backward(self, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dx = torch.empty_like(self.rows)
+    def reduce(self, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """S and T; the pixel of each maximum, and its gradient before the ReLU, (N, *pooled, C).
+
+        Pooling's gradient is zero but at the maxima, so sums over these are the whole sums.
+        """
         s, t = torch.zeros_like(self.norm.mean), torch.zeros_like(self.norm.mean)
+        pixels = masked = None
         for images, rows in self._steps():
-            z, z_view = self._rectified(rows)
-            with torch.enable_grad():
-                z_leaf = z_view.detach().requires_grad_()
-                pooled = self._max_pool(z_leaf)
-            (dz,) = torch.autograd.grad(pooled, z_leaf, grad_output[images])
-            dx[rows] = rows_of(dz)
-            sums = self.ops.bn_relu_backward_reduce(self.rows[rows], self.norm, dx[rows], z)
+            pooled, found = self._max_pool(self._rectified(rows)[1])
+            found = found.movedim(1, -1)
+            if pixels is None or masked is None:
+                size = self.images, *found.shape[1:]
+                # no image has 2^31 of them
+                pixels = found.new_empty(size, dtype=torch.int32)
+                masked = pooled.new_empty(size)
+            pixels[images] = found
+            by_image = self.rows[rows].view(len(found), math.prod(self.spatial), self.channels)
+            maxima = by_image.gather(1, found.flatten(1, -2)).flatten(0, 1)
+            grad, z, out = rows_of(grad_output[images]), rows_of(pooled), masked[images]
+            sums = self.ops.bn_relu_backward_reduce(maxima, self.norm, grad, z, out.flatten(0, -2))
+            del pooled, found, maxima, grad, z  # before the next step's are made
             s += sums[0]
             t += sums[1]
-        correction = None
-        if self.spec.batch_statistics:
-            correction = (*self.batch.sum(s, t), float(self.batch.count))
-        self.ops.bn_relu_backward_apply(self.rows, self.norm, dx, correction)
-        return channels_first(dx, self.images, self.spatial), t, s
+        assert pixels is not None
+        assert masked is not None
+        return s, t, pixels, masked
+
+    def backward(
+        self,
+        pixels: Tensor,
+        masked: Tensor,
+        correction: tuple[Tensor, Tensor, float] | None,
+        out: Tensor | None,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The gradient of x, of some images at a time; in ``out`` (P, C) where given."""
+        for images, rows in self._steps():
+            x, found = self.rows[rows], pixels[images].movedim(-1, 1).to(torch.int64)
+            shaped = channels_first(x, len(found), self.spatial)
+            dx = rows_of(self._max_pool_backward(masked[images].movedim(-1, 1), shaped, found))
+            if out is not None:
+                dx = out[rows].copy_(dx)
+            self.ops.bn_relu_backward_apply(x, self.norm, dx, correction)
+            yield images, channels_first(dx, len(found), self.spatial)
+            del dx, found  # before the next step's are made

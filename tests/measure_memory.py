@@ -33,7 +33,9 @@ def main(job: dict[str, Any]) -> dict[str, int]:
     from effdense import reference
 
     def build(depth: int) -> torch.nn.Module:
-        if job["model"] == "effdense":
+        if job["model"] == "densenet121" and depth == job["depth"]:
+            return effdense.densenet121(save=job["save"])
+        if job["model"] in ("effdense", "densenet121"):
             ours = effdense.densenet_bc(depth, job["growth_rate"], save=job["save"])
             ours.offload = job.get("offload", False)
             return ours

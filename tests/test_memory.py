@@ -53,6 +53,17 @@ def test_saved_tensors_are_the_features_and_the_kept_bottlenecks(save: str) -> N
     assert expected <= _measured(100, batch, save)["saved"] <= 1.03 * expected
 
 
+def test_an_imagenet_networks_step_takes_hardly_more_than_its_floor() -> None:
+    job = {"depth": 121, "growth_rate": 32, "batch": 16, "size": 224}
+    found = measure(model="densenet121", save="features", **job)
+    # the first convolution's output, the first block's features and their gradient buffer
+    images = 16 * 4
+    activations = images * (112 * 112 * 64 + 2 * 56 * 56 * 256)
+    # and gradients; momentum is there only after a first step
+    floor = activations + found["state"] * 2 / 3
+    assert found["peak"] <= 1.2 * floor
+
+
 @functools.cache
 def _other(model: str, depth: int, **job: bool) -> int:
     """Peak of a naive or converted network without parameters, gradients and momentum."""
