@@ -480,7 +480,10 @@ def _rank_step(rank: int, store: str, results: str) -> None:
 
 def test_two_processes_average_their_gradients(tmp_path: Any) -> None:
     results = str(tmp_path / "gradients.pt")
-    mp.spawn(_rank_step, (str(tmp_path / "store"), results), nprocs=2)
+    # forkserver's processes end without tearing the interpreter down, in which a thread of gloo's
+    # that is still letting go of a collective's tensors has aborted one in some hundred
+    arguments = str(tmp_path / "store"), results
+    mp.start_processes(_rank_step, arguments, nprocs=2, start_method="forkserver")
     averaged = torch.load(results, weights_only=True)
     total: list[Tensor] | None = None
     for half in images(4, 3, 8, 8).split(2):

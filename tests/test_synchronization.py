@@ -466,7 +466,8 @@ def _work(rank: int, folder: str) -> None:
 def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
     """What every process found, by name."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(_work, (str(folder),), nprocs=3)
+    # as in test_hazards.py, where it says why
+    mp.start_processes(_work, (str(folder),), nprocs=3, start_method="forkserver")
     by_name: dict[str, list[Any]] = {}
     for world_size in (3, 2):
         for rank in range(world_size):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -94,6 +95,8 @@ def main() -> None:
             partial.write_text(json.dumps(answer))
             partial.replace(path)
     finally:
+        # DDP holds the group in cycles, and its threads must not outlive the interpreter
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -7,6 +7,7 @@ process group, and everything below works unchanged.
 from __future__ import annotations
 
 import datetime
+import gc
 import inspect
 import os
 import time
@@ -95,6 +96,9 @@ def joined_world(device: Literal["auto", "cpu", "cuda"], threads: int) -> Iterat
     )
     yield World(rank, world_size, local_rank, local_world_size, chosen, backend, attempt, launch)
     dist.barrier()
+    # What holds the group in cycles (DDP) would keep it, and its threads, until the interpreter
+    # is torn down, and a thread that wants the interpreter then aborts the process.
+    gc.collect()
     dist.destroy_process_group()
 
 
