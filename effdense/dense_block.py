@@ -61,7 +61,6 @@ from torch.autograd.function import once_differentiable
 
 from .autocast import without_autocast
 from .backends.base import Backend, Normalization, PendingNorm, Rebuild, accumulate_dtype
-from .huge_pages import on_huge_pages
 from .layout import channels_first, neighbour_stands_for, pieces
 from .layout import rows as rows_of
 from .norm_sums import ALL_CHANNELS, direct_channels, second_sum, zero_sums
@@ -241,14 +240,9 @@ class _Stage:
         rows = rows_of(x.to(self.dtype))
         if not self.layers:
             return rows
-        buffer = self._wide()
+        buffer = torch.empty((self.positions, self.width), dtype=self.dtype, device=self.device)
         buffer[:, self._read(0)] = rows
         return buffer
-
-    def _wide(self) -> Tensor:
-        """A new matrix of X's shape."""
-        shape = self.positions, self.width
-        return on_huge_pages(torch.empty(shape, dtype=self.dtype, device=self.device))
 
     # ---------------------------------------------------------------- forward
 
@@ -267,9 +261,7 @@ class _Stage:
                 if keep_y:
                     self.bottlenecks.append(self._bottleneck_like(index, None))
                 continue
-            if keep_y:
-                y = on_huge_pages(self._bottleneck_like(index, None))
-            y = self._bottleneck(index, y, first_time=True)
+            y = self._bottleneck(index, None if keep_y else y, first_time=True)
             if keep_y and y is not None:
                 self.bottlenecks.append(y)
             self._new_features(index, y)
@@ -561,7 +553,7 @@ class _Stage:
     ) -> tuple[Tensor, list[Tensor | None]]:
         """D as the whole block's reader leaves it, and the tail's parameter gradients."""
         # See NOTE [ who owns the gradient buffer ].
-        d = self._wide()
+        d = torch.empty((self.positions, self.width), dtype=self.dtype, device=self.device)
         if self.tail is None:
             d.copy_(rows_of(grad_output))
             return d, []
