@@ -104,10 +104,11 @@ def test_without_nvidia_ml_py(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_resident_memory_is_this_process_s() -> None:
     before = resident_bytes()
-    block = torch.ones(64 << 20, dtype=torch.uint8)
-    assert resident_bytes() - before >= 60 << 20
+    block = torch.ones(256 << 20, dtype=torch.uint8)
+    # some systems take idle pages back meanwhile
+    assert resident_bytes() - before >= 192 << 20
     del block
-    assert peak_resident_bytes() >= before + (60 << 20)
+    assert peak_resident_bytes() >= before + (192 << 20)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
