@@ -31,6 +31,11 @@ class NormSpec(NamedTuple):
     # The process group whose batch it is, None for this process's own.
 
 
+def _takes_batch_statistics(norm: nn.Module) -> bool:
+    # from where a module keeps them: its attributes are found the slow way, for every norm
+    return norm.training or norm._buffers["running_mean"] is None
+
+
 def read_norm(norm: nn.Module) -> tuple[NormSpec, tuple[Tensor | None, ...]]:
     """Spec and (gamma, beta, frozen mean, frozen variance) of an affine batch norm.
 
@@ -38,10 +43,9 @@ def read_norm(norm: nn.Module) -> tuple[NormSpec, tuple[Tensor | None, ...]]:
     always when it tracks none.
     """
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    # from where a module keeps them: its attributes are found the slow way, for every norm
     parameters, buffers = norm._parameters, norm._buffers
     weight, bias = parameters["weight"], parameters["bias"]
-    if norm.training or buffers["running_mean"] is None:
+    if _takes_batch_statistics(norm):
         return NormSpec(norm.eps, True, process_group(norm)), (weight, bias, None, None)
     frozen = buffers["running_mean"], buffers["running_var"]
     return NormSpec(norm.eps, False), (weight, bias, *frozen)
@@ -77,7 +81,7 @@ def differing_groups(norms: Sequence[nn.Module]) -> tuple[nn.Module, nn.Module] 
     """Two of ``norms`` that take batch statistics over different processes, if there are."""
     first = None
     for norm in norms:
-        if norm.training or norm._buffers["running_mean"] is None:
+        if _takes_batch_statistics(norm):
             found = norm, process_group(norm)
             first = first or found
             if found[1] is not first[1]:

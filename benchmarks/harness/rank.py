@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import json
 import math
 import os
@@ -25,6 +24,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import effdense
+from effdense.engine.distributed import leave_process_group
+from effdense.engine.records import write_atomically
 from effdense.synchronization import unsynchronised
 
 from . import machine, providers
@@ -90,14 +91,10 @@ def main() -> None:
     try:
         answer = measure(request, case, gpu)
         if dist.get_rank() == 0:
-            path = Path(request["answer"])
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(answer))
-            partial.replace(path)
+            text = json.dumps(answer)
+            write_atomically(Path(request["answer"]), lambda path: path.write_text(text))
     finally:
-        # DDP holds the group in cycles, and its threads must not outlive the interpreter
-        gc.collect()
-        dist.destroy_process_group()
+        leave_process_group()
 
 
 def measure(request: dict[str, Any], case: Case, gpu: bool) -> dict[str, Any]:

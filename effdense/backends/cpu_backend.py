@@ -351,8 +351,9 @@ class CpuBackend(TorchBackend):
         shape: tuple[int, ...],
         out: Tensor,
     ) -> None:
-        threads, lines = torch.get_num_threads(), self._tile_lines(weight, shape)
-        scratch = _Scratch(source, [], self._line_scratch(weight, shape, threads, lines))
+        threads = torch.get_num_threads()
+        lines, sizes = self._line_tiles(weight, shape, threads)
+        scratch = _Scratch(source, [], sizes)
         u, *areas = scratch.areas
         if loops := self._loops(source):
             window = _Convolution(source, norm, weight, shape, u)
@@ -371,9 +372,8 @@ class CpuBackend(TorchBackend):
         dz: Tensor | None,
         d: Tensor | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        threads, lines = torch.get_num_threads(), self._tile_lines(weight, shape)
-        b = weight.shape[1]
-        transformed, *of_threads = self._line_scratch(weight, shape, threads, lines)
+        threads, b = torch.get_num_threads(), weight.shape[1]
+        lines, (transformed, *of_threads) = self._line_tiles(weight, shape, threads)
         du = threads * transformed if need_weight else 0
         scratch = _Scratch(
             source,
@@ -403,21 +403,20 @@ class CpuBackend(TorchBackend):
             )
         return gradient, s, t
 
-    def _tile_lines(self, weight: Tensor, shape: tuple[int, ...]) -> int:
-        """Lines of pixels whose transformed values, of both kinds, take about two tiles."""
-        k, b, *window = weight.shape
-        columns = k * math.prod(window) // 3
-        rows = max(32, _TILE_BYTES // (b + columns) // weight.element_size())
-        return max(1, min(math.prod(shape[:-1]), rows // shape[-1]))
+    def _line_tiles(
+        self, weight: Tensor, shape: tuple[int, ...], threads: int
+    ) -> tuple[int, list[int]]:
+        """Lines of pixels in a tile, whose transformed values of both kinds take two tiles.
 
-    def _line_scratch(
-        self, weight: Tensor, shape: tuple[int, ...], threads: int, lines: int
-    ) -> list[int]:
-        """Values of the transformed weight, and of all threads' lines, inputs and outputs."""
+        And values of the transformed weight and of all threads' lines, inputs and outputs.
+        """
         k, b, *window = weight.shape
         columns, pairs = k * math.prod(window) // 3, (shape[-1] + 1) // 2
+        rows = max(32, _TILE_BYTES // (b + columns) // weight.element_size())
+        lines = max(1, min(math.prod(shape[:-1]), rows // shape[-1]))
         tile = threads * 4 * lines * pairs
-        return [4 * columns * b, threads * (2 * pairs + 2) * b, tile * b, tile * columns]
+        sizes = [4 * columns * b, threads * (2 * pairs + 2) * b, tile * b, tile * columns]
+        return lines, sizes
 
     def bn_relu_avg_pool(
         self, x: Tensor, norm: Normalization, shape: tuple[int, ...], out: Tensor

@@ -123,15 +123,6 @@ static channels unstable_channels(idx c, const norm *f, double ratio, idx *index
     return 4 * found.count <= c ? found : (channels){c, NULL};
 }
 
-/* (slope, offset) of the part of a norm's input gradient that is affine in x. */
-static void affine_part(idx c, const norm *f, const REAL *s, const REAL *t, double count,
-                        REAL *slope, REAL *offset) {
-    for (idx j = 0; j < c; j++) {
-        slope[j] = f->scale[j] * f->rstd[j] * t[j] / -(REAL)count;
-        offset[j] = f->scale[j] * s[j] / -(REAL)count - slope[j] * f->mean[j];
-    }
-}
-
 /* T of the direct channels in units of xhat. */
 static void finish_second_sum(channels direct, const norm *f, REAL *t) {
     for (idx j = 0; j < direct.count; j++)
@@ -321,11 +312,15 @@ typedef struct {
     REAL *vectors;
 } correction;
 
-/* (slope, offset) of a correction in its scratch, or NULL. */
+/* (slope, offset) of what is affine in x in a norm's input gradient, in the scratch, or NULL. */
 static const REAL *corrected_slope(idx c, const correction *n) {
     if (n->s == NULL)
         return NULL;
-    affine_part(c, &n->f, n->s, n->t, n->count, n->vectors, n->vectors + c);
+    REAL *slope = n->vectors, *offset = n->vectors + c;
+    for (idx j = 0; j < c; j++) {
+        slope[j] = n->f.scale[j] * n->f.rstd[j] * n->t[j] / -(REAL)n->count;
+        offset[j] = n->f.scale[j] * n->s[j] / -(REAL)n->count - slope[j] * n->f.mean[j];
+    }
     return n->vectors;
 }
 
@@ -674,10 +669,11 @@ static idx tap_offset(const convolution *v, const idx *stride, idx line, idx o) 
     return o * stride[0] + line / height * stride[2] + line % height * stride[3];
 }
 
-/* Rows [first, last) of (across k, b) of u from the weight. */
-static void transform_weight(const convolution *v, idx first, idx last) {
+/* u from the weight, its rows (across k, b) divided among the threads of a parallel region. */
+static void transform_weight(const convolution *v) {
     const idx b = v->b, plane = across(v) * v->k * b, *stride = v->stride;
-    for (idx row = first; row < last; row++) {
+#pragma omp for schedule(static)
+    for (idx row = 0; row < across(v) * v->k; row++) {
         const REAL *w = v->weight + tap_offset(v, stride, row / v->k, row % v->k);
         REAL *restrict u = v->u + row * b;
         for (idx i = 0; i < b; i++) {
@@ -691,11 +687,12 @@ static void transform_weight(const convolution *v, idx first, idx last) {
     }
 }
 
-/* Rows [first, last) of (across k, b) of the weight's gradient, at `stride`, from du. */
-static void gather_weight(const convolution *v, const REAL *du, REAL *gradient, const idx *stride,
-                          idx first, idx last) {
+/* The weight's gradient, at `stride`, from du, likewise. */
+static void gather_weight(const convolution *v, const REAL *du, REAL *gradient,
+                          const idx *stride) {
     const idx b = v->b, plane = across(v) * v->k * b;
-    for (idx row = first; row < last; row++) {
+#pragma omp for schedule(static)
+    for (idx row = 0; row < across(v) * v->k; row++) {
         REAL *w = gradient + tap_offset(v, stride, row / v->k, row % v->k);
         const REAL *restrict u = du + row * b;
         for (idx i = 0; i < b; i++) {
@@ -780,9 +777,7 @@ void bn_relu_conv3(idx threads, gemm_function *gemm, const convolution *v, idx t
     const REAL one = 1, zero = 0;
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static, 1)
-        for (idx t = 0; t < threads; t++)
-            transform_weight(v, columns * t / threads, columns * (t + 1) / threads);
+        transform_weight(v);
 #pragma omp for schedule(static, 1)
         for (idx t = 0; t < threads; t++) {
             REAL *h = h_all + t * (2 * pairs + 2) * b;
@@ -871,9 +866,7 @@ void bn_relu_conv3_backward(idx threads, gemm_function *gemm, const convolution 
         gradient == NULL ? all : unstable_channels(b, &v->f, ratio, index);
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static, 1)
-        for (idx t = 0; t < threads; t++)
-            transform_weight(v, columns * t / threads, columns * (t + 1) / threads);
+        transform_weight(v);
 #pragma omp for schedule(static, 1)
         for (idx t = 0; t < threads; t++) {
             REAL *h = h_all + t * (2 * pairs + 2) * b;
@@ -934,10 +927,7 @@ void bn_relu_conv3_backward(idx threads, gemm_function *gemm, const convolution 
             for (idx t = 0; t < threads; t++)
                 add_parts(4 * columns, b, b * t / threads, b * (t + 1) / threads, v->u, du_all,
                           du_all + 4 * columns * b, threads - 1, product);
-#pragma omp for schedule(static, 1)
-            for (idx t = 0; t < threads; t++)
-                gather_weight(v, du_all, gradient, stride, columns * t / threads,
-                              columns * (t + 1) / threads);
+            gather_weight(v, du_all, gradient, stride);
         }
     }
     finish_sums(b, &v->f, direct, sums, threads, product, s, t_out);

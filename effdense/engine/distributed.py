@@ -96,6 +96,11 @@ def joined_world(device: Literal["auto", "cpu", "cuda"], threads: int) -> Iterat
     )
     yield World(rank, world_size, local_rank, local_world_size, chosen, backend, attempt, launch)
     dist.barrier()
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Leave the default process group, and let go of what holds it."""
     # What holds the group in cycles (DDP) would keep it, and its threads, until the interpreter
     # is torn down, and a thread that wants the interpreter then aborts the process.
     gc.collect()

@@ -106,11 +106,10 @@ def test_without_nvidia_ml_py(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_resident_memory_is_this_process_s() -> None:
     before = resident_bytes()
     # from the system itself: the allocator may have that much left, resident already
-    with mmap.mmap(-1, 256 << 20) as block:
-        block.write(bytes(256 << 20))
-        # some systems take idle pages back meanwhile
-        assert resident_bytes() - before >= 192 << 20
-    assert peak_resident_bytes() >= before + (192 << 20)
+    with mmap.mmap(-1, 64 << 20) as block:
+        block.write(bytes(64 << 20))
+        assert resident_bytes() - before >= 60 << 20
+    assert peak_resident_bytes() >= before + (60 << 20)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
