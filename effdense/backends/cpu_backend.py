@@ -20,8 +20,13 @@ from .base import Normalization, PendingNorm, Rebuild
 from .cpu_library import Library, load
 from .torch_backend import TorchBackend
 
-# A thread's tile of x, z, dz and d together should stay in its cache.
-_TILE_BYTES = 256 << 10
+# A thread's transformed lines of pixels should stay in its cache.
+_TILE_BYTES = 128 << 10
+# Rows of a tile of a product; of those a few at a time, and columns in panels of some cache
+# lines: at least cpu_loops.c's own on every processor.
+_TILE_ROWS = 64
+_GROUP_ROWS = 8
+_PANEL_LINES = 3
 # Rows of a tile where nothing but sums depends on it.
 _SUM_ROWS = 256
 # What torch aligns an allocation to: a vector register's and a cache line's size.
@@ -43,11 +48,15 @@ class _Product(ctypes.Structure):
         ("b", ctypes.c_int64),
         ("weight", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
+        ("panels", ctypes.c_void_p),
     ]
 
-    def __init__(self, norm: Normalization, weight: Tensor, y: Tensor | None) -> None:
+    def __init__(
+        self, norm: Normalization, weight: Tensor, y: Tensor | None, panels: int
+    ) -> None:
         b, c = weight.shape
-        super().__init__(_Norm(norm), c, b, weight.data_ptr(), 0 if y is None else y.data_ptr())
+        address = 0 if y is None else y.data_ptr()
+        super().__init__(_Norm(norm), c, b, weight.data_ptr(), address, panels)
 
 
 class _Correction(ctypes.Structure):
@@ -162,19 +171,11 @@ class CpuBackend(TorchBackend):
         """None on meta, where memory is taken as ever and nothing computed."""
         return None if x.is_meta else self._library
 
-    def _tile_rows(self, x: Tensor) -> int:
-        rows = _TILE_BYTES // (max(x.shape[1], 32) * x.element_size())
-        largest, threads = max(32, rows // 16 * 16), torch.get_num_threads()
-        # as few rounds as with the largest tiles, and all threads busy in the last one too
-        rounds = -(-x.shape[0] // (largest * threads))
-        even = -(-x.shape[0] // (rounds * threads * 16)) * 16
-        return max(1, min(x.shape[0], largest, even))
-
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows, c = x.shape
         threads = torch.get_num_threads()
         mean, var = x.new_empty(c), x.new_empty(c)
-        scratch = _Scratch(x, [threads * 4 * c], [threads * 3 * c])
+        scratch = _Scratch(x, [threads * 4 * c], [])
         if loops := self._loops(x):
             rest = (x.stride(0), _SUM_ROWS, *scratch.areas, mean, var)
             loops.call("statistics", threads, rows, c, x, *rest)
@@ -275,20 +276,24 @@ class CpuBackend(TorchBackend):
     def bn_relu_conv1x1(
         self, x: Tensor, norm: Normalization, weight: Tensor, out: Tensor, statistics: bool
     ) -> tuple[Tensor, Tensor] | None:
-        step, threads, b = self._tile_rows(x), torch.get_num_threads(), weight.shape[0]
-        scratch = _Scratch(x, [threads * 4 * b], [threads * step * x.shape[1], threads * 3 * b])
+        (rows, c), b, threads = x.shape, weight.shape[0], torch.get_num_threads()
+        scratch = _Scratch(
+            x,
+            [threads * 4 * b],
+            [threads * _GROUP_ROWS * _apart(x, c), c * _whole_lines(x, b)],
+        )
+        *areas, panels = scratch.areas
         found = (x.new_empty(b), x.new_empty(b)) if statistics else None
         if loops := self._loops(x):
             loops.call(
                 "bn_relu_conv1x1",
                 threads,
-                loops.gemm,
-                x.shape[0],
+                rows,
                 x,
                 x.stride(0),
-                _Product(norm, weight, out),
-                step,
-                *scratch.areas,
+                _Product(norm, weight, out, panels),
+                _TILE_ROWS,
+                *areas,
                 *(found or (None, None)),
             )
         return found
@@ -304,38 +309,41 @@ class CpuBackend(TorchBackend):
         pending: PendingNorm | None = None,
         rebuild: Rebuild | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        (rows, c), b = x.shape, weight.shape[0]
-        step, threads = self._tile_rows(x), torch.get_num_threads()
-        tile = threads * step * c
+        (rows, c), b, threads = x.shape, weight.shape[0], torch.get_num_threads()
+        tile = _TILE_ROWS * _PANEL_LINES * _whole_lines(x, 1)
+        earlier = 0
+        if rebuild is not None:
+            b_before, c_before = rebuild.weight.shape
+            tile += _GROUP_ROWS * _apart(x, c_before)
+            earlier = c_before * _whole_lines(x, b_before)
         scratch = _Scratch(
             x,
             [threads * 2 * c, c, c],
-            [tile, tile, (threads - 1) * b * c, threads * 2 * c, 2 * b],
+            [threads * tile, (threads - 1) * b * c, 2 * b, b * _whole_lines(x, c), earlier],
         )
-        *areas, vectors = scratch.areas
+        *areas, vectors, panels, panels_before = scratch.areas
         dw, s, t = x.new_empty((b, c)), x.new_empty(c), x.new_empty(c)
         before = again = None
         if pending is not None:
             correction = _Correction(pending.norm, pending.correction, vectors)
             before = _Pending(pending.y.data_ptr(), correction)
         if rebuild is not None:
-            again = _Product(rebuild.norm, rebuild.weight, rebuild.out)
+            again = _Product(rebuild.norm, rebuild.weight, rebuild.out, panels_before)
         if loops := self._loops(x):
             loops.call(
                 "bn_relu_conv1x1_backward",
                 threads,
-                loops.gemm,
                 rows,
                 x,
                 x.stride(0),
-                _Product(norm, weight, None),
+                _Product(norm, weight, None, panels),
                 dy,
                 before,
                 again,
                 d,
                 d.stride(0),
                 STABLE_RATIO,
-                step,
+                _TILE_ROWS,
                 *areas,
                 dw,
                 s,
@@ -357,9 +365,7 @@ class CpuBackend(TorchBackend):
         u, *areas = scratch.areas
         if loops := self._loops(source):
             window = _Convolution(source, norm, weight, shape, u)
-            loops.call(
-                "bn_relu_conv3", threads, loops.gemm, window, lines, *areas, out, out.stride(0)
-            )
+            loops.call("bn_relu_conv3", threads, window, lines, *areas, out, out.stride(0))
 
     def bn_relu_conv3_backward(
         self,
@@ -387,7 +393,6 @@ class CpuBackend(TorchBackend):
             loops.call(
                 "bn_relu_conv3_backward",
                 threads,
-                loops.gemm,
                 _Convolution(source, norm, weight, shape, u),
                 dout,
                 dz,
@@ -415,8 +420,9 @@ class CpuBackend(TorchBackend):
         rows = max(32, _TILE_BYTES // (b + columns) // weight.element_size())
         lines = max(1, min(math.prod(shape[:-1]), rows // shape[-1]))
         tile = threads * 4 * lines * pairs
-        sizes = [4 * columns * b, threads * (2 * pairs + 2) * b, tile * b, tile * columns]
-        return lines, sizes
+        row, outputs = _apart(weight, b), _whole_lines(weight, columns)
+        transformed = 4 * max(columns * row, b * outputs)
+        return lines, [transformed, tile * row, tile * outputs]
 
     def bn_relu_avg_pool(
         self, x: Tensor, norm: Normalization, shape: tuple[int, ...], out: Tensor
@@ -518,6 +524,17 @@ class CpuBackend(TorchBackend):
                 out,
                 out.stride(0),
             )
+
+
+def _whole_lines(x: Tensor, values: int) -> int:
+    """As many values of x's type, or more to fill cache lines."""
+    line = _ALIGNMENT // x.element_size()
+    return -(-values // line) * line
+
+
+def _apart(x: Tensor, values: int) -> int:
+    """cpu_loops.c's stride of rows that are read side by side."""
+    return _whole_lines(x, values) + _whole_lines(x, 1)
 
 
 def _weight_strides(weight: Tensor) -> ctypes.Array[ctypes.c_int64]:

@@ -3,7 +3,7 @@
 The compiler is ``$CC``, else cc, gcc or clang, with ``-march=native``; the cache is
 "effdense/loops" in the user's cache directory (``$XDG_CACHE_HOME``, else ~/.cache), one
 file per source, compiler command and processor, written whole or not at all. Where
-there is no compiler, or torch's BLAS cannot be found, :func:`load` says why.
+there is no compiler, :func:`load` says why.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SOURCE = Path(__file__).with_name("cpu_loops.c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 # Neither changes a result: nobody reads errno or traps, and loops vectorise without them.
 _MATH = ("-fno-math-errno", "-fno-trapping-math")
-_REAL = {torch.float32: ("float", "sgemm_"), torch.float64: ("double", "dgemm_")}
+_REAL = {torch.float32: "float", torch.float64: "double"}
 
 DTYPES = tuple(_REAL)
 """The matrices there are loops for."""
@@ -36,10 +36,9 @@ class CannotLoad(Exception):
 
 
 class Library:
-    """The functions of cpu_loops.c for one type; ``gemm`` is the BLAS's product for them."""
+    """The functions of cpu_loops.c for one type."""
 
-    def __init__(self, functions: ctypes.CDLL, gemm: ctypes.c_void_p) -> None:
-        self.gemm = gemm
+    def __init__(self, functions: ctypes.CDLL) -> None:
         self._library = functions
         self._functions: dict[str, Any] = {}
 
@@ -72,16 +71,10 @@ def load(dtype: torch.dtype) -> Library:
     """The library for matrices of ``dtype``.
 
     Raises:
-        CannotLoad: without a working C compiler with OpenMP, or a BLAS to call.
+        CannotLoad: without a working C compiler with OpenMP.
     """
-    real, gemm = _REAL[dtype]
-    blas = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        address = ctypes.cast(getattr(ctypes.CDLL(str(blas)), gemm), ctypes.c_void_p)
-    except (OSError, AttributeError) as error:
-        raise CannotLoad(f"torch's BLAS has no {gemm}: {error}") from error
-    try:
-        return Library(ctypes.CDLL(str(_compiled(real))), address)
+        return Library(ctypes.CDLL(str(_compiled(_REAL[dtype]))))
     except OSError as error:
         raise CannotLoad(f"the compiled loops can't be loaded: {error}") from error
 

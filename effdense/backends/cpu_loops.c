@@ -16,6 +16,9 @@
  * false for NaN in the branch that clears.
  */
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 #include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -26,13 +29,6 @@
 #endif
 
 typedef int64_t idx;
-
-/* Fortran BLAS, column major. Integers are passed as 64 bits: a BLAS of 32-bit integers reads
- * the low half, which is all of a small number on a little-endian machine. */
-typedef void gemm_function(const char *trans_a, const char *trans_b, const idx *m, const idx *n,
-                           const idx *k, const REAL *alpha, const REAL *a, const idx *lda,
-                           const REAL *b, const idx *ldb, const REAL *beta, REAL *c,
-                           const idx *ldc);
 
 typedef struct {
     const REAL *mean, *rstd, *scale, *shift;
@@ -48,6 +44,70 @@ typedef struct {
 enum { SUM_ROWS = 32 };
 
 static idx smaller(idx a, idx b) { return a < b ? a : b; }
+
+/* ------------------------------------------------------------------------- vectors */
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
+enum { LANES = VECTOR_BYTES / sizeof(REAL), LINE = 64 / sizeof(REAL) };
+
+typedef REAL vector __attribute__((vector_size(VECTOR_BYTES)));
+typedef REAL loose __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
+typedef __typeof__((vector){0} < (vector){0}) mask;
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vector load(const REAL *p) { return *(const loose *)p; }
+
+INLINE void store(REAL *p, vector v) { *(loose *)p = v; }
+
+/* The first `lanes` of a vector, zeros behind; and their way back. */
+#if defined(__AVX512F__)
+INLINE vector load_lanes(const REAL *p, idx lanes) {
+    const unsigned first = (1u << smaller(lanes, LANES)) - 1;
+    if (sizeof(REAL) == sizeof(float))
+        return (vector)_mm512_maskz_loadu_ps((__mmask16)first, p);
+    return (vector)_mm512_maskz_loadu_pd((__mmask8)first, p);
+}
+
+INLINE void store_lanes(REAL *p, vector v, idx lanes) {
+    const unsigned first = (1u << smaller(lanes, LANES)) - 1;
+    if (sizeof(REAL) == sizeof(float))
+        _mm512_mask_storeu_ps(p, (__mmask16)first, (__m512)v);
+    else
+        _mm512_mask_storeu_pd(p, (__mmask8)first, (__m512d)v);
+}
+#else
+INLINE vector load_lanes(const REAL *p, idx lanes) {
+    if (lanes >= LANES)
+        return load(p);
+    vector v = {0};
+    memcpy(&v, p, lanes * sizeof(REAL));
+    return v;
+}
+
+INLINE void store_lanes(REAL *p, vector v, idx lanes) {
+    if (lanes >= LANES)
+        store(p, v);
+    else
+        memcpy(p, &v, lanes * sizeof(REAL));
+}
+#endif
+
+INLINE vector cleared(vector v, mask where) { return (vector)((mask)v & ~where); }
+
+INLINE vector rectified(vector v) { return cleared(v, v < 0); }
+
+static idx whole_lines(idx c) { return (c + LINE - 1) / LINE * LINE; }
+
+/* Row stride of rows of c values that are read side by side: whole lines, not all of one cache set. */
+static idx apart(idx c) { return whole_lines(c) + LINE; }
 
 /* Tiles [first, last) of thread `t` out of `threads`. */
 static void share(idx tiles, idx t, idx threads, idx *first, idx *last) {
@@ -110,17 +170,16 @@ static void add_threads(idx c, const double *sums, idx stride, idx threads, REAL
     }
 }
 
-/* The channels whose |beta| is at least `ratio` |gamma|, both times rstd: see norm_sums.py.
- * `index` (c,) is scratch. */
-static channels unstable_channels(idx c, const norm *f, double ratio, idx *index) {
-    channels found = {0, index};
+/* How many channels' |beta| is at least `ratio` |gamma|, both times rstd: see norm_sums.py.
+ * They are flagged, (c,). */
+static idx unstable_channels(idx c, const norm *f, double ratio, idx *flags) {
+    idx count = 0;
     for (idx j = 0; j < c; j++) {
         REAL beta = (f->shift[j] + f->mean[j] * f->scale[j]) * f->rstd[j], gamma = f->scale[j];
-        if ((beta < 0 ? -beta : beta) >= (REAL)ratio * (gamma < 0 ? -gamma : gamma))
-            index[found.count++] = j;
+        flags[j] = (beta < 0 ? -beta : beta) >= (REAL)ratio * (gamma < 0 ? -gamma : gamma);
+        count += flags[j];
     }
-    /* gathering many columns costs more than reading all of them */
-    return 4 * found.count <= c ? found : (channels){c, NULL};
+    return count;
 }
 
 /* T of the direct channels in units of xhat. */
@@ -129,39 +188,31 @@ static void finish_second_sum(channels direct, const norm *f, REAL *t) {
         t[j] *= f->rstd[direct.index == NULL ? j : direct.index[j]];
 }
 
-/* S and T (c,) from the threads' sums (2c each, T of the direct channels) and, for the other
- * channels, from product = sum W dW: see norm_sums.py. */
-static void finish_sums(idx c, const norm *f, channels direct, const double *sums, idx threads,
+/* S and T (c,) from the threads' sums (2c each) and, for channels that are not flagged, from
+ * product = sum W dW: see norm_sums.py. Without flags none is; without a product all are. */
+static void finish_sums(idx c, const norm *f, const idx *flags, const double *sums, idx threads,
                         const double *product, REAL *s, REAL *t) {
     add_threads(c, sums, 2 * c, threads, s);
-    if (direct.index == NULL) {
-        add_threads(direct.count, sums + c, 2 * c, threads, t);
-        finish_second_sum(direct, f, t);
-        return;
-    }
+    add_threads(c, sums + c, 2 * c, threads, t);
     for (idx j = 0; j < c; j++) {
         REAL beta = f->shift[j] + f->mean[j] * f->scale[j];
-        t[j] = ((REAL)product[j] - beta * s[j]) * (f->rstd[j] / f->scale[j]);
-    }
-    for (idx j = 0; j < direct.count; j++) {
-        idx q = direct.index[j];
-        double total = 0;
-        for (idx i = 0; i < threads; i++)
-            total += sums[i * 2 * c + c + j];
-        t[q] = (REAL)total * f->rstd[q];
+        if (product == NULL || (flags != NULL && flags[j]))
+            t[j] *= f->rstd[j];
+        else
+            t[j] = ((REAL)product[j] - beta * s[j]) * (f->rstd[j] / f->scale[j]);
     }
 }
 
-/* Columns [first, last) of the threads' parts of a weight's gradient (rows, c) onto the first
+/* Columns [first, last) of the threads' parts of a weight's gradient (rows, ld) onto the first
  * part, and product = sum W dW. The other parts stand one after the other in `others`. */
-static void add_parts(idx rows, idx c, idx first, idx last, const REAL *weight, REAL *dw,
+static void add_parts(idx rows, idx ld, idx first, idx last, const REAL *weight, REAL *dw,
                       const REAL *others, idx count, double *product) {
     memset(product + first, 0, (last - first) * sizeof(double));
     for (idx i = 0; i < rows; i++) {
-        REAL *restrict own = dw + i * c;
-        const REAL *restrict w = weight + i * c;
+        REAL *restrict own = dw + i * ld;
+        const REAL *restrict w = weight + i * ld;
         for (idx t = 0; t < count; t++) {
-            const REAL *restrict part = others + (t * rows + i) * c;
+            const REAL *restrict part = others + (t * rows + i) * ld;
             for (idx j = first; j < last; j++)
                 own[j] += part[j];
         }
@@ -185,31 +236,36 @@ static void merge(idx c, double *mean, double *m2, idx seen, const double *mean_
     }
 }
 
-/* One tile into (mean, m2); `partial` (3c) REAL and `tile` (2c) double are scratch. The tile's
- * mean is rounded first and mended by what the centred rows sum to. */
-static void add_statistics(idx n, idx c, const REAL *y, idx ldy, REAL *partial, double *tile,
-                           double *mean, double *m2, idx seen) {
-    REAL *restrict sum = partial, *restrict rest = partial + c, *restrict squares = rest + c;
-    memset(partial, 0, 3 * c * sizeof(REAL));
-    for (idx i = 0; i < n; i++) {
-        const REAL *restrict yi = y + i * ldy;
-        for (idx j = 0; j < c; j++)
-            sum[j] += yi[j];
-    }
-    for (idx j = 0; j < c; j++)
-        sum[j] /= (REAL)n;
-    for (idx i = 0; i < n; i++) {
-        const REAL *restrict yi = y + i * ldy;
-        for (idx j = 0; j < c; j++) {
-            REAL centred = yi[j] - sum[j];
-            rest[j] += centred;
-            squares[j] += centred * centred;
+/* sum and square of (x - shift) over n rows of a vector: four rows at a time, added in the end. */
+INLINE void sum_rows(idx n, const REAL *x, idx ldx, idx lanes, vector shift, vector *sum,
+                     vector *square) {
+    vector s[4] = {{0}}, q[4] = {{0}};
+    for (idx i = 0; i < n; i += 4)
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++)
+            if (i + r < n) {
+                vector v = load_lanes(x + (i + r) * ldx, lanes) - shift;
+                s[r] += v;
+                q[r] += v * v;
+            }
+    *sum = (s[0] + s[1]) + (s[2] + s[3]);
+    *square = (q[0] + q[1]) + (q[2] + q[3]);
+}
+
+/* One tile into (mean, m2); `tile` (2c) double is scratch. The tile's mean is rounded first and
+ * mended by what the centred rows sum to. */
+static void add_statistics(idx n, idx c, const REAL *y, idx ldy, double *tile, double *mean,
+                           double *m2, idx seen) {
+    for (idx j = 0; j < c; j += LANES) {
+        vector sum, rest, squares;
+        sum_rows(n, y + j, ldy, c - j, (vector){0}, &sum, &squares);
+        sum /= (REAL)n;
+        sum_rows(n, y + j, ldy, c - j, sum, &rest, &squares);
+        for (idx i = 0; i < smaller(LANES, c - j); i++) {
+            double correction = (double)rest[i] / (double)n;
+            tile[j + i] = sum[i] + correction;
+            tile[c + j + i] = squares[i] - correction * rest[i];
         }
-    }
-    for (idx j = 0; j < c; j++) {
-        double correction = (double)rest[j] / (double)n;
-        tile[j] = sum[j] + correction;
-        tile[c + j] = squares[j] - correction * rest[j];
     }
     merge(c, mean, m2, seen, tile, tile + c, n);
 }
@@ -232,9 +288,9 @@ static void finish_statistics(idx c, double *sums, idx stride, const idx *seen, 
 
 enum { MOST_THREADS = 1024 };
 
-/* sums (threads, 4c) double, partial (threads, 3c) REAL: scratch. */
+/* sums (threads, 4c): scratch. */
 void statistics(idx threads, idx rows, idx c, const REAL *x, idx ldx, idx tile_rows, double *sums,
-                REAL *partial, REAL *mean, REAL *var) {
+                REAL *mean, REAL *var) {
     idx tiles = (rows + tile_rows - 1) / tile_rows, seen[MOST_THREADS];
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (idx t = 0; t < threads; t++) {
@@ -245,8 +301,7 @@ void statistics(idx threads, idx rows, idx c, const REAL *x, idx ldx, idx tile_r
         seen[t] = 0;
         for (idx i = first; i < last; i++) {
             idx row = i * tile_rows, n = smaller(tile_rows, rows - row);
-            add_statistics(n, c, x + row * ldx, ldx, partial + t * 3 * c, own + 2 * c, own,
-                           own + c, seen[t]);
+            add_statistics(n, c, x + row * ldx, ldx, own + 2 * c, own, own + c, seen[t]);
             seen[t] += n;
         }
     }
@@ -510,45 +565,205 @@ void bn_relu_pool_backward(idx threads, const pool *p, const REAL *dpooled, REAL
     finish_second_sum(*direct, &p->f, t_out);
 }
 
-/* ------------------------------------------------------------------------ products */
+/* ------------------------------------------------------------------------ products
+ *
+ * A product's innermost loop keeps ROWS rows by up to VECTORS vectors of the result in
+ * registers. Its right operand is read vector by vector, from rows or from panels: columns
+ * [first, first + width) of every row together, the panels one after the other, zeros behind
+ * the last column. An element of the result is summed in the order of the operands, wherever
+ * it stands in a tile: the same bits for any tiling. */
+
+/* ROWS x VECTORS results, VECTORS operands and a factor: 28 of 32 registers, or all of 16. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define ROWS 8
+#else
+#define ROWS 4
+#endif
+
+enum { VECTORS = 3 };
+
+/* acc += a @ b, (rows, k) by (k, vectors): element (i, j) of a at a[i * row + j * step]. */
+INLINE void multiply(const int rows, const int vectors, idx k, const REAL *a, idx row, idx step,
+                     const REAL *b, idx ldb, vector acc[ROWS][VECTORS]) {
+    for (idx i = 0; i < k; i++) {
+        vector operand[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            operand[v] = load(b + v * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            REAL factor = a[r * row];
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++)
+                acc[r][v] += operand[v] * factor;
+        }
+        a += step;
+        b += ldb;
+    }
+}
+
+/* f(rows, vectors, ...) with both constant: ROWS or 1, and 1 to VECTORS. */
+#define SPECIALIZED(f, rows, vectors, ...)                                                     \
+    do {                                                                                       \
+        if ((rows) == ROWS && (vectors) == 3)                                                  \
+            f(ROWS, 3, __VA_ARGS__);                                                           \
+        else if ((rows) == ROWS && (vectors) == 2)                                             \
+            f(ROWS, 2, __VA_ARGS__);                                                           \
+        else if ((rows) == ROWS)                                                               \
+            f(ROWS, 1, __VA_ARGS__);                                                           \
+        else if ((vectors) == 3)                                                               \
+            f(1, 3, __VA_ARGS__);                                                              \
+        else if ((vectors) == 2)                                                               \
+            f(1, 2, __VA_ARGS__);                                                              \
+        else                                                                                   \
+            f(1, 1, __VA_ARGS__);                                                              \
+    } while (0)
+
+static idx rows_at_once(idx left) { return left < ROWS ? 1 : ROWS; }
+
+/* Vectors of the next panel of so many columns; not three and a lone one. */
+static idx panel_vectors(idx columns) {
+    idx vectors = (columns + LANES - 1) / LANES;
+    return vectors == 4 ? 2 : smaller(vectors, VECTORS);
+}
+
+INLINE void product_rows(const int rows, const int vectors, idx k, const REAL *a, idx row,
+                         idx step, const REAL *b, idx ldb, int add, REAL *out, idx ldo,
+                         idx columns) {
+    vector acc[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            acc[r][v] = add ? load_lanes(out + r * ldo + v * LANES,
+                                         v + 1 < vectors ? LANES : columns - v * LANES)
+                            : (vector){0};
+    multiply(rows, vectors, k, a, row, step, b, ldb, acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            store_lanes(out + r * ldo + v * LANES, acc[r][v],
+                        v + 1 < vectors ? LANES : columns - v * LANES);
+}
+
+/* One panel: out (n, columns) = or += a (n, k) @ b. */
+static void panel_product(idx n, idx columns, idx k, const REAL *a, idx row, idx step,
+                          const REAL *b, idx ldb, int add, REAL *out, idx ldo) {
+    const idx vectors = panel_vectors(columns);
+    for (idx i = 0, rows; i < n; i += rows) {
+        rows = rows_at_once(n - i);
+        SPECIALIZED(product_rows, rows, vectors, k, a + i * row, row, step, b, ldb, add,
+                    out + i * ldo, ldo, columns);
+    }
+}
+
+/* out (n, columns) = or += a (n, k) @ b, b in panels or, with a row stride, in rows. */
+static void matrix_product(idx n, idx columns, idx k, const REAL *a, idx row, idx step,
+                           const REAL *b, idx ldb, int add, REAL *out, idx ldo) {
+    for (idx first = 0, width; first < columns; first += width) {
+        width = panel_vectors(columns - first) * LANES;
+        panel_product(n, smaller(width, columns - first), k, a, row, step,
+                      b + (ldb ? first : k * first), ldb ? ldb : width, add, out + first, ldo);
+    }
+}
 
 typedef struct {
     norm f;
     idx c, b;
     const REAL *weight; /* (b, c) */
     REAL *y;            /* (rows, b), dense */
+    REAL *panels;       /* the weight's transpose in panels, c rows of b columns: scratch */
 } product;
 
-/* A tile's relu(norm(x)) @ weight^T; `z` (n, c) is left behind. */
-static void tile_product(gemm_function *gemm, idx n, const REAL *x, idx ldx, const product *p,
-                         REAL *z, REAL *y) {
-    const REAL one = 1, zero = 0;
-    normalize_rectify(n, p->c, x, ldx, &p->f, z, p->c);
-    gemm("T", "N", &p->b, &n, &p->c, &one, p->weight, &p->c, z, &p->c, &zero, y, &p->b);
+/* Thread t's part of the transpose of a weight (b, c) in panels. */
+static void pack_transposed(const product *p, idx t, idx threads) {
+    const idx b = p->b, c = p->c;
+    for (idx first = 0, width; first < b; first += width) {
+        width = panel_vectors(b - first) * LANES;
+        const idx valid = smaller(width, b - first);
+        const REAL *w = p->weight + first * c;
+        for (idx j = c * t / threads; j < c * (t + 1) / threads; j++) {
+            REAL *row = p->panels + c * first + j * width;
+            for (idx i = 0; i < valid; i++)
+                row[i] = w[i * c + j];
+            memset(row + valid, 0, (width - valid) * sizeof(REAL));
+        }
+    }
+}
+
+/* Thread t's part of a weight (b, c) itself in panels, b rows of c columns. */
+static void pack(const product *p, REAL *panels, idx t, idx threads) {
+    const idx b = p->b, c = p->c;
+    for (idx first = 0, width; first < c; first += width) {
+        width = panel_vectors(c - first) * LANES;
+        const idx valid = smaller(width, c - first);
+        for (idx i = b * t / threads; i < b * (t + 1) / threads; i++) {
+            REAL *row = panels + b * first + i * width;
+            memcpy(row, p->weight + i * c + first, valid * sizeof(REAL));
+            memset(row + valid, 0, (width - valid) * sizeof(REAL));
+        }
+    }
+}
+
+/* z = relu(x scale + shift) of a few rows, whole vectors with zeros behind the last column;
+ * what is `ahead` of x is fetched. */
+static void normalize_columns(idx n, idx c, const REAL *x, idx ldx, idx ahead, const REAL *scale,
+                              const REAL *shift, REAL *z, idx ldz) {
+    for (idx j = 0; j < c; j += LANES) {
+        const idx lanes = c - j;
+        const vector a = load_lanes(scale + j, lanes), b = load_lanes(shift + j, lanes);
+        for (idx i = 0; i < n; i++) {
+            const REAL *at = x + i * ldx + j;
+            store(z + i * ldz + j, rectified(load_lanes(at, lanes) * a + b));
+            __builtin_prefetch(at + ahead, 0, 2);
+        }
+    }
+}
+
+/* Some rows' relu(norm(x)) @ weight^T; z (ROWS, apart(c)): scratch. */
+static void tile_product(idx n, const REAL *x, idx ldx, const product *p, REAL *z, REAL *y) {
+    const idx ldz = apart(p->c);
+    for (idx i = 0, rows; i < n; i += rows) {
+        rows = rows_at_once(n - i);
+        normalize_columns(rows, p->c, x + i * ldx, ldx, ROWS * ldx, p->f.scale, p->f.shift, z, ldz);
+        matrix_product(rows, p->b, p->c, z, ldz, 1, p->panels, 0, 0, y + i * p->b, p->b);
+    }
+}
+
+/* Rows [first, last) of thread `t`: whole groups of ROWS. */
+static void share_rows(idx rows, idx t, idx threads, idx *first, idx *last) {
+    share((rows + ROWS - 1) / ROWS, t, threads, first, last);
+    *first = smaller(*first * ROWS, rows);
+    *last = smaller(*last * ROWS, rows);
 }
 
 /* y = relu(norm(x)) @ weight^T and, where `mean` is given, y's statistics.
- * z (threads, tile_rows, c), partial (threads, 3b) REAL and sums (threads, 4b): scratch. */
-void bn_relu_conv1x1(idx threads, gemm_function *gemm, idx rows, const REAL *x, idx ldx,
-                     const product *p, idx tile_rows, double *sums, REAL *z, REAL *partial,
-                     REAL *mean, REAL *var) {
-    idx tiles = (rows + tile_rows - 1) / tile_rows, b = p->b, seen[MOST_THREADS];
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (idx t = 0; t < threads; t++) {
-        idx first, last;
-        share(tiles, t, threads, &first, &last);
-        double *own = sums + t * 4 * b;
-        seen[t] = 0;
-        if (mean != NULL)
-            memset(own, 0, 2 * b * sizeof(double));
-        for (idx i = first; i < last; i++) {
-            idx row = i * tile_rows, n = smaller(tile_rows, rows - row);
-            REAL *y = p->y + row * b;
-            tile_product(gemm, n, x + row * ldx, ldx, p, z + t * tile_rows * p->c, y);
+ * z (threads, ROWS, apart(c)) REAL and sums (threads, 4b) double: scratch. */
+void bn_relu_conv1x1(idx threads, idx rows, const REAL *x, idx ldx, const product *p,
+                     idx tile_rows, double *sums, REAL *z, REAL *mean, REAL *var) {
+    const idx b = p->b;
+    idx seen[MOST_THREADS];
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static, 1)
+        for (idx t = 0; t < threads; t++)
+            pack_transposed(p, t, threads);
+#pragma omp for schedule(static, 1)
+        for (idx t = 0; t < threads; t++) {
+            idx first, last;
+            share_rows(rows, t, threads, &first, &last);
+            double *own = sums + t * 4 * b;
+            seen[t] = last - first;
             if (mean != NULL)
-                add_statistics(n, b, y, b, partial + t * 3 * b, own + 2 * b, own, own + b,
-                               seen[t]);
-            seen[t] += n;
+                memset(own, 0, 2 * b * sizeof(double));
+            for (idx row = first; row < last; row += tile_rows) {
+                idx n = smaller(tile_rows, last - row);
+                REAL *y = p->y + row * b;
+                tile_product(n, x + row * ldx, ldx, p, z + t * ROWS * apart(p->c), y);
+                if (mean != NULL)
+                    add_statistics(n, b, y, b, own + 2 * b, own, own + b, row - first);
+            }
         }
     }
     if (mean != NULL)
@@ -561,63 +776,120 @@ typedef struct {
     correction n;
 } pending;
 
+/* A tile's x and d from a panel's first column on, its z, and what the rows sum up. */
+typedef struct {
+    idx columns;
+    const REAL *x, *z, *scale, *mean;
+    REAL *d;
+    idx ldx, ldd, ahead_x, ahead_d;
+    vector s[VECTORS], t[VECTORS];
+    int direct; /* whether any column's T is wanted */
+} panel;
+
+/* d += scale dz of some rows from row i on, dz = (dy @ w) [z > 0], and what it sums to. */
+INLINE void backward_rows(const int rows, const int vectors, idx i, idx b, const REAL *dy,
+                          const REAL *w, panel *p) {
+    const idx width = vectors * LANES, rest = p->columns - (vectors - 1) * LANES;
+    vector acc[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            acc[r][v] = (vector){0};
+    multiply(rows, vectors, b, dy + i * b, b, 1, w, width, acc);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) {
+        const idx lanes = v + 1 < vectors ? LANES : rest;
+        const vector scale = load_lanes(p->scale + v * LANES, lanes);
+        vector s = p->s[v];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            REAL *d = p->d + (i + r) * p->ldd + v * LANES;
+            __builtin_prefetch(d + p->ahead_d, 1, 2);
+            __builtin_prefetch(p->x + (i + r) * p->ldx + v * LANES + p->ahead_x, 0, 2);
+            vector g = cleared(acc[r][v], load(p->z + (i + r) * width + v * LANES) <= 0);
+            s += g;
+            acc[r][v] = g;
+            store_lanes(d, load_lanes(d, lanes) + scale * g, lanes);
+        }
+        p->s[v] = s;
+        if (p->direct) {
+            const vector mean = load_lanes(p->mean + v * LANES, lanes);
+            for (int r = 0; r < rows; r++) {
+                const REAL *x = p->x + (i + r) * p->ldx + v * LANES;
+                p->t[v] += acc[r][v] * (load_lanes(x, lanes) - mean);
+            }
+        }
+    }
+}
+
+/* sum (c,) += a panel's vectors. */
+static void flush_panel(const panel *p, const vector *from, double *sum) {
+    for (idx j = 0; j < p->columns; j++)
+        sum[j] += from[j / LANES][j % LANES];
+}
+
 /* One pass over x: dw += dy^T z, d += scale dz, s and t; see base.py.
- * Scratch: z and dz (threads, tile_rows, c) each, others (threads - 1, b, c), partial
- * (threads, 2c) REAL, sums (threads, 2c) and product (c) double, index (c). */
-void bn_relu_conv1x1_backward(idx threads, gemm_function *gemm, idx rows, const REAL *x, idx ldx,
-                              const product *p, REAL *dy, const pending *before,
-                              const product *again, REAL *d, idx ldd, double ratio,
-                              idx tile_rows, double *sums, double *product, idx *index,
-                              REAL *z_all, REAL *dz_all, REAL *others, REAL *partial, REAL *dw_out,
-                              REAL *s, REAL *t_out) {
-    idx tiles = (rows + tile_rows - 1) / tile_rows, c = p->c, b = p->b;
-    const REAL one = 1, zero = 0;
+ * Scratch: z (threads, tile_rows VECTORS LINE and, for `again`, ROWS apart(c)), others
+ * (threads - 1, b, c) REAL, sums (threads, 2c) and product (c) double, flags (c). */
+void bn_relu_conv1x1_backward(idx threads, idx rows, const REAL *x, idx ldx, const product *p,
+                              REAL *dy, const pending *before, const product *again, REAL *d,
+                              idx ldd, double ratio, idx tile_rows, double *sums, double *product,
+                              idx *flags, REAL *z_all, REAL *others, REAL *dw_out, REAL *s, REAL *t_out) {
+    const idx c = p->c, b = p->b;
     const REAL *slope = before == NULL ? NULL : corrected_slope(b, &before->n);
-    const channels direct = unstable_channels(c, &p->f, ratio, index);
+    const idx unstable = unstable_channels(c, &p->f, ratio, flags);
+    const idx z_size = tile_rows * VECTORS * LINE;
+    const idx room = again == NULL ? z_size : z_size + ROWS * apart(again->c);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static, 1)
         for (idx t = 0; t < threads; t++) {
+            pack(p, p->panels, t, threads);
+            if (again != NULL)
+                pack_transposed(again, t, threads);
+        }
+#pragma omp for schedule(static, 1)
+        for (idx t = 0; t < threads; t++) {
             double *own = sums + t * 2 * c;
-            REAL *restrict sum = partial + t * 2 * c;
-            REAL *z = z_all + t * tile_rows * c, *dz = dz_all + t * tile_rows * c;
+            REAL *z = z_all + t * room;
             REAL *dw = t == 0 ? dw_out : others + (t - 1) * b * c;
-            const REAL *restrict scale = p->f.scale;
             idx first, last;
-            share(tiles, t, threads, &first, &last);
+            share_rows(rows, t, threads, &first, &last);
             memset(own, 0, 2 * c * sizeof(double));
             if (first == last)
                 memset(dw, 0, b * c * sizeof(REAL));
-            for (idx tile = first; tile < last; tile++) {
-                idx row = tile * tile_rows, n = smaller(tile_rows, rows - row);
-                const REAL *xt = x + row * ldx;
+            for (idx row = first; row < last; row += tile_rows) {
+                const idx n = smaller(tile_rows, last - row);
                 REAL *dyt = dy + row * b;
                 if (before != NULL)
                     apply_gradient(n, b, before->y + row * b, b, before->n.f.scale, slope,
                                    before->n.vectors + b, dyt, b);
-                normalize_rectify(n, c, xt, ldx, &p->f, z, c);
-                gemm("N", "T", &c, &b, &n, &one, z, &c, dyt, &b, tile == first ? &zero : &one, dw,
-                     &c);
-                gemm("N", "N", &c, &n, &b, &one, p->weight, &c, dyt, &b, &zero, dz, &c);
-                memset(sum, 0, c * sizeof(REAL));
-                for (idx i = 0; i < n; i++) {
-                    const REAL *restrict zi = z + i * c;
-                    REAL *restrict gi = dz + i * c, *restrict di = d + (row + i) * ldd;
-                    for (idx j = 0; j < c; j++) {
-                        REAL g = zi[j] <= 0 ? 0 : gi[j];
-                        sum[j] += g;
-                        di[j] += scale[j] * g;
+                for (idx j = 0, width; j < c; j += width) {
+                    const idx vectors = panel_vectors(c - j);
+                    width = vectors * LANES;
+                    panel q = {.columns = smaller(width, c - j), .x = x + row * ldx + j, .z = z,
+                               .scale = p->f.scale + j, .mean = p->f.mean + j,
+                               .d = d + row * ldd + j, .ldx = ldx, .ldd = ldd};
+                    q.ahead_x = j + width < c ? width : tile_rows * ldx - j;
+                    q.ahead_d = j + width < c ? width : tile_rows * ldd - j;
+                    for (idx i = j; unstable > 0 && i < j + q.columns; i++)
+                        q.direct |= (int)flags[i];
+                    normalize_columns(n, q.columns, q.x, ldx, 0, q.scale, p->f.shift + j, z,
+                                      width);
+                    panel_product(b, q.columns, n, dyt, 1, b, z, width, row > first, dw + j, c);
+                    for (idx i = 0, group; i < n; i += group) {
+                        group = rows_at_once(n - i);
+                        SPECIALIZED(backward_rows, group, vectors, i, b, dyt, p->panels + b * j,
+                                    &q);
                     }
-                    if (i % SUM_ROWS == SUM_ROWS - 1 || i == n - 1)
-                        flush(c, sum, own);
-                }
-                if (direct.count > 0) {
-                    for (idx i = 0; i < n * c; i++)
-                        dz[i] = z[i] <= 0 ? 0 : dz[i];
-                    add_second_sum(n, xt, ldx, dz, c, &p->f, direct, sum + c, own + c);
+                    flush_panel(&q, q.s, own + j);
+                    if (q.direct)
+                        flush_panel(&q, q.t, own + c + j);
                 }
                 if (again != NULL)
-                    tile_product(gemm, n, xt, ldx, again, z, again->y + row * again->b);
+                    tile_product(n, x + row * ldx, ldx, again, z + z_size,
+                                 again->y + row * again->b);
             }
         }
 #pragma omp for schedule(static, 1)
@@ -625,7 +897,7 @@ void bn_relu_conv1x1_backward(idx threads, gemm_function *gemm, idx rows, const 
             add_parts(b, c, c * t / threads, c * (t + 1) / threads, p->weight, dw_out, others,
                       threads - 1, product);
     }
-    finish_sums(c, &p->f, direct, sums, threads, product, s, t_out);
+    finish_sums(c, &p->f, unstable > 0 ? flags : NULL, sums, threads, product, s, t_out);
 }
 
 /* ---------------------------------------------------------------- 3-wide convolution
@@ -654,7 +926,7 @@ typedef struct {
     idx dz, dy;         /* reach of the window in lines: 0 or 1 */
     const REAL *weight; /* (k, b, 2 dz + 1, 2 dy + 1, 3) at these strides */
     idx stride[5];
-    REAL *u;            /* (4, across, k, b): scratch for the transformed weight */
+    REAL *u;            /* four planes of the transformed weight: scratch */
 } convolution;
 
 static idx lines_of(const convolution *v) { return v->images * v->depth * v->height; }
@@ -669,32 +941,45 @@ static idx tap_offset(const convolution *v, const idx *stride, idx line, idx o) 
     return o * stride[0] + line / height * stride[2] + line % height * stride[3];
 }
 
-/* u from the weight, its rows (across k, b) divided among the threads of a parallel region. */
-static void transform_weight(const convolution *v) {
-    const idx b = v->b, plane = across(v) * v->k * b, *stride = v->stride;
+/* u from the weight, its taps across and output channels divided among the threads of a parallel
+ * region: one row of b each, or (transposed) one column of panels, whole lines of them. */
+static void transform_weight(const convolution *v, int transposed) {
+    const idx b = v->b, columns = across(v) * v->k, *stride = v->stride;
+    const idx padded = whole_lines(columns);
+    const idx plane = transposed ? b * padded : columns * apart(b);
 #pragma omp for schedule(static)
-    for (idx row = 0; row < across(v) * v->k; row++) {
-        const REAL *w = v->weight + tap_offset(v, stride, row / v->k, row % v->k);
-        REAL *restrict u = v->u + row * b;
+    for (idx row = 0; row < (transposed ? padded : columns); row++) {
+        idx first = 0, width = panel_vectors(padded) * LANES;
+        for (; row >= first + width; width = panel_vectors(padded - first) * LANES)
+            first += width;
+        REAL *restrict u = v->u + (transposed ? b * first + row - first : row * apart(b));
+        const idx step = transposed ? width : 1;
+        const REAL *w = v->weight;
+        if (row < columns)
+            w += tap_offset(v, stride, row / v->k, row % v->k);
         for (idx i = 0; i < b; i++) {
             const REAL *wi = w + i * stride[1];
             REAL w0 = wi[0], w1 = wi[stride[4]], w2 = wi[2 * stride[4]], ends = w0 + w2;
-            u[i] = w0;
-            u[plane + i] = (ends + w1) / 2;
-            u[2 * plane + i] = (ends - w1) / 2;
-            u[3 * plane + i] = w2;
+            u[i * step] = w0;
+            u[plane + i * step] = (ends + w1) / 2;
+            u[2 * plane + i * step] = (ends - w1) / 2;
+            u[3 * plane + i * step] = w2;
         }
+        for (idx i = b; i < whole_lines(b) && !transposed; i++)
+            u[i] = u[plane + i] = u[2 * plane + i] = u[3 * plane + i] = 0;
+        for (idx i = 0; i < 4 * b && row >= columns; i++)
+            u[i / b * plane + i % b * step] = 0;
     }
 }
 
 /* The weight's gradient, at `stride`, from du, likewise. */
 static void gather_weight(const convolution *v, const REAL *du, REAL *gradient,
                           const idx *stride) {
-    const idx b = v->b, plane = across(v) * v->k * b;
+    const idx b = v->b, columns = across(v) * v->k, plane = columns * apart(b);
 #pragma omp for schedule(static)
-    for (idx row = 0; row < across(v) * v->k; row++) {
+    for (idx row = 0; row < columns; row++) {
         REAL *w = gradient + tap_offset(v, stride, row / v->k, row % v->k);
-        const REAL *restrict u = du + row * b;
+        const REAL *restrict u = du + row * apart(b);
         for (idx i = 0; i < b; i++) {
             REAL *wi = w + i * stride[1];
             REAL sum = (u[plane + i] + u[2 * plane + i]) / 2;
@@ -713,20 +998,29 @@ static idx neighbour(const convolution *v, idx line, idx dz, idx dy) {
     return line + dz * v->height + dy;
 }
 
-/* v of one line: h = relu(norm(source)) with a pixel of zeros before it and up to two after,
- * (2 pairs + 2, b), whose zeros are there already; v is four planes of (pairs, b). */
-static void transform_line(const convolution *v, idx line, REAL *h, REAL *out, idx plane) {
-    const idx b = v->b, pairs = pairs_of(v);
-    normalize_rectify(v->width, b, v->source + line * v->width * v->lds, v->lds, &v->f, h + b, b);
-    for (idx p = 0; p < pairs; p++) {
-        const REAL *restrict d = h + 2 * p * b;
-        REAL *restrict o = out + p * b;
-        for (idx j = 0; j < b; j++) {
-            REAL d0 = d[j], d1 = d[b + j], d2 = d[2 * b + j], d3 = d[3 * b + j];
-            o[j] = d0 - d2;
-            o[plane + j] = d1 + d2;
-            o[2 * plane + j] = d2 - d1;
-            o[3 * plane + j] = d1 - d3;
+/* v of one line of h = relu(norm(source)), with zeros before it and behind: four planes of a row
+ * for each pair, at apart(b), zeros behind its b. */
+static void transform_line(const convolution *v, idx line, REAL *out, idx plane) {
+    const idx b = v->b, width = v->width, lds = v->lds, ldv = apart(b);
+    for (idx j = 0; j < b; j += LANES) {
+        const idx lanes = b - j;
+        const vector scale = load_lanes(v->f.scale + j, lanes);
+        const vector shift = load_lanes(v->f.shift + j, lanes);
+        const REAL *source = v->source + line * width * lds + j;
+        REAL *o = out + j;
+        vector d0 = {0}, d1 = rectified(load_lanes(source, lanes) * scale + shift);
+        for (idx x = 0; x < width; x += 2, o += ldv) {
+            vector d2 = {0}, d3 = {0};
+            if (x + 1 < width)
+                d2 = rectified(load_lanes(source + (x + 1) * lds, lanes) * scale + shift);
+            if (x + 2 < width)
+                d3 = rectified(load_lanes(source + (x + 2) * lds, lanes) * scale + shift);
+            store(o, d0 - d2);
+            store(o + plane, d1 + d2);
+            store(o + 2 * plane, d2 - d1);
+            store(o + 3 * plane, d1 - d3);
+            d0 = d2;
+            d1 = d3;
         }
     }
 }
@@ -734,57 +1028,57 @@ static void transform_line(const convolution *v, idx line, REAL *h, REAL *out, i
 /* Add the outputs of one line's pairs to the line they belong to; m is four planes of rows
  * `ldm` apart, k of each row. */
 static void add_outputs(idx width, idx k, const REAL *m, idx ldm, idx plane, REAL *out, idx ldo) {
-    for (idx x = 0; x < width; x += 2) {
-        const REAL *restrict m0 = m + x / 2 * ldm, *restrict m1 = m0 + plane;
-        const REAL *restrict m2 = m1 + plane, *restrict m3 = m2 + plane;
-        REAL *restrict o = out + x * ldo, *restrict next = o + ldo;
-        if (x + 1 < width)
-            for (idx j = 0; j < k; j++) {
-                o[j] += m0[j] + (m1[j] + m2[j]);
-                next[j] += (m1[j] - m2[j]) - m3[j];
+    for (idx j = 0; j < k; j += LANES) {
+        const idx lanes = k - j;
+        const REAL *from = m + j;
+        REAL *o = out + j;
+        for (idx x = 0; x < width; x += 2, from += ldm, o += 2 * ldo) {
+            vector m1 = load_lanes(from + plane, lanes), m2 = load_lanes(from + 2 * plane, lanes);
+            vector first = load_lanes(from, lanes) + (m1 + m2);
+            store_lanes(o, load_lanes(o, lanes) + first, lanes);
+            if (x + 1 < width) {
+                vector second = (m1 - m2) - load_lanes(from + 3 * plane, lanes);
+                store_lanes(o + ldo, load_lanes(o + ldo, lanes) + second, lanes);
             }
-        else
-            for (idx j = 0; j < k; j++)
-                o[j] += m0[j] + (m1[j] + m2[j]);
+        }
     }
 }
 
 /* e of one line of dout (dense, k; NULL outside the image) into four planes of rows `lde`. */
 static void transform_gradients(idx width, idx k, const REAL *dout, REAL *e, idx lde, idx plane) {
-    for (idx x = 0; x < width; x += 2) {
-        REAL *restrict e0 = e + x / 2 * lde, *restrict e1 = e0 + plane;
-        REAL *restrict e2 = e1 + plane, *restrict e3 = e2 + plane;
-        const REAL *restrict g = dout + x * k;
-        for (idx j = 0; j < k; j++) {
-            REAL first = dout == NULL ? 0 : g[j];
-            REAL second = dout == NULL || x + 1 == width ? 0 : g[k + j];
-            e0[j] = first;
-            e1[j] = first + second;
-            e2[j] = first - second;
-            e3[j] = -second;
+    for (idx j = 0; j < k; j += LANES) {
+        const idx lanes = k - j;
+        REAL *o = e + j;
+        for (idx x = 0; x < width; x += 2, o += lde) {
+            vector first = {0}, second = {0};
+            if (dout != NULL)
+                first = load_lanes(dout + x * k + j, lanes);
+            if (dout != NULL && x + 1 < width)
+                second = load_lanes(dout + (x + 1) * k + j, lanes);
+            store_lanes(o, first, lanes);
+            store_lanes(o + plane, first + second, lanes);
+            store_lanes(o + 2 * plane, first - second, lanes);
+            store_lanes(o + 3 * plane, -second, lanes);
         }
     }
 }
 
 /* out = conv3(relu(norm(source))), (rows, k) at stride ldo.
- * Scratch of each thread: h (2 pairs + 2, b), v (4, tile_lines pairs, b) and m (4, tile_lines
- * pairs, across k). */
-void bn_relu_conv3(idx threads, gemm_function *gemm, const convolution *v, idx tile_lines,
-                   REAL *h_all, REAL *v_all, REAL *m_all, REAL *out, idx ldo) {
+ * Scratch of each thread: v (4, tile_lines pairs, apart(b)) and m (4, tile_lines pairs, whole
+ * lines of across k); of all: v->u. */
+void bn_relu_conv3(idx threads, const convolution *v, idx tile_lines, REAL *v_all,
+                   REAL *m_all, REAL *out, idx ldo) {
     const idx lines = lines_of(v), width = v->width, b = v->b, k = v->k, pairs = pairs_of(v);
-    const idx columns = across(v) * k, reach = v->dz * v->height + v->dy;
-    const idx capacity = tile_lines * pairs;
-    const REAL one = 1, zero = 0;
+    const idx reach = v->dz * v->height + v->dy, capacity = tile_lines * pairs;
+    const idx ldv = apart(b), ldm = whole_lines(across(v) * k);
 #pragma omp parallel num_threads(threads)
     {
-        transform_weight(v);
+        transform_weight(v, 1);
 #pragma omp for schedule(static, 1)
         for (idx t = 0; t < threads; t++) {
-            REAL *h = h_all + t * (2 * pairs + 2) * b;
-            REAL *vt = v_all + t * 4 * capacity * b, *m = m_all + t * 4 * capacity * columns;
+            REAL *vt = v_all + t * 4 * capacity * ldv, *m = m_all + t * 4 * capacity * ldm;
             idx first, last;
             share(lines, t, threads, &first, &last);
-            memset(h, 0, (2 * pairs + 2) * b * sizeof(REAL));
             /* Lines of other threads that reach into this thread's are computed once more. */
             idx from = first < reach ? 0 : first - reach, to = smaller(lines, last + reach);
             idx cleared = first;
@@ -796,92 +1090,89 @@ void bn_relu_conv3(idx threads, gemm_function *gemm, const convolution *v, idx t
                     for (idx x = 0; x < width; x++)
                         memset(out + (cleared * width + x) * ldo, 0, k * sizeof(REAL));
                 for (idx line = top; line < bottom; line++)
-                    transform_line(v, line, h, vt + (line - top) * pairs * b, capacity * b);
+                    transform_line(v, line, vt + (line - top) * pairs * ldv, capacity * ldv);
                 for (idx i = 0; i < 4; i++)
-                    gemm("T", "N", &columns, &n, &b, &one, v->u + i * columns * b, &b,
-                         vt + i * capacity * b, &b, &zero, m + i * capacity * columns, &columns);
+                    matrix_product(n, ldm, b, vt + i * capacity * ldv, ldv, 1,
+                                   v->u + i * b * ldm, 0, 0, m + i * capacity * ldm, ldm);
                 for (idx line = top; line < bottom; line++)
                     for (idx dz = -v->dz, tap = 0; dz <= v->dz; dz++)
                         for (idx dy = -v->dy; dy <= v->dy; dy++, tap++) {
                             idx target = neighbour(v, line, -dz, -dy);
                             if (target >= first && target < last)
-                                add_outputs(width, k, m + (line - top) * pairs * columns + tap * k,
-                                            columns, capacity * columns,
-                                            out + target * width * ldo, ldo);
+                                add_outputs(width, k, m + (line - top) * pairs * ldm + tap * k,
+                                            ldm, capacity * ldm, out + target * width * ldo, ldo);
                         }
             }
         }
     }
 }
 
-/* One line of dh out of the four planes dv (pairs, b), masked where h is not above zero, into
- * `out`; its sum onto `sum`. `none` is a row of zeros. */
-static void gather_line(const convolution *v, idx line, const REAL *dv, idx plane,
-                        const REAL *restrict none, REAL *out, REAL *restrict sum) {
-    const idx b = v->b, pairs = pairs_of(v);
-    const REAL *restrict scale = v->f.scale, *restrict shift = v->f.shift;
-    const REAL *source = v->source + line * v->width * v->lds;
-    for (idx p = 0; p < pairs; p++) {
-        const REAL *restrict v0 = dv + p * b, *restrict v1 = v0 + plane;
-        const REAL *restrict v2 = v1 + plane, *restrict v3 = v2 + plane;
-        const REAL *restrict before = p == 0 ? none : v3 - b;
-        const REAL *restrict after = p + 1 == pairs ? none : v0 + b;
-        const REAL *restrict x = source + 2 * p * v->lds;
-        REAL *restrict o = out + 2 * p * b;
-        for (idx j = 0; j < b; j++) {
-            REAL h = x[j] * scale[j] + shift[j];
-            REAL g = (v1[j] - v2[j]) + (v3[j] - before[j]);
-            o[j] = g = h <= 0 ? 0 : g;
-            sum[j] += g;
+/* One line of dh out of the four planes dv, masked where h is not above zero: into `out` or,
+ * `onto` what is there, times the norm's scale. It sums to s and, where given, t. */
+static void gather_line(const convolution *v, idx line, const REAL *dv, idx plane, REAL *out,
+                        idx ldo, int onto, REAL *s, REAL *t) {
+    const idx b = v->b, width = v->width, lds = v->lds, ldv = apart(b);
+    for (idx j = 0; j < b; j += LANES) {
+        const idx lanes = b - j;
+        const vector scale = load_lanes(v->f.scale + j, lanes);
+        const vector shift = load_lanes(v->f.shift + j, lanes);
+        const vector mean = load_lanes(v->f.mean + j, lanes);
+        const REAL *source = v->source + line * width * lds + j, *from = dv + j;
+        vector sum = {0}, second = {0}, v0 = load(from), before = {0};
+        for (idx x = 0; x < width; x += 2, from += ldv) {
+            const vector v1 = load(from + plane), v2 = load(from + 2 * plane);
+            const vector v3 = load(from + 3 * plane);
+            const vector after = x + 2 < width ? load(from + ldv) : (vector){0};
+            const vector pair[2] = {(v1 - v2) + (v3 - before), (v1 + v2) + (after - v0)};
+            before = v3;
+            v0 = after;
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++)
+                if (x + i < width) {
+                    const vector at = load_lanes(source + (x + i) * lds, lanes);
+                    const vector g = cleared(pair[i], at * scale + shift <= 0);
+                    REAL *o = out + (x + i) * ldo + j;
+                    sum += g;
+                    if (t != NULL)
+                        second += g * (at - mean);
+                    store_lanes(o, onto ? load_lanes(o, lanes) + scale * g : g, lanes);
+                }
         }
-        if (2 * p + 1 == v->width)
-            continue;
-        x += v->lds;
-        o += b;
-        for (idx j = 0; j < b; j++) {
-            REAL h = x[j] * scale[j] + shift[j];
-            REAL g = (v1[j] + v2[j]) + (after[j] - v0[j]);
-            o[j] = g = h <= 0 ? 0 : g;
-            sum[j] += g;
-        }
+        store_lanes(s + j, sum, lanes);
+        if (t != NULL)
+            store_lanes(t + j, second, lanes);
     }
 }
 
 /* Back through it: dz (rows, b) = the masked gradient after the ReLU where given, else
  * d += scale dz; s and t; the weight's gradient where `gradient` is given, at `stride`.
  * dout (rows, k) dense.
- * Scratch of each thread: h (2 pairs + 2, b), v (4, tile_lines pairs, b), e (4, tile_lines
- * pairs, across k), du (4, across, k, b) where there is a gradient, partial (2b), sums (2b);
- * of all: product (b) double, index (b). */
-void bn_relu_conv3_backward(idx threads, gemm_function *gemm, const convolution *v,
-                            const REAL *dout, REAL *dz_out, REAL *d, idx ldd, double ratio,
-                            idx tile_lines, double *sums, double *product, idx *index, REAL *h_all,
-                            REAL *v_all, REAL *e_all, REAL *du_all, REAL *partial, REAL *gradient,
-                            const idx *stride, REAL *s, REAL *t_out) {
+ * Scratch of each thread: v (4, tile_lines pairs, apart(b)), e (4, tile_lines pairs, across k),
+ * du (4, across, k, apart(b)) where there is a gradient, partial (2b), sums (2b); of all:
+ * v->u, product (b) double, flags (b). */
+void bn_relu_conv3_backward(idx threads, const convolution *v, const REAL *dout, REAL *dz_out,
+                            REAL *d, idx ldd, double ratio, idx tile_lines, double *sums,
+                            double *product, idx *flags, REAL *v_all, REAL *e_all,
+                            REAL *du_all, REAL *partial, REAL *gradient, const idx *stride,
+                            REAL *s, REAL *t_out) {
     const idx lines = lines_of(v), width = v->width, b = v->b, k = v->k, pairs = pairs_of(v);
-    const idx columns = across(v) * k, capacity = tile_lines * pairs;
-    const REAL one = 1, zero = 0;
-    const channels all = {b, NULL};
-    const channels direct =
-        gradient == NULL ? all : unstable_channels(b, &v->f, ratio, index);
+    const idx columns = across(v) * k, capacity = tile_lines * pairs, ldv = apart(b);
+    const idx wide = whole_lines(b);
+    const idx unstable = gradient == NULL ? b : unstable_channels(b, &v->f, ratio, flags);
 #pragma omp parallel num_threads(threads)
     {
-        transform_weight(v);
+        transform_weight(v, 0);
 #pragma omp for schedule(static, 1)
         for (idx t = 0; t < threads; t++) {
-            REAL *h = h_all + t * (2 * pairs + 2) * b;
-            REAL *vt = v_all + t * 4 * capacity * b, *e = e_all + t * 4 * capacity * columns;
-            REAL *du = gradient == NULL ? NULL : du_all + t * 4 * columns * b;
-            REAL *restrict sum = partial + t * 2 * b;
-            const REAL *restrict scale = v->f.scale;
+            REAL *vt = v_all + t * 4 * capacity * ldv, *e = e_all + t * 4 * capacity * columns;
+            REAL *du = gradient == NULL ? NULL : du_all + t * 4 * columns * ldv;
+            REAL *sum = partial + t * 2 * b, *second = unstable > 0 ? sum + b : NULL;
             double *own = sums + t * 2 * b;
             idx first, last;
             share(lines, t, threads, &first, &last);
-            memset(h, 0, (2 * pairs + 2) * b * sizeof(REAL));
             memset(own, 0, 2 * b * sizeof(double));
-            memset(sum, 0, b * sizeof(REAL));
             if (du != NULL && first == last)
-                memset(du, 0, 4 * columns * b * sizeof(REAL));
+                memset(du, 0, 4 * columns * ldv * sizeof(REAL));
             for (idx top = first; top < last; top += tile_lines) {
                 idx bottom = smaller(last, top + tile_lines), n = (bottom - top) * pairs;
                 for (idx line = top; line < bottom; line++) {
@@ -894,30 +1185,26 @@ void bn_relu_conv3_backward(idx threads, gemm_function *gemm, const convolution 
                                                 columns, capacity * columns);
                         }
                     if (du != NULL)
-                        transform_line(v, line, h, vt + (line - top) * pairs * b, capacity * b);
+                        transform_line(v, line, vt + (line - top) * pairs * ldv,
+                                       capacity * ldv);
                 }
                 for (idx i = 0; i < 4; i++) {
-                    REAL *vi = vt + i * capacity * b, *ei = e + i * capacity * columns;
+                    REAL *vi = vt + i * capacity * ldv, *ei = e + i * capacity * columns;
                     if (du != NULL)
-                        gemm("N", "T", &b, &columns, &n, &one, vi, &b, ei, &columns,
-                             top == first ? &zero : &one, du + i * columns * b, &b);
+                        matrix_product(columns, wide, n, ei, 1, columns, vi, ldv, top > first,
+                                       du + i * columns * ldv, ldv);
                     /* v is used up */
-                    gemm("N", "N", &b, &n, &columns, &one, v->u + i * columns * b, &b, ei,
-                         &columns, &zero, vi, &b);
+                    matrix_product(n, wide, columns, ei, columns, 1, v->u + i * columns * ldv, ldv,
+                                   0, vi, ldv);
                 }
                 for (idx line = top; line < bottom; line++) {
-                    idx row = line * width;
-                    REAL *dh = dz_out == NULL ? h + b : dz_out + row * b;
-                    gather_line(v, line, vt + (line - top) * pairs * b, capacity * b, h, dh, sum);
-                    for (idx i = 0; d != NULL && i < width; i++) {
-                        const REAL *restrict gi = dh + i * b;
-                        REAL *restrict di = d + (row + i) * ldd;
-                        for (idx j = 0; j < b; j++)
-                            di[j] += scale[j] * gi[j];
-                    }
+                    const idx row = line * width, ldo = dz_out == NULL ? ldd : b;
+                    REAL *out = dz_out == NULL ? d : dz_out;
+                    gather_line(v, line, vt + (line - top) * pairs * ldv, capacity * ldv,
+                                out + row * ldo, ldo, dz_out == NULL, sum, second);
                     flush(b, sum, own);
-                    add_second_sum(width, v->source + row * v->lds, v->lds, dh, b, &v->f, direct,
-                                   sum + b, own + b);
+                    if (second != NULL)
+                        flush(b, second, own + b);
                 }
             }
         }
@@ -925,10 +1212,11 @@ void bn_relu_conv3_backward(idx threads, gemm_function *gemm, const convolution 
             /* sum W dW = sum U dU: both sides of one linear map, as are dU and dW */
 #pragma omp for schedule(static, 1)
             for (idx t = 0; t < threads; t++)
-                add_parts(4 * columns, b, b * t / threads, b * (t + 1) / threads, v->u, du_all,
-                          du_all + 4 * columns * b, threads - 1, product);
+                add_parts(4 * columns, ldv, b * t / threads, b * (t + 1) / threads, v->u, du_all,
+                          du_all + 4 * columns * ldv, threads - 1, product);
             gather_weight(v, du_all, gradient, stride);
         }
     }
-    finish_sums(b, &v->f, direct, sums, threads, product, s, t_out);
+    finish_sums(b, &v->f, unstable > 0 ? flags : NULL, sums, threads,
+                gradient == NULL ? NULL : product, s, t_out);
 }
