@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -99,10 +100,17 @@ def test_matrix_operations_equal_torch(rows: int) -> None:
     compare(*both("bn_relu_backward_accumulate", x, norm, normal(rows, c), normal(rows, c)))
 
 
-@pytest.mark.parametrize(("rows", "c"), [(1, 3), (50, 37), (1031, 200)])
-def test_products_equal_torch(rows: int, c: int) -> None:
-    b, narrower = 11, max(1, c - 5)
+@pytest.mark.parametrize("small_betas", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "c", "b"), [(1, 3, 11), (50, 37, 11), (1031, 200, 11), (77, 75, 52)]
+)
+def test_products_equal_torch(rows: int, c: int, b: int, small_betas: bool) -> None:
+    narrower = max(1, c - 5)
     x, norm, weight = normal(rows, c), norm_of(c), normal(b, c)
+    if small_betas:
+        # so that T comes from the weight's gradient, in all channels or in all but one
+        norm = norm._replace(shift=norm.scale * (0.1 - norm.mean))
+        norm.shift[c // 2] += rows % 2
     results = []
     for backend in (CpuBackend(torch.float64), TorchBackend()):
         out = torch.empty(rows, b, dtype=torch.float64)
@@ -214,7 +222,27 @@ def test_the_loops_are_compiled_once_and_without_warnings(unloaded: Path) -> Non
     compiler = shutil.which("cc") or shutil.which("gcc")
     assert compiler is not None
     strict = ["-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-fopenmp"]
-    subprocess.run([compiler, *strict, cpu_library._SOURCE], check=True)
+    subprocess.run([compiler, *strict, cpu_library._SOURCES / "loops.c"], check=True)
+
+
+@pytest.mark.parametrize("march", ["haswell", "ivybridge", "x86-64"])
+def test_the_loops_for_lesser_processors(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch, march: str
+) -> None:
+    flags = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
+    if " avx2 " not in flags or " fma " not in flags:
+        pytest.skip("this processor is not a greater one")
+    compiler = unloaded / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec cc "$@" -march={march}\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    torch.set_num_threads(2)
+    test_matrix_operations_equal_torch(300)
+    for small_betas in (False, True):
+        test_products_equal_torch(77, 75, 52, small_betas)
+    for shape in ((3, 7, 5), (2, 2, 7, 40)):
+        test_the_convolution_and_its_backward_equal_torch(shape, 11, 4)
+    assert len(list((unloaded / "effdense" / "loops").iterdir())) == 1
 
 
 @pytest.mark.parametrize("fault", ["absent", "broken"])

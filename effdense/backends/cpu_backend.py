@@ -1,4 +1,4 @@
-"""The dense block's operations on CPUs in compiled loops (cpu_loops.c).
+"""The dense block's operations on CPUs in compiled loops (loops/).
 
 Where the torch backend makes several passes of torch operations over a row tile, each
 split over all threads, here every thread takes its own tiles through all of an
@@ -23,7 +23,7 @@ from .torch_backend import TorchBackend
 # A thread's transformed lines of pixels should stay in its cache.
 _TILE_BYTES = 128 << 10
 # Rows of a tile of a product; of those a few at a time, and columns in panels of some cache
-# lines: at least cpu_loops.c's own on every processor.
+# lines: at least what loops/ needs on every processor.
 _TILE_ROWS = 64
 _GROUP_ROWS = 8
 _PANEL_LINES = 3
@@ -51,9 +51,7 @@ class _Product(ctypes.Structure):
         ("panels", ctypes.c_void_p),
     ]
 
-    def __init__(
-        self, norm: Normalization, weight: Tensor, y: Tensor | None, panels: int
-    ) -> None:
+    def __init__(self, norm: Normalization, weight: Tensor, y: Tensor | None, panels: int) -> None:
         b, c = weight.shape
         address = 0 if y is None else y.data_ptr()
         super().__init__(_Norm(norm), c, b, weight.data_ptr(), address, panels)
@@ -155,7 +153,7 @@ class _Scratch:
 
 
 class CpuBackend(TorchBackend):
-    """The :class:`effdense.backends.base.Backend` of cpu_loops.c, for matrices of one type.
+    """The :class:`effdense.backends.base.Backend` of loops/, for matrices of one type.
 
     Raises:
         CannotLoad: where the loops can't be compiled.
@@ -533,7 +531,7 @@ def _whole_lines(x: Tensor, values: int) -> int:
 
 
 def _apart(x: Tensor, values: int) -> int:
-    """cpu_loops.c's stride of rows that are read side by side."""
+    """The loops' stride of rows that are read side by side."""
     return _whole_lines(x, values) + _whole_lines(x, 1)
 
 

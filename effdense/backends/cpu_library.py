@@ -1,4 +1,4 @@
-"""cpu_loops.c as a loaded library: compiled on this machine at first use, then cached.
+"""loops/ as a loaded library: compiled on this machine at first use, then cached.
 
 The compiler is ``$CC``, else cc, gcc or clang, with ``-march=native``; the cache is
 "effdense/loops" in the user's cache directory (``$XDG_CACHE_HOME``, else ~/.cache), one
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-_SOURCE = Path(__file__).with_name("cpu_loops.c")
+_SOURCES = Path(__file__).parent / "loops"
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 # Neither changes a result: nobody reads errno or traps, and loops vectorise without them.
 _MATH = ("-fno-math-errno", "-fno-trapping-math")
@@ -36,7 +36,7 @@ class CannotLoad(Exception):
 
 
 class Library:
-    """The functions of cpu_loops.c for one type."""
+    """The functions of loops/ for one type."""
 
     def __init__(self, functions: ctypes.CDLL) -> None:
         self._library = functions
@@ -84,7 +84,11 @@ def _compiled(real: str) -> Path:
     if compiler is None:
         raise CannotLoad("there is no C compiler (cc, gcc or clang on PATH, or $CC)")
     command = [compiler, *_FLAGS, *_MATH, f"-DREAL={real}"]
-    identity = [_SOURCE.read_text(), *command, _processor()]
+    identity = [
+        *[path.read_text() for path in sorted(_SOURCES.glob("*.[ch]"))],
+        *command,
+        _processor(),
+    ]
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = f"{real}-{key}.so"
@@ -100,7 +104,9 @@ def _compiled(real: str) -> Path:
         target = Path(directory) / name
     made = Path(directory) / "made.so"
     try:
-        subprocess.run([*command, "-o", made, _SOURCE], check=True, capture_output=True, text=True)
+        subprocess.run(
+            [*command, "-o", made, _SOURCES / "loops.c"], check=True, capture_output=True, text=True
+        )
         made.replace(target)
     except subprocess.CalledProcessError as error:
         first_line = (error.stderr.splitlines() or ["no message"])[0]

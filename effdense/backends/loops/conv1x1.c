@@ -1,0 +1,233 @@
+/* The 1x1 convolution with the BN-ReLU before it, and back through both. */
+
+typedef struct {
+    norm f;
+    idx c, b;
+    const REAL *weight; /* (b, c) */
+    REAL *y;            /* (rows, b), dense */
+    REAL *panels;       /* the weight's transpose in panels, c rows of b columns: scratch */
+} product;
+
+/* Thread t's part of the transpose of a weight (b, c) in panels. */
+static void pack_transposed(const product *p, idx t, idx threads) {
+    const idx b = p->b, c = p->c;
+    for (idx first = 0, width; first < b; first += width) {
+        width = panel_vectors(b - first) * LANES;
+        const idx valid = smaller(width, b - first);
+        const REAL *w = p->weight + first * c;
+        for (idx j = c * t / threads; j < c * (t + 1) / threads; j++) {
+            REAL *row = p->panels + c * first + j * width;
+            for (idx i = 0; i < valid; i++)
+                row[i] = w[i * c + j];
+            memset(row + valid, 0, (width - valid) * sizeof(REAL));
+        }
+    }
+}
+
+/* Thread t's part of a weight (b, c) itself in panels, b rows of c columns. */
+static void pack(const product *p, REAL *panels, idx t, idx threads) {
+    const idx b = p->b, c = p->c;
+    for (idx first = 0, width; first < c; first += width) {
+        width = panel_vectors(c - first) * LANES;
+        const idx valid = smaller(width, c - first);
+        for (idx i = b * t / threads; i < b * (t + 1) / threads; i++) {
+            REAL *row = panels + b * first + i * width;
+            memcpy(row, p->weight + i * c + first, valid * sizeof(REAL));
+            memset(row + valid, 0, (width - valid) * sizeof(REAL));
+        }
+    }
+}
+
+/* z = relu(x scale + shift) of a few rows, whole vectors with zeros behind the last column;
+ * what is `ahead` of x is fetched. */
+static void normalize_columns(idx n, idx c, const REAL *x, idx ldx, idx ahead, const REAL *scale,
+                              const REAL *shift, REAL *z, idx ldz) {
+    for (idx j = 0; j < c; j += LANES) {
+        const idx lanes = c - j;
+        const vector a = load_lanes(scale + j, lanes), b = load_lanes(shift + j, lanes);
+        for (idx i = 0; i < n; i++) {
+            const REAL *at = x + i * ldx + j;
+            store(z + i * ldz + j, rectified(load_lanes(at, lanes) * a + b));
+            __builtin_prefetch(at + ahead, 0, 2);
+        }
+    }
+}
+
+/* Some rows' relu(norm(x)) @ weight^T; z (ROWS, apart(c)): scratch. */
+static void tile_product(idx n, const REAL *x, idx ldx, const product *p, REAL *z, REAL *y) {
+    const idx ldz = apart(p->c);
+    for (idx i = 0, rows; i < n; i += rows) {
+        rows = rows_at_once(n - i);
+        normalize_columns(rows, p->c, x + i * ldx, ldx, ROWS * ldx, p->f.scale, p->f.shift, z, ldz);
+        matrix_product(rows, p->b, p->c, z, ldz, 1, p->panels, 0, 0, y + i * p->b, p->b);
+    }
+}
+
+/* Rows [first, last) of thread `t`: whole groups of ROWS. */
+static void share_rows(idx rows, idx t, idx threads, idx *first, idx *last) {
+    share((rows + ROWS - 1) / ROWS, t, threads, first, last);
+    *first = smaller(*first * ROWS, rows);
+    *last = smaller(*last * ROWS, rows);
+}
+
+/* y = relu(norm(x)) @ weight^T and, where `mean` is given, y's statistics.
+ * z (threads, ROWS, apart(c)) REAL and sums (threads, 4b) double: scratch. */
+void bn_relu_conv1x1(idx threads, idx rows, const REAL *x, idx ldx, const product *p,
+                     idx tile_rows, double *sums, REAL *z, REAL *mean, REAL *var) {
+    const idx b = p->b;
+    idx seen[MOST_THREADS];
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static, 1)
+        for (idx t = 0; t < threads; t++)
+            pack_transposed(p, t, threads);
+#pragma omp for schedule(static, 1)
+        for (idx t = 0; t < threads; t++) {
+            idx first, last;
+            share_rows(rows, t, threads, &first, &last);
+            double *own = sums + t * 4 * b;
+            seen[t] = last - first;
+            if (mean != NULL)
+                memset(own, 0, 2 * b * sizeof(double));
+            for (idx row = first; row < last; row += tile_rows) {
+                idx n = smaller(tile_rows, last - row);
+                REAL *y = p->y + row * b;
+                tile_product(n, x + row * ldx, ldx, p, z + t * ROWS * apart(p->c), y);
+                if (mean != NULL)
+                    add_statistics(n, b, y, b, own + 2 * b, own, own + b, row - first);
+            }
+        }
+    }
+    if (mean != NULL)
+        finish_statistics(b, sums, 4 * b, seen, threads, mean, var);
+}
+
+/* The gradient after norm2's ReLU becomes the one of y, tile by tile: apply_gradient's operands. */
+typedef struct {
+    const REAL *y;
+    correction n;
+} pending;
+
+/* A tile's x and d from a panel's first column on, its z, and what the rows sum up. */
+typedef struct {
+    idx columns;
+    const REAL *x, *z, *scale, *mean;
+    REAL *d;
+    idx ldx, ldd, ahead_x, ahead_d;
+    vector s[VECTORS], t[VECTORS];
+    int direct; /* whether any column's T is wanted */
+} panel;
+
+/* d += scale dz of some rows from row i on, dz = (dy @ w) [z > 0], and what it sums to. */
+INLINE void backward_rows(const int rows, const int vectors, idx i, idx b, const REAL *dy,
+                          const REAL *w, panel *p) {
+    const idx width = vectors * LANES, rest = p->columns - (vectors - 1) * LANES;
+    vector acc[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            acc[r][v] = (vector){0};
+    multiply(rows, vectors, b, dy + i * b, b, 1, w, width, acc);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) {
+        const idx lanes = v + 1 < vectors ? LANES : rest;
+        const vector scale = load_lanes(p->scale + v * LANES, lanes);
+        vector s = p->s[v];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            REAL *d = p->d + (i + r) * p->ldd + v * LANES;
+            __builtin_prefetch(d + p->ahead_d, 1, 2);
+            __builtin_prefetch(p->x + (i + r) * p->ldx + v * LANES + p->ahead_x, 0, 2);
+            vector g = cleared(acc[r][v], load(p->z + (i + r) * width + v * LANES) <= 0);
+            s += g;
+            acc[r][v] = g;
+            store_lanes(d, load_lanes(d, lanes) + scale * g, lanes);
+        }
+        p->s[v] = s;
+        if (p->direct) {
+            const vector mean = load_lanes(p->mean + v * LANES, lanes);
+            for (int r = 0; r < rows; r++) {
+                const REAL *x = p->x + (i + r) * p->ldx + v * LANES;
+                p->t[v] += acc[r][v] * (load_lanes(x, lanes) - mean);
+            }
+        }
+    }
+}
+
+/* sum (c,) += a panel's vectors. */
+static void flush_panel(const panel *p, const vector *from, double *sum) {
+    for (idx j = 0; j < p->columns; j++)
+        sum[j] += from[j / LANES][j % LANES];
+}
+
+/* One pass over x: dw += dy^T z, d += scale dz, s and t; see base.py.
+ * Scratch: z (threads, tile_rows VECTORS LINE and, for `again`, ROWS apart(c)), others
+ * (threads - 1, b, c) REAL, sums (threads, 2c) and product (c) double, flags (c). */
+void bn_relu_conv1x1_backward(idx threads, idx rows, const REAL *x, idx ldx, const product *p,
+                              REAL *dy, const pending *before, const product *again, REAL *d,
+                              idx ldd, double ratio, idx tile_rows, double *sums, double *product,
+                              idx *flags, REAL *z_all, REAL *others, REAL *dw_out, REAL *s, REAL *t_out) {
+    const idx c = p->c, b = p->b;
+    const REAL *slope = before == NULL ? NULL : corrected_slope(b, &before->n);
+    const idx unstable = unstable_channels(c, &p->f, ratio, flags);
+    const idx z_size = tile_rows * VECTORS * LINE;
+    const idx room = again == NULL ? z_size : z_size + ROWS * apart(again->c);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static, 1)
+        for (idx t = 0; t < threads; t++) {
+            pack(p, p->panels, t, threads);
+            if (again != NULL)
+                pack_transposed(again, t, threads);
+        }
+#pragma omp for schedule(static, 1)
+        for (idx t = 0; t < threads; t++) {
+            double *own = sums + t * 2 * c;
+            REAL *z = z_all + t * room;
+            REAL *dw = t == 0 ? dw_out : others + (t - 1) * b * c;
+            idx first, last;
+            share_rows(rows, t, threads, &first, &last);
+            memset(own, 0, 2 * c * sizeof(double));
+            if (first == last)
+                memset(dw, 0, b * c * sizeof(REAL));
+            for (idx row = first; row < last; row += tile_rows) {
+                const idx n = smaller(tile_rows, last - row);
+                REAL *dyt = dy + row * b;
+                if (before != NULL)
+                    apply_gradient(n, b, before->y + row * b, b, before->n.f.scale, slope,
+                                   before->n.vectors + b, dyt, b);
+                for (idx j = 0, width; j < c; j += width) {
+                    const idx vectors = panel_vectors(c - j);
+                    width = vectors * LANES;
+                    panel q = {.columns = smaller(width, c - j), .x = x + row * ldx + j, .z = z,
+                               .scale = p->f.scale + j, .mean = p->f.mean + j,
+                               .d = d + row * ldd + j, .ldx = ldx, .ldd = ldd};
+                    q.ahead_x = j + width < c ? width : tile_rows * ldx - j;
+                    q.ahead_d = j + width < c ? width : tile_rows * ldd - j;
+                    for (idx i = j; unstable > 0 && i < j + q.columns; i++)
+                        q.direct |= (int)flags[i];
+                    normalize_columns(n, q.columns, q.x, ldx, 0, q.scale, p->f.shift + j, z,
+                                      width);
+                    panel_product(b, q.columns, n, dyt, 1, b, z, width, row > first, dw + j, c);
+                    for (idx i = 0, group; i < n; i += group) {
+                        group = rows_at_once(n - i);
+                        SPECIALIZED(backward_rows, group, vectors, i, b, dyt, p->panels + b * j,
+                                    &q);
+                    }
+                    flush_panel(&q, q.s, own + j);
+                    if (q.direct)
+                        flush_panel(&q, q.t, own + c + j);
+                }
+                if (again != NULL)
+                    tile_product(n, x + row * ldx, ldx, again, z + z_size,
+                                 again->y + row * again->b);
+            }
+        }
+#pragma omp for schedule(static, 1)
+        for (idx t = 0; t < threads; t++)
+            add_parts(b, c, c * t / threads, c * (t + 1) / threads, p->weight, dw_out, others,
+                      threads - 1, product);
+    }
+    finish_sums(c, &p->f, unstable > 0 ? flags : NULL, sums, threads, product, s, t_out);
+}

@@ -1,0 +1,102 @@
+/* Products of matrices.
+ *
+ * A product's innermost loop keeps ROWS rows by up to VECTORS vectors of the result in
+ * registers. Its right operand is read vector by vector, from rows or from panels: columns
+ * [first, first + width) of every row together, the panels one after the other, zeros behind
+ * the last column. An element of the result is summed in the order of the operands, wherever
+ * it stands in a tile: the same bits for any tiling. */
+
+/* ROWS x VECTORS results, VECTORS operands and a factor: 28 of 32 registers, or all of 16. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define ROWS 8
+#else
+#define ROWS 4
+#endif
+
+enum { VECTORS = 3 };
+
+/* acc += a @ b, (rows, k) by (k, vectors): element (i, j) of a at a[i * row + j * step]. */
+INLINE void multiply(const int rows, const int vectors, idx k, const REAL *a, idx row, idx step,
+                     const REAL *b, idx ldb, vector acc[ROWS][VECTORS]) {
+    for (idx i = 0; i < k; i++) {
+        vector operand[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            operand[v] = load(b + v * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            REAL factor = a[r * row];
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++)
+                acc[r][v] += operand[v] * factor;
+        }
+        a += step;
+        b += ldb;
+    }
+}
+
+/* f(rows, vectors, ...) with both constant: ROWS or 1, and 1 to VECTORS. */
+#define SPECIALIZED(f, rows, vectors, ...)                                                     \
+    do {                                                                                       \
+        if ((rows) == ROWS && (vectors) == 3)                                                  \
+            f(ROWS, 3, __VA_ARGS__);                                                           \
+        else if ((rows) == ROWS && (vectors) == 2)                                             \
+            f(ROWS, 2, __VA_ARGS__);                                                           \
+        else if ((rows) == ROWS)                                                               \
+            f(ROWS, 1, __VA_ARGS__);                                                           \
+        else if ((vectors) == 3)                                                               \
+            f(1, 3, __VA_ARGS__);                                                              \
+        else if ((vectors) == 2)                                                               \
+            f(1, 2, __VA_ARGS__);                                                              \
+        else                                                                                   \
+            f(1, 1, __VA_ARGS__);                                                              \
+    } while (0)
+
+static idx rows_at_once(idx left) { return left < ROWS ? 1 : ROWS; }
+
+/* Vectors of the next panel of so many columns; not three and a lone one. */
+static idx panel_vectors(idx columns) {
+    idx vectors = (columns + LANES - 1) / LANES;
+    return vectors == 4 ? 2 : smaller(vectors, VECTORS);
+}
+
+INLINE void product_rows(const int rows, const int vectors, idx k, const REAL *a, idx row,
+                         idx step, const REAL *b, idx ldb, int add, REAL *out, idx ldo,
+                         idx columns) {
+    vector acc[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            acc[r][v] = add ? load_lanes(out + r * ldo + v * LANES,
+                                         v + 1 < vectors ? LANES : columns - v * LANES)
+                            : (vector){0};
+    multiply(rows, vectors, k, a, row, step, b, ldb, acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            store_lanes(out + r * ldo + v * LANES, acc[r][v],
+                        v + 1 < vectors ? LANES : columns - v * LANES);
+}
+
+/* One panel: out (n, columns) = or += a (n, k) @ b. */
+static void panel_product(idx n, idx columns, idx k, const REAL *a, idx row, idx step,
+                          const REAL *b, idx ldb, int add, REAL *out, idx ldo) {
+    const idx vectors = panel_vectors(columns);
+    for (idx i = 0, rows; i < n; i += rows) {
+        rows = rows_at_once(n - i);
+        SPECIALIZED(product_rows, rows, vectors, k, a + i * row, row, step, b, ldb, add,
+                    out + i * ldo, ldo, columns);
+    }
+}
+
+/* out (n, columns) = or += a (n, k) @ b, b in panels or, with a row stride, in rows. */
+static void matrix_product(idx n, idx columns, idx k, const REAL *a, idx row, idx step,
+                           const REAL *b, idx ldb, int add, REAL *out, idx ldo) {
+    for (idx first = 0, width; first < columns; first += width) {
+        width = panel_vectors(columns - first) * LANES;
+        panel_product(n, smaller(width, columns - first), k, a, row, step,
+                      b + (ldb ? first : k * first), ldb ? ldb : width, add, out + first, ldo);
+    }
+}
