@@ -38,18 +38,14 @@ static void pack(const product *p, REAL *panels, idx t, idx threads) {
     }
 }
 
-/* z = relu(x scale + shift) of a few rows, whole vectors with zeros behind the last column;
- * what is `ahead` of x is fetched. */
-static void normalize_columns(idx n, idx c, const REAL *x, idx ldx, idx ahead, const REAL *scale,
+/* z = relu(x scale + shift) of a few rows, whole vectors with zeros behind the last column. */
+static void normalize_columns(idx n, idx c, const REAL *x, idx ldx, const REAL *scale,
                               const REAL *shift, REAL *z, idx ldz) {
     for (idx j = 0; j < c; j += LANES) {
         const idx lanes = c - j;
         const vector a = load_lanes(scale + j, lanes), b = load_lanes(shift + j, lanes);
-        for (idx i = 0; i < n; i++) {
-            const REAL *at = x + i * ldx + j;
-            store(z + i * ldz + j, rectified(load_lanes(at, lanes) * a + b));
-            __builtin_prefetch(at + ahead, 0, 2);
-        }
+        for (idx i = 0; i < n; i++)
+            store(z + i * ldz + j, rectified(load_lanes(x + i * ldx + j, lanes) * a + b));
     }
 }
 
@@ -58,8 +54,10 @@ static void tile_product(idx n, const REAL *x, idx ldx, const product *p, REAL *
     const idx ldz = apart(p->c);
     for (idx i = 0, rows; i < n; i += rows) {
         rows = rows_at_once(n - i);
-        normalize_columns(rows, p->c, x + i * ldx, ldx, ROWS * ldx, p->f.scale, p->f.shift, z, ldz);
-        matrix_product(rows, p->b, p->c, z, ldz, 1, p->panels, 0, 0, y + i * p->b, p->b);
+        /* the lines of lanes that are masked out as well: a load waits for them too */
+        const ahead next = {.x = x + (i + ROWS) * ldx, .ldx = ldx, .lines = whole_lines(p->c) / LINE + 1};
+        normalize_columns(rows, p->c, x + i * ldx, ldx, p->f.scale, p->f.shift, z, ldz);
+        matrix_product(rows, p->b, p->c, z, ldz, 1, p->panels, 0, 0, y + i * p->b, p->b, &next);
     }
 }
 
@@ -113,14 +111,14 @@ typedef struct {
     idx columns;
     const REAL *x, *z, *scale, *mean;
     REAL *d;
-    idx ldx, ldd, ahead_x, ahead_d;
+    idx ldx, ldd;
     vector s[VECTORS], t[VECTORS];
     int direct; /* whether any column's T is wanted */
 } panel;
 
 /* d += scale dz of some rows from row i on, dz = (dy @ w) [z > 0], and what it sums to. */
 INLINE void backward_rows(const int rows, const int vectors, idx i, idx b, const REAL *dy,
-                          const REAL *w, panel *p) {
+                          const REAL *w, const ahead *next, panel *p) {
     const idx width = vectors * LANES, rest = p->columns - (vectors - 1) * LANES;
     vector acc[ROWS][VECTORS];
 #pragma GCC unroll 8
@@ -128,7 +126,7 @@ INLINE void backward_rows(const int rows, const int vectors, idx i, idx b, const
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
             acc[r][v] = (vector){0};
-    multiply(rows, vectors, b, dy + i * b, b, 1, w, width, acc);
+    multiply(rows, vectors, b, dy + i * b, b, 1, w, width, next, acc);
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
         const idx lanes = v + 1 < vectors ? LANES : rest;
@@ -137,8 +135,6 @@ INLINE void backward_rows(const int rows, const int vectors, idx i, idx b, const
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             REAL *d = p->d + (i + r) * p->ldd + v * LANES;
-            __builtin_prefetch(d + p->ahead_d, 1, 2);
-            __builtin_prefetch(p->x + (i + r) * p->ldx + v * LANES + p->ahead_x, 0, 2);
             vector g = cleared(acc[r][v], load(p->z + (i + r) * width + v * LANES) <= 0);
             s += g;
             acc[r][v] = g;
@@ -203,17 +199,22 @@ void bn_relu_conv1x1_backward(idx threads, idx rows, const REAL *x, idx ldx, con
                     panel q = {.columns = smaller(width, c - j), .x = x + row * ldx + j, .z = z,
                                .scale = p->f.scale + j, .mean = p->f.mean + j,
                                .d = d + row * ldd + j, .ldx = ldx, .ldd = ldd};
-                    q.ahead_x = j + width < c ? width : tile_rows * ldx - j;
-                    q.ahead_d = j + width < c ? width : tile_rows * ldd - j;
+                    /* the panel's right neighbour, from the last the next tile's first */
+                    const idx right = j + width < c ? 0 : tile_rows;
+                    const idx column = j + width < c ? j + width : 0;
                     for (idx i = j; unstable > 0 && i < j + q.columns; i++)
                         q.direct |= (int)flags[i];
-                    normalize_columns(n, q.columns, q.x, ldx, 0, q.scale, p->f.shift + j, z,
+                    normalize_columns(n, q.columns, q.x, ldx, q.scale, p->f.shift + j, z,
                                       width);
-                    panel_product(b, q.columns, n, dyt, 1, b, z, width, row > first, dw + j, c);
+                    panel_product(b, q.columns, n, dyt, 1, b, z, width, row > first, dw + j, c,
+                                  &NOTHING);
                     for (idx i = 0, group; i < n; i += group) {
                         group = rows_at_once(n - i);
+                        const ahead next = {x + (row + right + i) * ldx + column,
+                                            d + (row + right + i) * ldd + column, ldx, ldd,
+                                            VECTORS * LANES / LINE + 1};
                         SPECIALIZED(backward_rows, group, vectors, i, b, dyt, p->panels + b * j,
-                                    &q);
+                                    &next, &q);
                     }
                     flush_panel(&q, q.s, own + j);
                     if (q.direct)

@@ -191,7 +191,7 @@ void bn_relu_conv3(idx threads, const convolution *v, idx tile_lines, REAL *v_al
                     transform_line(v, line, vt + (line - top) * pairs * ldv, capacity * ldv);
                 for (idx i = 0; i < 4; i++)
                     matrix_product(n, ldm, b, vt + i * capacity * ldv, ldv, 1,
-                                   v->u + i * b * ldm, 0, 0, m + i * capacity * ldm, ldm);
+                                   v->u + i * b * ldm, 0, 0, m + i * capacity * ldm, ldm, &NOTHING);
                 for (idx line = top; line < bottom; line++)
                     for (idx dz = -v->dz, tap = 0; dz <= v->dz; dz++)
                         for (idx dy = -v->dy; dy <= v->dy; dy++, tap++) {
@@ -290,10 +290,10 @@ void bn_relu_conv3_backward(idx threads, const convolution *v, const REAL *dout,
                     REAL *vi = vt + i * capacity * ldv, *ei = e + i * capacity * columns;
                     if (du != NULL)
                         matrix_product(columns, wide, n, ei, 1, columns, vi, ldv, top > first,
-                                       du + i * columns * ldv, ldv);
+                                       du + i * columns * ldv, ldv, &NOTHING);
                     /* v is used up */
                     matrix_product(n, wide, columns, ei, columns, 1, v->u + i * columns * ldv, ldv,
-                                   0, vi, ldv);
+                                   0, vi, ldv, &NOTHING);
                 }
                 for (idx line = top; line < bottom; line++) {
                     const idx row = line * width, ldo = dz_out == NULL ? ldd : b;

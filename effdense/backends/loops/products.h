@@ -15,10 +15,25 @@
 
 enum { VECTORS = 3 };
 
+/* What is fetched into the cache meanwhile, a line at a time so that nothing waits for it: of
+ * ROWS rows so many lines each, of x and, where it is given, of d, which is to be written. */
+typedef struct {
+    const REAL *x, *d;
+    idx ldx, ldd, lines;
+} ahead;
+
+static const ahead NOTHING = {0};
+
 /* acc += a @ b, (rows, k) by (k, vectors): element (i, j) of a at a[i * row + j * step]. */
 INLINE void multiply(const int rows, const int vectors, idx k, const REAL *a, idx row, idx step,
-                     const REAL *b, idx ldb, vector acc[ROWS][VECTORS]) {
+                     const REAL *b, idx ldb, const ahead *next, vector acc[ROWS][VECTORS]) {
+    const idx fetches = ROWS * next->lines;
     for (idx i = 0; i < k; i++) {
+        if (i < fetches) {
+            __builtin_prefetch(next->x + i % ROWS * next->ldx + i / ROWS * LINE, 0, 2);
+            if (next->d != NULL)
+                __builtin_prefetch(next->d + i % ROWS * next->ldd + i / ROWS * LINE, 1, 2);
+        }
         vector operand[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
@@ -62,7 +77,7 @@ static idx panel_vectors(idx columns) {
 
 INLINE void product_rows(const int rows, const int vectors, idx k, const REAL *a, idx row,
                          idx step, const REAL *b, idx ldb, int add, REAL *out, idx ldo,
-                         idx columns) {
+                         idx columns, const ahead *next) {
     vector acc[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -71,7 +86,7 @@ INLINE void product_rows(const int rows, const int vectors, idx k, const REAL *a
             acc[r][v] = add ? load_lanes(out + r * ldo + v * LANES,
                                          v + 1 < vectors ? LANES : columns - v * LANES)
                             : (vector){0};
-    multiply(rows, vectors, k, a, row, step, b, ldb, acc);
+    multiply(rows, vectors, k, a, row, step, b, ldb, next, acc);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
@@ -82,21 +97,24 @@ INLINE void product_rows(const int rows, const int vectors, idx k, const REAL *a
 
 /* One panel: out (n, columns) = or += a (n, k) @ b. */
 static void panel_product(idx n, idx columns, idx k, const REAL *a, idx row, idx step,
-                          const REAL *b, idx ldb, int add, REAL *out, idx ldo) {
+                          const REAL *b, idx ldb, int add, REAL *out, idx ldo,
+                          const ahead *next) {
     const idx vectors = panel_vectors(columns);
     for (idx i = 0, rows; i < n; i += rows) {
         rows = rows_at_once(n - i);
         SPECIALIZED(product_rows, rows, vectors, k, a + i * row, row, step, b, ldb, add,
-                    out + i * ldo, ldo, columns);
+                    out + i * ldo, ldo, columns, next);
     }
 }
 
 /* out (n, columns) = or += a (n, k) @ b, b in panels or, with a row stride, in rows. */
 static void matrix_product(idx n, idx columns, idx k, const REAL *a, idx row, idx step,
-                           const REAL *b, idx ldb, int add, REAL *out, idx ldo) {
+                           const REAL *b, idx ldb, int add, REAL *out, idx ldo,
+                           const ahead *next) {
     for (idx first = 0, width; first < columns; first += width) {
         width = panel_vectors(columns - first) * LANES;
         panel_product(n, smaller(width, columns - first), k, a, row, step,
-                      b + (ldb ? first : k * first), ldb ? ldb : width, add, out + first, ldo);
+                      b + (ldb ? first : k * first), ldb ? ldb : width, add, out + first, ldo,
+                      first == 0 ? next : &NOTHING);
     }
 }
