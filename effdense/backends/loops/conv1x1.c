@@ -55,7 +55,8 @@ static void tile_product(idx n, const REAL *x, idx ldx, const product *p, REAL *
     for (idx i = 0, rows; i < n; i += rows) {
         rows = rows_at_once(n - i);
         /* the lines of lanes that are masked out as well: a load waits for them too */
-        const ahead next = {.x = x + (i + ROWS) * ldx, .ldx = ldx, .lines = whole_lines(p->c) / LINE + 1};
+        const idx lines = whole_lines(p->c) / LINE + 1;
+        const ahead next = {.x = x + (i + ROWS) * ldx, .ldx = ldx, .lines = lines};
         normalize_columns(rows, p->c, x + i * ldx, ldx, p->f.scale, p->f.shift, z, ldz);
         matrix_product(rows, p->b, p->c, z, ldz, 1, p->panels, 0, 0, y + i * p->b, p->b, &next);
     }
@@ -163,7 +164,8 @@ static void flush_panel(const panel *p, const vector *from, double *sum) {
 void bn_relu_conv1x1_backward(idx threads, idx rows, const REAL *x, idx ldx, const product *p,
                               REAL *dy, const pending *before, const product *again, REAL *d,
                               idx ldd, double ratio, idx tile_rows, double *sums, double *product,
-                              idx *flags, REAL *z_all, REAL *others, REAL *dw_out, REAL *s, REAL *t_out) {
+                              idx *flags, REAL *z_all, REAL *others, REAL *dw_out, REAL *s,
+                              REAL *t_out) {
     const idx c = p->c, b = p->b;
     const REAL *slope = before == NULL ? NULL : corrected_slope(b, &before->n);
     const idx unstable = unstable_channels(c, &p->f, ratio, flags);
@@ -204,8 +206,7 @@ void bn_relu_conv1x1_backward(idx threads, idx rows, const REAL *x, idx ldx, con
                     const idx column = j + width < c ? j + width : 0;
                     for (idx i = j; unstable > 0 && i < j + q.columns; i++)
                         q.direct |= (int)flags[i];
-                    normalize_columns(n, q.columns, q.x, ldx, q.scale, p->f.shift + j, z,
-                                      width);
+                    normalize_columns(n, q.columns, q.x, ldx, q.scale, p->f.shift + j, z, width);
                     panel_product(b, q.columns, n, dyt, 1, b, z, width, row > first, dw + j, c,
                                   &NOTHING);
                     for (idx i = 0, group; i < n; i += group) {
