@@ -3,8 +3,8 @@
  * A product's innermost loop keeps ROWS rows by up to VECTORS vectors of the result in
  * registers. Its right operand is read vector by vector, from rows or from panels: columns
  * [first, first + width) of every row together, the panels one after the other, zeros behind
- * the last column. An element of the result is summed in the order of the operands, wherever
- * it stands in a tile: the same bits for any tiling. */
+ * the last column. An element of the result is summed in the same order wherever it stands in a
+ * tile: the same bits for any tiling. */
 
 /* ROWS x VECTORS results, VECTORS operands and a factor: 28 of 32 registers, or all of 16. */
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -75,24 +75,35 @@ static idx panel_vectors(idx columns) {
     return vectors == 4 ? 2 : smaller(vectors, VECTORS);
 }
 
+/* Terms that are summed one after the other: sums of so many are added up, for accuracy. */
+enum { BLOCK = 256 };
+
+/* Some rows of one panel: out = or += a @ b. */
 INLINE void product_rows(const int rows, const int vectors, idx k, const REAL *a, idx row,
                          idx step, const REAL *b, idx ldb, int add, REAL *out, idx ldo,
                          idx columns, const ahead *next) {
-    vector acc[ROWS][VECTORS];
+    ahead rest = *next;
+    for (idx first = 0; first < k; first += BLOCK) {
+        vector acc[ROWS][VECTORS];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
+        for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++)
-            acc[r][v] = add ? load_lanes(out + r * ldo + v * LANES,
-                                         v + 1 < vectors ? LANES : columns - v * LANES)
-                            : (vector){0};
-    multiply(rows, vectors, k, a, row, step, b, ldb, next, acc);
+            for (int v = 0; v < vectors; v++)
+                acc[r][v] = (vector){0};
+        multiply(rows, vectors, smaller(BLOCK, k - first), a + first * step, row, step,
+                 b + first * ldb, ldb, &rest, acc);
+        rest.x += BLOCK / ROWS * LINE;
+        rest.lines -= BLOCK / ROWS;
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
+        for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++)
-            store_lanes(out + r * ldo + v * LANES, acc[r][v],
-                        v + 1 < vectors ? LANES : columns - v * LANES);
+            for (int v = 0; v < vectors; v++) {
+                const idx lanes = v + 1 < vectors ? LANES : columns - v * LANES;
+                REAL *o = out + r * ldo + v * LANES;
+                store_lanes(o, add || first > 0 ? load_lanes(o, lanes) + acc[r][v] : acc[r][v],
+                            lanes);
+            }
+    }
 }
 
 /* One panel: out (n, columns) = or += a (n, k) @ b. */
