@@ -5,48 +5,12 @@ typedef struct {
     idx c, b;
     const REAL *weight; /* (b, c) */
     REAL *y;            /* (rows, b), dense */
-    REAL *panels;       /* the weight's transpose in panels, c rows of b columns: scratch */
+    REAL *panels;       /* the weight or its transpose in panels: scratch */
 } product;
 
-/* Thread t's part of the transpose of a weight (b, c) in panels. */
+/* Thread t's part of the weight's transpose in its panels. */
 static void pack_transposed(const product *p, idx t, idx threads) {
-    const idx b = p->b, c = p->c;
-    for (idx first = 0, width; first < b; first += width) {
-        width = panel_vectors(b - first) * LANES;
-        const idx valid = smaller(width, b - first);
-        const REAL *w = p->weight + first * c;
-        for (idx j = c * t / threads; j < c * (t + 1) / threads; j++) {
-            REAL *row = p->panels + c * first + j * width;
-            for (idx i = 0; i < valid; i++)
-                row[i] = w[i * c + j];
-            memset(row + valid, 0, (width - valid) * sizeof(REAL));
-        }
-    }
-}
-
-/* Thread t's part of a weight (b, c) itself in panels, b rows of c columns. */
-static void pack(const product *p, REAL *panels, idx t, idx threads) {
-    const idx b = p->b, c = p->c;
-    for (idx first = 0, width; first < c; first += width) {
-        width = panel_vectors(c - first) * LANES;
-        const idx valid = smaller(width, c - first);
-        for (idx i = b * t / threads; i < b * (t + 1) / threads; i++) {
-            REAL *row = panels + b * first + i * width;
-            memcpy(row, p->weight + i * c + first, valid * sizeof(REAL));
-            memset(row + valid, 0, (width - valid) * sizeof(REAL));
-        }
-    }
-}
-
-/* z = relu(x scale + shift) of a few rows, whole vectors with zeros behind the last column. */
-static void normalize_columns(idx n, idx c, const REAL *x, idx ldx, const REAL *scale,
-                              const REAL *shift, REAL *z, idx ldz) {
-    for (idx j = 0; j < c; j += LANES) {
-        const idx lanes = c - j;
-        const vector a = load_lanes(scale + j, lanes), b = load_lanes(shift + j, lanes);
-        for (idx i = 0; i < n; i++)
-            store(z + i * ldz + j, rectified(load_lanes(x + i * ldx + j, lanes) * a + b));
-    }
+    pack(p->c, p->b, p->weight, 1, p->c, p->panels, t, threads);
 }
 
 /* Some rows' relu(norm(x)) @ weight^T; z (ROWS, apart(c)): scratch. */
@@ -57,7 +21,7 @@ static void tile_product(idx n, const REAL *x, idx ldx, const product *p, REAL *
         /* the lines of lanes that are masked out as well: a load waits for them too */
         const idx lines = whole_lines(p->c) / LINE + 1;
         const ahead next = {.x = x + (i + ROWS) * ldx, .ldx = ldx, .lines = lines};
-        normalize_columns(rows, p->c, x + i * ldx, ldx, p->f.scale, p->f.shift, z, ldz);
+        normalize_rectify(rows, p->c, x + i * ldx, ldx, p->f.scale, p->f.shift, z, ldz, ldz);
         matrix_product(rows, p->b, p->c, z, ldz, 1, p->panels, 0, 0, y + i * p->b, p->b, &next);
     }
 }
@@ -93,7 +57,7 @@ void bn_relu_conv1x1(idx threads, idx rows, const REAL *x, idx ldx, const produc
                 REAL *y = p->y + row * b;
                 tile_product(n, x + row * ldx, ldx, p, z + t * ROWS * apart(p->c), y);
                 if (mean != NULL)
-                    add_statistics(n, b, y, b, own + 2 * b, own, own + b, row - first);
+                    add_statistics(n, b, y, b, 0, own + 2 * b, own, own + b, row - first);
             }
         }
     }
@@ -122,11 +86,6 @@ INLINE void backward_rows(const int rows, const int vectors, idx i, idx b, const
                           const REAL *w, const ahead *next, panel *p) {
     const idx width = vectors * LANES, rest = p->columns - (vectors - 1) * LANES;
     vector acc[ROWS][VECTORS];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++)
-            acc[r][v] = (vector){0};
     multiply(rows, vectors, b, dy + i * b, b, 1, w, width, next, acc);
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
@@ -175,7 +134,7 @@ void bn_relu_conv1x1_backward(idx threads, idx rows, const REAL *x, idx ldx, con
     {
 #pragma omp for schedule(static, 1)
         for (idx t = 0; t < threads; t++) {
-            pack(p, p->panels, t, threads);
+            pack(b, c, p->weight, c, 1, p->panels, t, threads);
             if (again != NULL)
                 pack_transposed(again, t, threads);
         }
@@ -206,7 +165,8 @@ void bn_relu_conv1x1_backward(idx threads, idx rows, const REAL *x, idx ldx, con
                     const idx column = j + width < c ? j + width : 0;
                     for (idx i = j; unstable > 0 && i < j + q.columns; i++)
                         q.direct |= (int)flags[i];
-                    normalize_columns(n, q.columns, q.x, ldx, q.scale, p->f.shift + j, z, width);
+                    normalize_rectify(n, q.columns, q.x, ldx, q.scale, p->f.shift + j, z, width,
+                                      width);
                     panel_product(b, q.columns, n, dyt, 1, b, z, width, row > first, dw + j, c,
                                   &NOTHING);
                     for (idx i = 0, group; i < n; i += group) {

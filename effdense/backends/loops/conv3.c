@@ -47,26 +47,24 @@ static void transform_weight(const convolution *v, int transposed) {
     const idx plane = transposed ? b * padded : columns * apart(b);
 #pragma omp for schedule(static)
     for (idx row = 0; row < (transposed ? padded : columns); row++) {
-        idx first = 0, width = panel_vectors(padded) * LANES;
-        for (; row >= first + width; width = panel_vectors(padded - first) * LANES)
-            first += width;
-        REAL *restrict u = v->u + (transposed ? b * first + row - first : row * apart(b));
-        const idx step = transposed ? width : 1;
+        idx step = 1, at = row * apart(b);
+        if (transposed)
+            at = panel_column(b, padded, row, &step);
+        REAL *restrict u = v->u + at;
         const REAL *w = v->weight;
         if (row < columns)
             w += tap_offset(v, stride, row / v->k, row % v->k);
-        for (idx i = 0; i < b; i++) {
-            const REAL *wi = w + i * stride[1];
-            REAL w0 = wi[0], w1 = wi[stride[4]], w2 = wi[2 * stride[4]], ends = w0 + w2;
+        for (idx i = 0; i < (transposed ? b : whole_lines(b)); i++) {
+            REAL w0 = 0, w1 = 0, w2 = 0;
+            if (row < columns && i < b) {
+                const REAL *wi = w + i * stride[1];
+                w0 = wi[0], w1 = wi[stride[4]], w2 = wi[2 * stride[4]];
+            }
             u[i * step] = w0;
-            u[plane + i * step] = (ends + w1) / 2;
-            u[2 * plane + i * step] = (ends - w1) / 2;
+            u[plane + i * step] = (w0 + w2 + w1) / 2;
+            u[2 * plane + i * step] = (w0 + w2 - w1) / 2;
             u[3 * plane + i * step] = w2;
         }
-        for (idx i = b; i < whole_lines(b) && !transposed; i++)
-            u[i] = u[plane + i] = u[2 * plane + i] = u[3 * plane + i] = 0;
-        for (idx i = 0; i < 4 * b && row >= columns; i++)
-            u[i / b * plane + i % b * step] = 0;
     }
 }
 

@@ -13,23 +13,23 @@ void statistics(idx threads, idx rows, idx c, const REAL *x, idx ldx, idx tile_r
         seen[t] = 0;
         for (idx i = first; i < last; i++) {
             idx row = i * tile_rows, n = smaller(tile_rows, rows - row);
-            add_statistics(n, c, x + row * ldx, ldx, own + 2 * c, own, own + c, seen[t]);
+            add_statistics(n, c, x + row * ldx, ldx, ROWS_AHEAD, own + 2 * c, own, own + c,
+                           seen[t]);
             seen[t] += n;
         }
     }
     finish_statistics(c, sums, 4 * c, seen, threads, mean, var);
 }
 
-static void normalize_rectify(idx n, idx c, const REAL *x, idx ldx, const norm *f, REAL *z,
-                              idx ldz) {
-    const REAL *restrict scale = f->scale, *restrict shift = f->shift;
-    for (idx i = 0; i < n; i++) {
-        const REAL *restrict xi = x + i * ldx;
-        REAL *restrict zi = z + i * ldz;
-        for (idx j = 0; j < c; j++) {
-            REAL v = xi[j] * scale[j] + shift[j];
-            zi[j] = v < 0 ? 0 : v;
-        }
+/* z = relu(x scale + shift) of a few rows; of the last vector, columns [c, filled) become 0. */
+static void normalize_rectify(idx n, idx c, const REAL *x, idx ldx, const REAL *scale,
+                              const REAL *shift, REAL *z, idx ldz, idx filled) {
+    for (idx j = 0; j < c; j += LANES) {
+        const idx lanes = c - j;
+        const vector a = load_lanes(scale + j, lanes), b = load_lanes(shift + j, lanes);
+        for (idx i = 0; i < n; i++)
+            store_lanes(z + i * ldz + j, rectified(load_lanes(x + i * ldx + j, lanes) * a + b),
+                        filled - j);
     }
 }
 
@@ -39,7 +39,9 @@ void bn_relu(idx threads, idx rows, idx c, const REAL *x, idx ldx, const norm *f
     for (idx t = 0; t < threads; t++) {
         idx first, last;
         share(rows, t, threads, &first, &last);
-        normalize_rectify(last - first, c, x + first * ldx, ldx, f, out + first * ldo, ldo);
+        for (idx row = first; row < last; row += ROWS_AHEAD)
+            normalize_rectify(smaller(ROWS_AHEAD, last - row), c, x + row * ldx, ldx, f->scale,
+                              f->shift, out + row * ldo, ldo, c);
     }
 }
 
@@ -56,17 +58,17 @@ void finish_gradient(idx threads, idx rows, idx c, const REAL *d, idx ldd, const
     for (idx thread = 0; thread < threads; thread++) {
         idx first, last;
         share(rows, thread, threads, &first, &last);
-        for (idx row = first; row < last; row += SUM_ROWS)
+        for (idx row = first; row < last; row += ROWS_AHEAD)
             for (idx j = 0; j < c; j += LANES) {
                 const idx lanes = c - j;
                 const vector a = load_lanes(slope + j, lanes), b = load_lanes(offset + j, lanes);
-                for (idx i = row; i < smaller(row + SUM_ROWS, last); i++) {
+                for (idx i = row; i < smaller(row + ROWS_AHEAD, last); i++) {
                     const REAL *di = d + i * ldd + j, *xi = x + i * ldx + j;
                     vector v = load_lanes(di, lanes) + (load_lanes(xi, lanes) * a + b);
                     store_lanes(out + i * ldo + j, v, lanes);
                     /* a few channels of wide rows are far apart: no hardware fetches them ahead */
-                    __builtin_prefetch(di + SUM_ROWS * ldd, 0, 2);
-                    __builtin_prefetch(xi + SUM_ROWS * ldx, 0, 2);
+                    __builtin_prefetch(di + ROWS_AHEAD * ldd, 0, 2);
+                    __builtin_prefetch(xi + ROWS_AHEAD * ldx, 0, 2);
                 }
             }
     }

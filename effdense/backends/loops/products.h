@@ -24,10 +24,15 @@ typedef struct {
 
 static const ahead NOTHING = {0};
 
-/* acc += a @ b, (rows, k) by (k, vectors): element (i, j) of a at a[i * row + j * step]. */
+/* acc = a @ b, (rows, k) by (k, vectors): element (i, j) of a at a[i * row + j * step]. */
 INLINE void multiply(const int rows, const int vectors, idx k, const REAL *a, idx row, idx step,
                      const REAL *b, idx ldb, const ahead *next, vector acc[ROWS][VECTORS]) {
     const idx fetches = ROWS * next->lines;
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            acc[r][v] = (vector){0};
     for (idx i = 0; i < k; i++) {
         if (i < fetches) {
             __builtin_prefetch(next->x + i % ROWS * next->ldx + i / ROWS * LINE, 0, 2);
@@ -75,6 +80,30 @@ static idx panel_vectors(idx columns) {
     return vectors == 4 ? 2 : smaller(vectors, VECTORS);
 }
 
+/* Offset of a column in panels of k rows, whose rows are *step apart. */
+static idx panel_column(idx k, idx columns, idx column, idx *step) {
+    idx first = 0, width = panel_vectors(columns) * LANES;
+    for (; column >= first + width; width = panel_vectors(columns - first) * LANES)
+        first += width;
+    *step = width;
+    return k * first + column - first;
+}
+
+/* Thread t's part of a matrix (k, columns) in panels; element (i, j) at w[i * row + j * step]. */
+static void pack(idx k, idx columns, const REAL *w, idx row, idx step, REAL *panels, idx t,
+                 idx threads) {
+    for (idx first = 0, width; first < columns; first += width) {
+        width = panel_vectors(columns - first) * LANES;
+        const idx valid = smaller(width, columns - first);
+        for (idx i = k * t / threads; i < k * (t + 1) / threads; i++) {
+            REAL *out = panels + k * first + i * width;
+            for (idx j = 0; j < valid; j++)
+                out[j] = w[i * row + (first + j) * step];
+            memset(out + valid, 0, (width - valid) * sizeof(REAL));
+        }
+    }
+}
+
 /* Terms that are summed one after the other: sums of so many are added up, for accuracy. */
 enum { BLOCK = 256 };
 
@@ -85,11 +114,6 @@ INLINE void product_rows(const int rows, const int vectors, idx k, const REAL *a
     ahead rest = *next;
     for (idx first = 0; first < k; first += BLOCK) {
         vector acc[ROWS][VECTORS];
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++)
-                acc[r][v] = (vector){0};
         multiply(rows, vectors, smaller(BLOCK, k - first), a + first * step, row, step,
                  b + first * ldb, ldb, &rest, acc);
         rest.x += BLOCK / ROWS * LINE;

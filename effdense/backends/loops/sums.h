@@ -122,8 +122,8 @@ static void merge(idx c, double *mean, double *m2, idx seen, const double *mean_
 }
 
 /* sum and square of (x - shift) over n rows of a vector: four rows at a time, added in the end.
- * What is `ahead` of x is fetched. */
-INLINE void sum_rows(idx n, const REAL *x, idx ldx, idx ahead, idx lanes, vector shift,
+ * Rows further on are fetched, if any are. */
+INLINE void sum_rows(idx n, const REAL *x, idx ldx, idx further, idx lanes, vector shift,
                      vector *sum, vector *square) {
     vector s[4] = {{0}}, q[4] = {{0}};
     for (idx i = 0; i < n; i += 4)
@@ -131,8 +131,8 @@ INLINE void sum_rows(idx n, const REAL *x, idx ldx, idx ahead, idx lanes, vector
         for (int r = 0; r < 4; r++)
             if (i + r < n) {
                 vector v = load_lanes(x + (i + r) * ldx, lanes) - shift;
-                if (ahead > 0)
-                    __builtin_prefetch(x + (i + r) * ldx + ahead, 0, 2);
+                if (further > 0)
+                    __builtin_prefetch(x + (i + r + further) * ldx, 0, 2);
                 s[r] += v;
                 q[r] += v * v;
             }
@@ -141,12 +141,12 @@ INLINE void sum_rows(idx n, const REAL *x, idx ldx, idx ahead, idx lanes, vector
 }
 
 /* One tile into (mean, m2); `tile` (2c) double is scratch. The tile's mean is rounded first and
- * mended by what the centred rows sum to. */
-static void add_statistics(idx n, idx c, const REAL *y, idx ldy, double *tile, double *mean,
-                           double *m2, idx seen) {
+ * mended by what the centred rows sum to. Rows so much `further` on are fetched. */
+static void add_statistics(idx n, idx c, const REAL *y, idx ldy, idx further, double *tile,
+                           double *mean, double *m2, idx seen) {
     for (idx j = 0; j < c; j += LANES) {
         vector sum, rest, squares;
-        sum_rows(n, y + j, ldy, 16 * ldy, c - j, (vector){0}, &sum, &squares);
+        sum_rows(n, y + j, ldy, further, c - j, (vector){0}, &sum, &squares);
         sum /= (REAL)n;
         sum_rows(n, y + j, ldy, 0, c - j, sum, &rest, &squares);
         for (idx i = 0; i < smaller(LANES, c - j); i++) {

@@ -24,6 +24,10 @@ static idx smaller(idx a, idx b) { return a < b ? a : b; }
 #define VECTOR_BYTES 16
 #endif
 
+/* Rows whose columns are gone through one vector after the other; and how far ahead of them the
+ * next are fetched. */
+enum { ROWS_AHEAD = 32 };
+
 enum { LANES = VECTOR_BYTES / sizeof(REAL), LINE = 64 / sizeof(REAL) };
 
 typedef REAL vector __attribute__((vector_size(VECTOR_BYTES)));
