@@ -9,7 +9,7 @@
 import sys
 
 from effdense.engine.config import parse_command_line
-from effdense.engine.errors import one_line_errors
+from effdense.errors import one_line_errors
 
 
 def main() -> None:

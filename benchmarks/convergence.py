@@ -36,8 +36,8 @@ from tqdm import tqdm
 from effdense import reference
 from effdense.engine.checkpoint import Position
 from effdense.engine.config import ResolvedConfig, TrainConfig
-from effdense.engine.data import ImageData
-from effdense.engine.datasets import load
+from effdense.engine.data.datasets import load
+from effdense.engine.data.order import ImageData
 from effdense.engine.distributed import World, joined_world
 from effdense.engine.networks import make_network
 from effdense.engine.progress import Progress

@@ -36,8 +36,8 @@ from harness.measure import Memory, memory, predicted_peak
 from harness.report import Recorder, mebibytes, table
 from tqdm import tqdm
 
-from effdense.planning import largest
-from effdense.timeline import ROLES
+from effdense.memory.planning import largest
+from effdense.memory.timeline import ROLES
 
 SWEEPS = {
     "depth": (40, 64, 100, 160, 250),

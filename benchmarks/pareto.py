@@ -26,7 +26,7 @@ from harness.measure import run_child
 from harness.report import Recorder, mebibytes, table
 
 import effdense
-from effdense.planning import CANDIDATES, Choice, choices
+from effdense.memory.planning import CANDIDATES, Choice, choices
 from effdense.reference import densenet_bc_config
 
 

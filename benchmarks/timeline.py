@@ -21,7 +21,7 @@ from harness import machine, providers
 from harness.case import Parser, add_case_arguments, case_of, positive_int, provider_name
 from harness.report import Recorder, mebibytes, table
 
-from effdense.timeline import ROLES, Moment, live_memory
+from effdense.memory.timeline import ROLES, Moment, live_memory
 
 DEFAULT = ("naive", "effdense-features")
 

@@ -1,20 +1,13 @@
 """effdense: DenseNets in linear memory, exact, and faster than the naive network."""
 
+from .block.dense_block import SAVE_MODES, Save
+from .block.forwards import DenseBlock, Transition
+from .block.offloading import offload
 from .conversion import ConversionReport, convert, revert
-from .dense_block import SAVE_MODES, Save
-from .estimation import BlockEstimate, Estimate, estimate
-from .models import (
-    DenseNet,
-    densenet121,
-    densenet161,
-    densenet169,
-    densenet201,
-    densenet_bc,
-)
-from .modules import DenseBlock, Transition
-from .offloading import offload
-from .planning import BudgetError, Plan, budget_bytes, deepest, largest_batch, plan
-from .sync_batch_norm import SyncBatchNorm
+from .memory.estimation import BlockEstimate, Estimate, estimate
+from .memory.planning import BudgetError, Plan, budget_bytes, deepest, largest_batch, plan
+from .models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet_bc
+from .norms.sync_batch_norm import SyncBatchNorm
 from .version import __version__
 
 __all__ = [

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .commands import convert_report, env, evaluate, graph, plan, plot, predict, verify
-from .engine.errors import one_line_errors
+from .errors import one_line_errors
 
 _COMMANDS = (verify, graph, env, plan, convert_report, plot, evaluate, predict)
 

@@ -7,7 +7,7 @@ one with the same name, so hooks, ``isinstance``, state-dict keys and every refe
 module or its parameters go on working, and ``revert`` is exact: the old class back, the
 attributes gone. Layers, norms and convolutions are never touched.
 
-Which modules: recognition.py, by what they are made of and what they compute, not by name.
+Which modules: recognition/reading.py, by what they are made of and what they compute, not by name.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from .backends.select import check_backend
-from .dense_block import Save, check_save
-from .eligibility import BATCH_NORMS
-from .modules import BlockForward, SequentialForward, TransitionForward, set_save
-from .recognition import input_width, layers_of, read_block, read_chain, read_transition
+from .block.dense_block import Save, check_save
+from .block.forwards import BlockForward, SequentialForward, TransitionForward, set_save
+from .recognition.objections import BATCH_NORMS
+from .recognition.reading import input_width, layers_of, read_block, read_chain, read_transition
 
 Kind = Literal["dense block", "dense block, recomputed", "transition", "sequence"]
 

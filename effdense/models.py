@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from . import reference
 from .autocast import autocast_dtype
 from .backends.select import check_backend
-from .dense_block import Save, check_save
-from .eligibility import has_hooks, refuse_replica
-from .modules import (
+from .block.dense_block import Save, check_save
+from .block.forwards import (
     DenseBlock,
     Features,
     Transition,
@@ -25,6 +24,7 @@ from .modules import (
     set_offload,
     set_save,
 )
+from .recognition.objections import has_hooks, refuse_replica
 from .reference import Init
 from .tracing import graph_is_recorded
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import effdense
 from effdense import reference
-from effdense.comparison import Step, randomize_norms, relative_error
-from effdense.comparison import norms_of as norms_of
-from effdense.comparison import step as step
-from effdense.comparison import weighted_sum as loss_of  # noqa: F401, for tests
-from effdense.dense_block import dropout_mask
+from effdense.block.dense_block import dropout_mask
+from effdense.verification.comparison import Step, randomize_norms, relative_error
+from effdense.verification.comparison import norms_of as norms_of
+from effdense.verification.comparison import step as step
+from effdense.verification.comparison import weighted_sum as loss_of  # noqa: F401, for tests
 
 GRADIENT_TOLERANCE = 1e-10
 BUFFER_TOLERANCE = 1e-12

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from effdense.measurement import answer, ask_fresh_process, resident_peak
+from effdense.machine.measurement import answer, ask_fresh_process, resident_peak
 
 
 def measure(**job: Any) -> dict[str, int]:

@@ -48,7 +48,7 @@ from torch.nn.utils import parametrizations
 
 import effdense
 from effdense.__main__ import main
-from effdense.dense_block import dropout_mask
+from effdense.block.dense_block import dropout_mask
 
 # Importing other people's packages warns about matters of their own.
 pytestmark = [
@@ -442,7 +442,7 @@ def test_input_that_is_not_real_gives_the_originals_error(dtype: torch.dtype) ->
 def test_proofs_leave_random_numbers_and_parameters_alone() -> None:
     model = FlatNet(AppendingBottleneck)
     before = copy.deepcopy(model.state_dict())
-    effdense.recognition._proofs.clear()
+    effdense.recognition.reading._proofs.clear()
     torch.manual_seed(4)
     expected = torch.rand(3)
     torch.manual_seed(4)
@@ -659,7 +659,7 @@ def test_accelerate_style_wrapping_of_the_models_forward_works() -> None:
 
 
 def test_a_model_on_meta_is_converted() -> None:
-    effdense.recognition._proofs.clear()
+    effdense.recognition.reading._proofs.clear()
     with torch.device("meta"):
         model = _torchvision()
     report = effdense.convert(model, report=True)

@@ -11,10 +11,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import effdense
-from effdense import dense_block, reference, timeline
-from effdense.estimation import OPTIMIZERS, Rehearsal, places, reserved_bytes
-from effdense.planning import CANDIDATES, BudgetError
-from effdense.timeline import Peak, Training, record_step
+from effdense import reference
+from effdense.block import dense_block
+from effdense.memory import timeline
+from effdense.memory.estimation import OPTIMIZERS, Rehearsal, places, reserved_bytes
+from effdense.memory.planning import CANDIDATES, BudgetError
+from effdense.memory.timeline import Peak, Training, record_step
 
 TINY: dict[str, Any] = {
     "growth_rate": 6,
@@ -325,7 +327,8 @@ def test_a_plan_for_a_converted_model(network: effdense.DenseNet) -> None:
         chosen = most if group_norm else effdense.plan(model, SHAPE, most.peak - 1)
         assert chosen.peak <= most.peak < most.naive
         chosen.apply(model)
-        assert [b.save for b in effdense.modules.dense_blocks(model).values()] == [*chosen.save]
+        modes = [block.save for block in effdense.block.forwards.dense_blocks(model).values()]
+        assert modes == [*chosen.save]
         assert real_step(model, SHAPE).total == pytest.approx(chosen.peak, rel=0.03)
 
 

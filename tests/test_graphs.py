@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import effdense
 from effdense import reference
 from effdense.__main__ import main
-from effdense.graphs import LOSS, Graph, as_dot, autograd_graph, module_graph
+from effdense.memory.graphs import LOSS, Graph, as_dot, autograd_graph, module_graph
 
 SHAPE = (2, 3, 9, 10)
 SMALL_NET = ["densenet_bc", "--depth", "10", "--growth-rate", "4", "--batch-size", "2"]

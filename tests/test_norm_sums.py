@@ -9,11 +9,10 @@ import torch
 from compare import assert_same_step, images, norms_of, step, twins
 from torch import nn
 
-from effdense import norm_sums
-from effdense.backends import cpu_backend, torch_backend
+from effdense.backends import cpu_backend, norm_sums, torch_backend
 from effdense.backends.base import Normalization
 from effdense.backends.select import get_backend
-from effdense.norms import normalization
+from effdense.norms.buffers import normalization
 
 WAYS = {"none": type(None), "few": torch.Tensor, "all": slice}
 

@@ -14,7 +14,8 @@ from measure_memory import measure
 from torch import Tensor
 
 import effdense
-from effdense import offloading, reference
+from effdense import reference
+from effdense.block import offloading
 
 
 def gradients(model: torch.nn.Module, x: Tensor) -> list[Tensor]:

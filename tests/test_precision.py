@@ -1,6 +1,6 @@
 """Narrow types: at most twice the naive network's own error against float64.
 
-The rule and its reason: effdense/comparison.py.
+The rule and its reason: effdense/verification/comparison.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import effdense
 from effdense import SAVE_MODES, reference
-from effdense.comparison import FLOOR, errors_by_kind
+from effdense.verification.comparison import FLOOR, errors_by_kind
 
 SEEDS = range(7)
 saves = pytest.mark.parametrize("save", [s for s in SAVE_MODES if s != "all"])

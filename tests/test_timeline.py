@@ -11,7 +11,7 @@ from torch import nn
 
 import effdense
 from effdense import reference
-from effdense.timeline import ROLES, Training, live_memory, record_step
+from effdense.memory.timeline import ROLES, Training, live_memory, record_step
 
 
 def training(save: effdense.Save | None, device: str = "cpu") -> Training:

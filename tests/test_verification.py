@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 import effdense
-from effdense import dense_block, modules, reference
+from effdense import reference
 from effdense.__main__ import main
 from effdense.backends.torch_backend import TorchBackend
+from effdense.block import dense_block
+from effdense.block import forwards as modules
 from effdense.commands import verify
 from effdense.commands.measure import Job, measured
 from effdense.commands.network import Network
-from effdense.verification import Comparison, Row, Twins, operations
+from effdense.verification.claims import Comparison, Row, Twins, operations
 
 TINY = ["densenet_bc", "--depth", "10", "--growth-rate", "4", "--batch-size", "2"]
 TINY += ["--image-size", "9", "--no-measurements"]

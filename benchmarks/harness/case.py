@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from effdense.machine import usable_cores as usable_cores
-from effdense.memory_sizes import parse_size
+from effdense.machine.environment import usable_cores as usable_cores
+from effdense.machine.memory import parse_size
 from effdense.models import TORCHVISION_VARIANTS as IMAGENET_FAMILY
 from effdense.reference import densenet_bc_config
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from effdense import timeline
-from effdense.measurement import answer, cuda_peak, resident_peak, timed
+from effdense.machine.measurement import answer, cuda_peak, resident_peak, timed
+from effdense.memory import timeline
 
 from . import grid, machine, packages, providers
 from .case import CIFAR_FAMILY, Case

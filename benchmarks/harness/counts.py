@@ -152,7 +152,7 @@ def statistics_bytes(case: Case, shared: bool) -> int:
 
     Two sums per channel of each norm, both ways, in float32; a count per norm and the
     like not counted. With ``shared`` statistics (effdense) a feature is reduced once, not
-    by every layer that reads it; see effdense/dense_block.py, NOTE [ shared statistics ].
+    by every layer that reads it; see effdense/block/dense_block.py, NOTE [ shared statistics ].
     """
     channels = 0 if case.is_cifar else case.network()["num_init_features"]
     for block in blocks(case):

@@ -11,9 +11,9 @@ from torch import nn
 
 import effdense
 from effdense import reference
-from effdense.estimation import OPTIMIZERS
+from effdense.memory.estimation import OPTIMIZERS
+from effdense.memory.timeline import Training
 from effdense.reference import densenet_bc_config
-from effdense.timeline import Training
 
 from .case import IMAGENET_FAMILY
 

@@ -1,4 +1,4 @@
-"""Limits that a measurement sets its process; what the machine has is in effdense.machine."""
+"""Limits that a measurement sets its process; for what the machine has: effdense.machine."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import contextlib
 import resource
 from pathlib import Path
 
-from effdense.machine import environment as environment
-from effdense.machine import headline as headline
-from effdense.memory_sizes import available_bytes as available_bytes
-from effdense.memory_sizes import private_bytes
+from effdense.machine.environment import environment as environment
+from effdense.machine.environment import headline as headline
+from effdense.machine.memory import available_bytes as available_bytes
+from effdense.machine.memory import private_bytes
 
 
 def limit_memory(nbytes: int) -> None:

@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from effdense.measurement import ask_fresh_process
-from effdense.timeline import record_step
+from effdense.machine.measurement import ask_fresh_process
+from effdense.memory.timeline import record_step
 
 from . import counts, machine, providers
 from .case import Case

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import effdense
-from effdense.timeline import Training
+from effdense.memory.timeline import Training
 
 from .case import Case
 from .providers import set_parameters

@@ -2,7 +2,7 @@
 
 What a provider is trained with is the same for all: cross-entropy, SGD with momentum,
 the same parameters and the same input. Speed and memory are measured on the same
-:class:`effdense.timeline.Training`.
+:class:`effdense.memory.timeline.Training`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 import effdense
 from effdense import reference
 from effdense.autocast import autocast, autocast_dtype
-from effdense.timeline import Training
+from effdense.memory.timeline import Training
 
 from .case import Case, Parser
 

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import effdense
 from effdense.engine.distributed import leave_process_group
 from effdense.engine.records import write_atomically
-from effdense.synchronization import unsynchronised
+from effdense.norms.synchronization import unsynchronised
 
 from . import machine, providers
 from .case import Case

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from effdense.tables import table as table
+from effdense.machine.tables import table as table
 
 from . import machine
 from .case import Case

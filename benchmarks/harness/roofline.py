@@ -1,7 +1,7 @@
 """What a training step must compute and move, operation by operation, on paper.
 
 The naive net's operations are counted as PyTorch runs them, on meta tensors; effdense's
-by the formulas of its kernels (shapes as in effdense/dense_block.py). Both count each
+by the formulas of its kernels (shapes as in effdense/block/dense_block.py). Both count each
 tensor an operation reads or writes once per pass over it, and nothing that a cache may
 keep between operations: a roofline time is a lower bound, without launch overheads.
 """
@@ -104,7 +104,7 @@ _OPTIMIZER_PASSES = 8
 
 @lru_cache(maxsize=64)
 def effdense_operations(save: str, case: Case) -> tuple[Operation, ...]:
-    """A step of effdense, by formula: symbols of effdense/dense_block.py, e bytes an element."""
+    """A step of effdense, by formula: symbols of dense_block.py, e bytes an element."""
     e, found = case.element_size, []
 
     def add(name: str, flops: float, elements: float) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from effdense.measurement import timed
-from effdense.timeline import Training
+from effdense.machine.measurement import timed
+from effdense.memory.timeline import Training
 
 from . import machine, providers
 from .case import Case

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import channels_first, pieces
-from ..layout import rows as rows_of
-from ..norm_sums import ALL_CHANNELS, direct_channels, second_sum, zero_sums
 from .base import Backend, Normalization
+from .layout import channels_first, pieces
+from .layout import rows as rows_of
+from .norm_sums import ALL_CHANNELS, direct_channels, second_sum, zero_sums
 
 
 class StepwiseConvolution:

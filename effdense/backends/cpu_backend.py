@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..norm_sums import ALL_CHANNELS, STABLE_RATIO, Channels
 from .base import Normalization, PendingNorm, Rebuild
 from .cpu_library import Library, load
+from .norm_sums import ALL_CHANNELS, STABLE_RATIO, Channels
 from .torch_backend import TorchBackend
 
 # A thread's transformed lines of pixels should stay in its cache.

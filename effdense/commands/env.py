@@ -13,11 +13,11 @@ from importlib import metadata
 
 import torch
 
-from .. import machine
 from ..backends import select
 from ..backends.cpu_library import DTYPES as LOOP_DTYPES
 from ..backends.cpu_library import compilers
-from ..memory_sizes import available_bytes, show_size, total_bytes
+from ..machine import environment as machine
+from ..machine.memory import available_bytes, show_size, total_bytes
 from . import Commands
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from ..dense_block import SAVE_MODES
-from ..engine.errors import UserError
-from ..graphs import Graph, as_dot, autograd_graph, module_graph
-from ..memory_sizes import show_size
+from ..block.dense_block import SAVE_MODES
+from ..errors import UserError
+from ..machine.memory import show_size
+from ..memory.graphs import Graph, as_dot, autograd_graph, module_graph
 from . import Commands
 from .network import Network, add_input_arguments, add_model_argument, network_of
 

@@ -15,9 +15,9 @@ from torch import nn
 import effdense
 
 from .. import reference
-from ..estimation import AMP_DTYPES, OPTIMIZERS
-from ..measurement import answer, ask_fresh_process, cuda_peak, resident_peak, timed
-from ..timeline import Training
+from ..machine.measurement import answer, ask_fresh_process, cuda_peak, resident_peak, timed
+from ..memory.estimation import AMP_DTYPES, OPTIMIZERS
+from ..memory.timeline import Training
 from .network import Network
 
 

@@ -17,7 +17,7 @@ from torch import nn
 import effdense
 
 from .. import reference
-from ..engine.errors import UserError
+from ..errors import UserError
 from ..models import TORCHVISION_VARIANTS
 
 NAMES = ("densenet_bc", *TORCHVISION_VARIANTS)

@@ -10,10 +10,10 @@ from torch import nn
 
 import effdense
 
-from ..engine.errors import UserError
-from ..estimation import AMP_DTYPES
-from ..memory_sizes import show_size
-from ..planning import CANDIDATES
+from ..errors import UserError
+from ..machine.memory import show_size
+from ..memory.estimation import AMP_DTYPES
+from ..memory.planning import CANDIDATES
 from . import Commands
 from .network import add_input_arguments, add_model_argument, converted, network_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..engine.errors import UserError
+from ..errors import UserError
 from . import Commands
 
 

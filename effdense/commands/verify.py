@@ -25,12 +25,12 @@ from ..backends.base import Backend
 from ..backends.cpu_backend import CpuBackend
 from ..backends.cpu_library import DTYPES as LOOP_DTYPES
 from ..backends.cpu_library import CannotLoad
-from ..engine.errors import UserError
-from ..estimation import AMP_DTYPES
-from ..memory_sizes import show_size
-from ..modules import BlockForward
-from ..tables import table
-from ..verification import (
+from ..block.forwards import BlockForward
+from ..errors import UserError
+from ..machine.memory import show_size
+from ..machine.tables import table
+from ..memory.estimation import AMP_DTYPES
+from ..verification.claims import (
     Comparison,
     Row,
     Status,

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"epoch-(\d+)-step-(\d+)")

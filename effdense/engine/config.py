@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from ..memory_sizes import parse_size
-from .errors import UserError, speaks_for_all
+from ..errors import UserError, speaks_for_all
+from ..machine.memory import parse_size
 
 DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagefolder", "webdataset", "fake"]
 Arch = Literal["densenet_bc", "densenet121", "densenet161", "densenet169", "densenet201"]

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
-from .image_files import Preparation, image_preparation
+from ..errors import UserError
+from .data.image_files import Preparation, image_preparation
 from .networks import build
 from .records import read_config
 

@@ -8,7 +8,7 @@ import os
 import platform
 from pathlib import Path
 
-from .errors import UserError
+from ..errors import UserError
 
 
 class Lock:

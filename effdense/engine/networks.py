@@ -10,11 +10,11 @@ from torch import nn
 
 import effdense
 
-from ..estimation import AMP_DTYPES
+from ..errors import UserError
+from ..memory.estimation import AMP_DTYPES
 from .config import ResolvedConfig
-from .data import ImageData, random_key
+from .data.order import ImageData, random_key
 from .distributed import World
-from .errors import UserError
 
 
 def make_network(config: ResolvedConfig, data: ImageData) -> nn.Module:

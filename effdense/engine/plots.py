@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .errors import UserError
+from ..errors import UserError
 from .records import write_atomically
 
 _LABELS = {"loss": "loss", "error": "error (%)"}

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .config import ResolvedConfig
-from .data import Batch
+from .data.order import Batch
 from .distributed import World
 from .scores import Score
 

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 import yaml
 
-from effdense.machine import source_revision, versions
+from effdense.machine.environment import source_revision, versions
 
+from ..errors import UserError
 from .checkpoint import CheckpointStore, flush_folder
 from .config import ResolvedConfig
 from .distributed import World
-from .errors import UserError
 from .lock import Lock
 from .scores import Score
 

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..estimation import AMP_DTYPES, bucket_bytes
-from ..memory_sizes import show_size
-from ..synchronization import unsynchronised
+from ..errors import UserError
+from ..machine.memory import show_size
+from ..memory.estimation import AMP_DTYPES, bucket_bytes
+from ..norms.synchronization import unsynchronised
 from .config import ResolvedConfig
 from .distributed import World, gathered
-from .errors import UserError
 
 
 def replan_if_needed(

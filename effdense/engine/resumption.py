@@ -5,7 +5,7 @@ with as many processes as before ends with the same bits as one that was never i
 rests on five things, each with a test:
 
 - the order of an epoch and what augmentation does to a sample are functions of the seed, the
-  epoch and the sample (see :mod:`effdense.engine.data`);
+  epoch and the sample (see :mod:`effdense.engine.data.order`);
 - every process's random state, which dropout draws from, is kept;
 - so are every process's buffers, as batch norm's running statistics differ between processes
   until an evaluation averages them;
@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 
-from effdense.machine import versions
+from effdense.machine.environment import versions
 
+from ..errors import Interrupted
 from .checkpoint import Checkpoint, CheckpointStore, Position
 from .config import ResolvedConfig
-from .data import random_key
+from .data.order import random_key
 from .distributed import World, all_or_none, from_main, gathered_on_main, largest
-from .errors import Interrupted
 from .records import CsvLog, saved
 from .signals import StopSignals
 from .trainer import Trainer

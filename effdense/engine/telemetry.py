@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory_sizes import peak_resident_bytes, resident_bytes
+from ..machine.memory import peak_resident_bytes, resident_bytes
 from .distributed import World, gathered_tensor
 from .records import LOG_COLUMNS, CsvLog
 

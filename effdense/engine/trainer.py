@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..estimation import AMP_DTYPES
+from ..errors import TrainingError
+from ..memory.estimation import AMP_DTYPES
 from .checkpoint import Position
 from .config import ResolvedConfig
-from .data import Batch, Split, global_batches, random_key, share
+from .data.order import Batch, Split, global_batches, random_key, share
 from .distributed import World, average_running_statistics, data_parallel, largest
-from .errors import TrainingError
 from .progress import Progress
 from .scores import Score, Tally
 

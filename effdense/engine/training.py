@@ -11,20 +11,13 @@ from typing import Any
 
 import torch
 
+from ..errors import TrainingError, UserError
 from . import plots
 from .checkpoint import Position
 from .config import ResolvedConfig, TrainConfig
-from .data import ImageData
-from .datasets import load, needs_preparation
-from .distributed import (
-    World,
-    all_or_none,
-    gathered,
-    joined_world,
-    largest,
-    launched_processes,
-)
-from .errors import TrainingError, UserError
+from .data.datasets import load, needs_preparation
+from .data.order import ImageData
+from .distributed import World, all_or_none, gathered, joined_world, largest, launched_processes
 from .export import safetensors_bytes
 from .networks import fit_to_budget, largest_share, make_network
 from .progress import Progress, Speed, peak_memory

@@ -11,7 +11,7 @@ from harness.case import Case
 from harness.devices import DEVICES
 from harness.providers import setup
 
-from effdense import timeline
+from effdense.memory import timeline
 
 SMALL = Case("densenet-bc", depth=22, growth_rate=6, batch_size=2, image_size=8)
 VOLUME = dataclasses.replace(SMALL, spatial_dims=3)

@@ -8,7 +8,7 @@ import pytest
 from harness import report
 from harness.grid import GRID, from_request
 
-from effdense.planning import Choice
+from effdense.memory.planning import Choice
 
 
 def test_the_grid_spans_what_it_is_to_span():

@@ -18,8 +18,8 @@ from harness import machine, measure, report, worker
 from harness.case import Case
 from harness.speed import Race
 
-from effdense import memory_sizes
-from effdense.measurement import MMAP_THRESHOLD
+from effdense.machine import memory as memory_sizes
+from effdense.machine.measurement import MMAP_THRESHOLD
 
 SMALL = Case("densenet-bc", depth=22, growth_rate=6, batch_size=2, image_size=8)
 # some hundred MiB in a second

@@ -17,7 +17,7 @@ from harness import report
 from harness.case import Case
 from harness.measure import Memory
 
-from effdense.timeline import Moment
+from effdense.memory.timeline import Moment
 
 GIB = 1 << 30
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import workers
 
-from effdense.engine.data import InMemory
+from effdense.engine.data.order import InMemory
 from effdense.engine.distributed import joined_world
 
 _batches = InMemory.batches

@@ -47,8 +47,8 @@ def _main(
     meddle: Callable[[int], None] | None,
 ) -> None:
     from effdense.engine.config import parse_command_line
-    from effdense.engine.errors import one_line_errors
     from effdense.engine.training import run
+    from effdense.errors import one_line_errors
 
     # the server's way of starting processes is not for the loaders
     multiprocessing.set_start_method("fork", force=True)

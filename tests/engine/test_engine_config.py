@@ -8,7 +8,7 @@ import pytest
 
 from effdense.engine import config as config_module
 from effdense.engine.config import RECIPES, Recipe, TrainConfig, parse_command_line
-from effdense.engine.errors import UserError
+from effdense.errors import UserError
 
 
 def help_text(capsys: pytest.CaptureFixture[str]) -> str:

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from effdense.engine import data as data_module
 from effdense.engine.config import TrainConfig
-from effdense.engine.data import (
+from effdense.engine.data import order as data_module
+from effdense.engine.data.datasets import load
+from effdense.engine.data.order import (
     ImageData,
     InMemory,
     Normalization,
@@ -23,8 +24,7 @@ from effdense.engine.data import (
     global_batches,
     share,
 )
-from effdense.engine.datasets import load
-from effdense.engine.errors import UserError
+from effdense.errors import UserError
 
 CPU = torch.device("cpu")
 

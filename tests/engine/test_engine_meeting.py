@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from effdense.engine import distributed
-from effdense.engine.errors import TrainingError
+from effdense.errors import TrainingError
 
 PROCESSES = 5
 

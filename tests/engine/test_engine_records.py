@@ -9,12 +9,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from effdense import machine
 from effdense.engine import plots
 from effdense.engine.config import ResolvedConfig, TrainConfig
 from effdense.engine.distributed import World
-from effdense.engine.errors import UserError
 from effdense.engine.records import CsvLog, WorkDir, write_atomically
+from effdense.errors import UserError
+from effdense.machine import environment as machine
 
 
 def config(work_dir: Path | None, **options: Any) -> ResolvedConfig:
@@ -130,7 +130,7 @@ def test_a_work_dir_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_source_revision_is_git_s_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "environment.py"))
     assert machine.source_revision() is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert machine.source_revision() is None

@@ -13,10 +13,10 @@ import effdense
 from effdense.engine import rehearsal, training
 from effdense.engine.config import TrainConfig
 from effdense.engine.distributed import World, joined_world
-from effdense.engine.errors import UserError
 from effdense.engine.training import run
-from effdense.memory_sizes import show_size
-from effdense.planning import choices
+from effdense.errors import UserError
+from effdense.machine.memory import show_size
+from effdense.memory.planning import choices
 
 NETWORK: dict[str, Any] = {"data": "fake", "depth": 22, "growth_rate": 12, "image_size": 32}
 OPTIONS: dict[str, Any] = {**NETWORK, "epochs": 1, "batch_size": 32, "device": "cpu"}

@@ -17,7 +17,7 @@ from pictures import write_folder, write_shards
 from ranks import RUN, Ranks, final_state, wait_for
 
 from effdense.engine.checkpoint import Position
-from effdense.engine.data import global_batches
+from effdense.engine.data.order import global_batches
 from effdense.engine.plots import read
 
 

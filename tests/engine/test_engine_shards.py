@@ -13,13 +13,13 @@ import pytest
 import torch
 from pictures import write_folder, write_shard, write_shards
 
-from effdense.engine import image_files, shards
 from effdense.engine.config import TrainConfig
-from effdense.engine.data import ImageData, Split
-from effdense.engine.datasets import load
-from effdense.engine.errors import UserError
-from effdense.engine.image_files import prefetched
-from effdense.engine.shards import INDEX, Shards
+from effdense.engine.data import image_files, shards
+from effdense.engine.data.datasets import load
+from effdense.engine.data.image_files import prefetched
+from effdense.engine.data.order import ImageData, Split
+from effdense.engine.data.shards import INDEX, Shards
+from effdense.errors import UserError
 
 CPU = torch.device("cpu")
 

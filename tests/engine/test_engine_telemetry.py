@@ -21,7 +21,7 @@ from effdense.engine.config import TrainConfig
 from effdense.engine.distributed import World
 from effdense.engine.telemetry import SYSTEM_COLUMNS, Gpu, Telemetry
 from effdense.engine.training import run
-from effdense.memory_sizes import peak_resident_bytes, resident_bytes
+from effdense.machine.memory import peak_resident_bytes, resident_bytes
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 ALL = {

@@ -25,10 +25,10 @@ from PIL import Image
 import effdense
 from effdense.engine.config import TrainConfig
 from effdense.engine.distributed import World, joined_world
-from effdense.engine.errors import TrainingError, UserError
 from effdense.engine.plots import read
 from effdense.engine.trainer import make_optimizer
 from effdense.engine.training import run
+from effdense.errors import TrainingError, UserError
 
 SCRIPT = REPOSITORY / "train_ddp.py"
 WORKERS = Path(workers.__file__)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import effdense
 from effdense.engine import training
 from effdense.engine.config import TrainConfig
-from effdense.engine.data import Batch, InMemory, Normalization, share
+from effdense.engine.data.order import Batch, InMemory, Normalization, share
 from effdense.engine.distributed import World, all_or_none, joined_world, launched_processes
-from effdense.engine.errors import UserError, one_line_errors
 from effdense.engine.signals import StopSignals
 from effdense.engine.trainer import Trainer
+from effdense.errors import UserError, one_line_errors
 
 BATCH_SIZE = 10  # not a multiple of 3
 TEST_SIZES = (1, 2, 3, 4, 25, 101)

@@ -31,19 +31,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from .dense_block import Save
-from .estimation import (
-    Estimate,
-    Rehearsal,
-    as_estimate,
-    block_names,
-    bucket_bytes,
-    estimate,
-)
-from .memory_sizes import available_bytes, parse_size, show_size
-from .models import densenet_bc
-from .modules import dense_blocks, set_offload, set_save
-from .recognition import read_block
+from ..block.dense_block import Save
+from ..block.forwards import dense_blocks, set_offload, set_save
+from ..machine.memory import available_bytes, parse_size, show_size
+from ..models import densenet_bc
+from ..recognition.reading import read_block
+from .estimation import Estimate, Rehearsal, as_estimate, block_names, bucket_bytes, estimate
 from .timeline import Peak
 
 CANDIDATES: tuple[Save, ...] = ("bottlenecks", "features", "input")

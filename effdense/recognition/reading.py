@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reference
-from .eligibility import (
+from .. import reference
+from ..norms.synchronization import process_groups
+from .objections import (
     AVERAGE_POOLS,
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -41,7 +42,6 @@ from .eligibility import (
     norm_objection,
     pool_objection,
 )
-from .synchronization import process_groups
 
 _PLAIN_NORMS = tuple(norm for norm in BATCH_NORMS if norm not in SYNC_BATCH_NORMS)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

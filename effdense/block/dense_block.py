@@ -59,13 +59,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autocast import without_autocast
-from .backends.base import Backend, Normalization, PendingNorm, Rebuild, accumulate_dtype
-from .layout import channels_first, neighbour_stands_for, pieces
-from .layout import rows as rows_of
-from .norm_sums import ALL_CHANNELS, direct_channels, second_sum, zero_sums
-from .norms import NormSpec, normalization
-from .synchronization import Batch
+from ..autocast import without_autocast
+from ..backends.base import Backend, Normalization, PendingNorm, Rebuild, accumulate_dtype
+from ..backends.layout import channels_first, neighbour_stands_for, pieces
+from ..backends.layout import rows as rows_of
+from ..backends.norm_sums import ALL_CHANNELS, direct_channels, second_sum, zero_sums
+from ..norms.buffers import NormSpec, normalization
+from ..norms.synchronization import Batch
 
 Save = Literal["all", "bottlenecks", "features", "input"]
 SAVE_MODES: tuple[Save, ...] = ("all", "bottlenecks", "features", "input")

@@ -20,8 +20,8 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from .errors import UserError
-from .records import write_atomically
+from ...errors import UserError
+from ..records import write_atomically
 
 INDEX = "effdense-index.npz"
 _IMAGE = np.dtype([("shard", "i4"), ("label", "i4"), ("size", "i8"), ("offset", "i8")])

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends.base import Normalization
+from .base import Normalization
 
 # float32 errors of gamma's gradient with random gamma and beta, over the naive network's:
 # up to 2.9 times at ratio 4, 1.4 at ratio 1, 1.3 without this shortcut.

@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .backends.select import meta_stands_for
-from .layout import every_shape
-from .modules import BlockForward, dense_blocks, set_offload, set_save
-from .reference import DenseBlock
-from .synchronization import process_groups
+from ..backends.layout import every_shape
+from ..backends.select import meta_stands_for
+from ..block.forwards import BlockForward, dense_blocks, set_offload, set_save
+from ..norms.synchronization import process_groups
+from ..reference import DenseBlock
 from .timeline import Peak, Training, is_compiled_for, record_step
 
 DeviceType = Literal["cpu", "cuda"]

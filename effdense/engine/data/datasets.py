@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import ResolvedConfig
-from .data import (
+from ...errors import UserError
+from ..config import ResolvedConfig
+from .image_files import Folder, ImageFiles, Source
+from .order import (
     CIFAR10_NORMALIZATION,
     CIFAR100_NORMALIZATION,
     DIGITS_NORMALIZATION,
@@ -21,8 +23,6 @@ from .data import (
     ShiftAndFlip,
     generator,
 )
-from .errors import UserError
-from .image_files import Folder, ImageFiles, Source
 from .shards import Shards
 
 

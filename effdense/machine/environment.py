@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .memory_sizes import total_bytes
+from .memory import total_bytes
 
 _PACKAGES = (
     "effdense",

@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .autocast import autocast
-from .backends.select import meta_stands_for
-from .dense_block import DenseStage
-from .meta_shapes import meta_result
-from .recomputation import Recomputed
+from ..autocast import autocast
+from ..backends.select import meta_stands_for
+from ..block.dense_block import DenseStage
+from ..block.recomputation import Recomputed
+from .meta import meta_result
 
 ROLES = (
     "parameters",

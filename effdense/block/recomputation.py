@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .autocast import autocast_dtype
+from ..autocast import autocast_dtype
+from ..recognition.reading import Chain, layers_of
 from .dense_block import Save
-from .recognition import Chain, layers_of
 
 
 def run_chain(block: nn.Module, chain: Chain, x: Tensor, save: Save) -> Tensor:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .backends.base import accumulate_dtype
-from .norms import batch_of, read_norm, update_running_statistics
+from ..backends.base import accumulate_dtype
+from ..tracing import outside_graphs
+from .buffers import batch_of, read_norm, update_running_statistics
 from .synchronization import Batch
-from .tracing import outside_graphs
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):

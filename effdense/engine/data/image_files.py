@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .data import (
+from ...errors import UserError
+from ..signals import outlive_stop_signals
+from .order import (
     CIFAR10_NORMALIZATION,
     CIFAR100_NORMALIZATION,
     DIGITS_NORMALIZATION,
@@ -29,8 +31,6 @@ from .data import (
     ShiftAndFlip,
     random_key,
 )
-from .errors import UserError
-from .signals import outlive_stop_signals
 
 # Batches that are ready on the device before they are asked for.
 _AHEAD = 2

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .memory_sizes import peak_resident_bytes, resident_bytes
+from .memory import peak_resident_bytes, resident_bytes
 
 # glibc raises this threshold as large blocks are freed, up to 32 MiB, and then keeps what
 # is freed below it: peaks would depend on history. Fixed, freed tensors leave at once.

@@ -3,7 +3,7 @@
 Nothing is drawn from a generator whose state lives on from step to step. The order of an epoch
 is a function of (seed, epoch) and what augmentation does to a sample one of (seed, epoch, index
 of the sample), whatever the number of processes and loader workers. The data sets themselves are
-in :mod:`effdense.engine.datasets`.
+in :mod:`effdense.engine.data.datasets`.
 """
 
 from __future__ import annotations

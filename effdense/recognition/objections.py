@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .sync_batch_norm import SyncBatchNorm
+from ..norms.sync_batch_norm import SyncBatchNorm
 
 SYNC_BATCH_NORMS = (nn.SyncBatchNorm, SyncBatchNorm)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *SYNC_BATCH_NORMS)

@@ -17,32 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
-from . import reference
-from .autocast import autocast_dtype
-from .backends.empty import EmptyBackend
-from .backends.select import get_backend
-from .dense_block import DenseStage, LayerSpec, Save, StageSpec, check_save
-from .eligibility import (
-    has_hooks,
-    norm_objection,
-    refuse_replica,
-    warn_once,
-)
-from .layout import channels_last
-from .norms import batch_of, differing_groups, read_norm, update_running_statistics
-from .offloading import offload
-from .recognition import (
+from .. import reference
+from ..autocast import autocast_dtype
+from ..backends.empty import EmptyBackend
+from ..backends.layout import channels_last
+from ..backends.select import get_backend
+from ..norms.buffers import batch_of, differing_groups, read_norm, update_running_statistics
+from ..norms.sync_batch_norm import refuse_torchs, sync_batch_norm
+from ..norms.synchronization import synchronises
+from ..recognition.objections import has_hooks, norm_objection, refuse_replica, warn_once
+from ..recognition.reading import (
     BlockParts,
     TransitionParts,
     read_block,
     read_chain,
     read_transition,
 )
+from ..tracing import graph_is_recorded, outside_graphs
+from .dense_block import DenseStage, LayerSpec, Save, StageSpec, check_save
+from .offloading import offload
 from .recomputation import run_chain
 from .stem import run_stem
-from .sync_batch_norm import refuse_torchs, sync_batch_norm
-from .synchronization import synchronises
-from .tracing import graph_is_recorded, outside_graphs
 
 _Mixin = TypeVar("_Mixin")
 

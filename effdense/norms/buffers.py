@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .backends.base import Normalization
+from ..backends.base import Normalization
 from .synchronization import Batch, SharedBatch, process_group
 
 

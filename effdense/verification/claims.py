@@ -27,8 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .autocast import autocast
-from .backends.select import operation_errors
+from ..autocast import autocast
+from ..backends.layout import rows
+from ..backends.select import operation_errors
+from ..block.forwards import BlockForward
+from ..conversion import convert
+from ..memory.timeline import stages
+from ..recognition.reading import read_block
 from .comparison import (
     FLOOR,
     Step,
@@ -38,11 +43,6 @@ from .comparison import (
     step,
     weighted_sum,
 )
-from .conversion import convert
-from .layout import rows
-from .modules import BlockForward
-from .recognition import read_block
-from .timeline import stages
 
 Status = Literal["ok", "FAILED", "measured", "not checked"]
 

@@ -1,0 +1,1 @@
+"""The dense block in linear memory, and the forwards of modules that run it."""

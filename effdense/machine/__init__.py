@@ -1,0 +1,1 @@
+"""What this computer has and takes, and what of it fresh processes need."""

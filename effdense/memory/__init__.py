@@ -1,0 +1,1 @@
+"""Memory of a training step: recorded, predicted, made to fit."""

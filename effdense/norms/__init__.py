@@ -1,0 +1,1 @@
+"""Batch norms: their buffers, and statistics over several processes."""

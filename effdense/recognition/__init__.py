@@ -1,0 +1,1 @@
+"""Which modules are dense blocks and transitions, and what keeps them from being fused."""

@@ -1,0 +1,1 @@
+"""Claims about a network, and the rules by which numbers are compared."""
