@@ -26,7 +26,8 @@ from .backends.select import check_backend
 from .block.dense_block import Save, check_save
 from .block.forwards import BlockForward, SequentialForward, TransitionForward, set_save
 from .recognition.objections import BATCH_NORMS
-from .recognition.reading import input_width, layers_of, read_block, read_chain, read_transition
+from .recognition.parts import input_width, layers_of
+from .recognition.reading import read_block, read_chain, read_transition
 
 Kind = Literal["dense block", "dense block, recomputed", "transition", "sequence"]
 

@@ -442,7 +442,7 @@ def test_input_that_is_not_real_gives_the_originals_error(dtype: torch.dtype) ->
 def test_proofs_leave_random_numbers_and_parameters_alone() -> None:
     model = FlatNet(AppendingBottleneck)
     before = copy.deepcopy(model.state_dict())
-    effdense.recognition.reading._proofs.clear()
+    effdense.recognition.proving._proofs.clear()
     torch.manual_seed(4)
     expected = torch.rand(3)
     torch.manual_seed(4)
@@ -659,7 +659,7 @@ def test_accelerate_style_wrapping_of_the_models_forward_works() -> None:
 
 
 def test_a_model_on_meta_is_converted() -> None:
-    effdense.recognition.reading._proofs.clear()
+    effdense.recognition.proving._proofs.clear()
     with torch.device("meta"):
         model = _torchvision()
     report = effdense.convert(model, report=True)

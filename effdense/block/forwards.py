@@ -26,13 +26,8 @@ from ..norms.buffers import batch_of, differing_groups, read_norm, update_runnin
 from ..norms.sync_batch_norm import refuse_torchs, sync_batch_norm
 from ..norms.synchronization import synchronises
 from ..recognition.objections import has_hooks, norm_objection, refuse_replica, warn_once
-from ..recognition.reading import (
-    BlockParts,
-    TransitionParts,
-    read_block,
-    read_chain,
-    read_transition,
-)
+from ..recognition.parts import BlockParts, TransitionParts
+from ..recognition.reading import read_block, read_chain, read_transition
 from ..tracing import graph_is_recorded, outside_graphs
 from .dense_block import DenseStage, LayerSpec, Save, StageSpec, check_save
 from .offloading import offload

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..autocast import autocast_dtype
-from ..recognition.reading import Chain, layers_of
+from ..recognition.parts import Chain, layers_of
 from .dense_block import Save
 
 
