@@ -3,7 +3,7 @@
 from .block.dense_block import SAVE_MODES, Save
 from .block.forwards import DenseBlock, Transition
 from .block.offloading import offload
-from .conversion import ConversionReport, convert, revert
+from .conversion import ConversionReport, conversion_report, convert, revert
 from .memory.estimation import BlockEstimate, Estimate, estimate
 from .memory.planning import BudgetError, Plan, budget_bytes, deepest, largest_batch, plan
 from .models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet_bc
@@ -24,6 +24,7 @@ __all__ = [
     "Transition",
     "__version__",
     "budget_bytes",
+    "conversion_report",
     "convert",
     "deepest",
     "densenet121",

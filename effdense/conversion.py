@@ -17,7 +17,7 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -102,13 +102,12 @@ def _blank(kind: Kind, original: type[nn.Module]) -> nn.Module:
 
 @dataclass
 class ConversionReport:
-    """What :func:`convert` did.
+    """What :func:`convert` would do to a model.
 
-    ``converted`` and ``left`` are (name in the model, what it is or why it was left) pairs;
-    ``model`` is the model. As a string, a table.
+    ``converted`` and ``left`` are (name in the model, what it is or why it is left) pairs. As a
+    string, a table.
     """
 
-    model: nn.Module
     converted: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
 
@@ -123,33 +122,9 @@ class ConversionReport:
         )
 
 
-@overload
 def convert(
-    model: nn.Module,
-    save: Save | Sequence[Save] = ...,
-    backend: str = ...,
-    *,
-    report: Literal[False] = ...,
-) -> nn.Module: ...
-
-
-@overload
-def convert(
-    model: nn.Module,
-    save: Save | Sequence[Save] = ...,
-    backend: str = ...,
-    *,
-    report: Literal[True],
-) -> ConversionReport: ...
-
-
-def convert(
-    model: nn.Module,
-    save: Save | Sequence[Save] = "features",
-    backend: str = "auto",
-    *,
-    report: bool = False,
-) -> nn.Module | ConversionReport:
+    model: nn.Module, save: Save | Sequence[Save] = "features", backend: str = "auto"
+) -> nn.Module:
     """Make a model's dense blocks and transitions run in linear memory, in place.
 
     Outputs, gradients and buffers stay those of the original; parameters, state-dict keys,
@@ -164,45 +139,43 @@ def convert(
         save: what each layer keeps for backward, as of :class:`effdense.DenseNet`; one mode,
             or one per dense block in the order of ``model.modules()``.
         backend: "auto", "torch", "cpu" or "triton".
-        report: return a :class:`ConversionReport` instead of the model; print it for a table.
 
     Returns:
-        The model, or the report, whose ``model`` it is.
+        The model.
 
     Warns:
-        UserWarning: (without ``report``) where nothing was converted, or a dense block was
-            left as it is, and why.
+        UserWarning: where nothing was converted, or a dense block was left as it is, and why.
 
     Raises:
         ValueError: for an unknown ``save`` or ``backend``, or an nn.DataParallel.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"convert needs a torch.nn.Module, got {type(model).__name__}")
     for mode in [save] if isinstance(save, str) else save:
         check_save(mode)
     check_backend(backend)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.DataParallel):
-            raise ValueError(
-                f"{name or 'the model'} is an nn.DataParallel, which effdense does not run under; "
-                "use one process per device with torch.nn.parallel.DistributedDataParallel (DDP)"
-            )
-    found = ConversionReport(model)
-    blocks = _convert_blocks(model, found)
-    if blocks:
-        _convert_readers(model, found)
+    _check_model(model)
+    report, changed = _change_classes(model)
     try:
         set_save(model, save)
     except ValueError:
-        revert(model)
+        _restore_classes(changed)
         raise
     for module in model.modules():
         if isinstance(module, (BlockForward, TransitionForward, SequentialForward)):
             module.backend = backend
-    if report:
-        return found
-    _warn(found)
+    _warn(model, report)
     return model
+
+
+def conversion_report(model: nn.Module) -> ConversionReport:
+    """What :func:`convert` would do to a model, which stays as it is; print it for a table.
+
+    Raises:
+        ValueError: for an nn.DataParallel.
+    """
+    _check_model(model)
+    report, changed = _change_classes(model)
+    _restore_classes(changed)
+    return report
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -216,6 +189,32 @@ def revert(model: nn.Module) -> nn.Module:
                 vars(module).pop(name, None)
             module.__class__ = module.original  # type: ignore[assignment]
     return model
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel):
+            raise ValueError(
+                f"{name or 'the model'} is an nn.DataParallel, which effdense does not run under; "
+                "use one process per device with torch.nn.parallel.DistributedDataParallel (DDP)"
+            )
+
+
+def _change_classes(model: nn.Module) -> tuple[ConversionReport, list[nn.Module]]:
+    """What was found in a model, and the modules whose class was changed for it."""
+    before = {module: type(module) for module in model.modules()}
+    report = ConversionReport()
+    if _convert_blocks(model, report):
+        _convert_readers(model, report)
+    return report, [module for module, kind in before.items() if type(module) is not kind]
+
+
+def _restore_classes(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        assert isinstance(module, _Converted)
+        module.__class__ = module.original  # type: ignore[assignment]
 
 
 def _convert_blocks(model: nn.Module, found: ConversionReport) -> list[Any]:
@@ -308,29 +307,33 @@ def _convert_readers(model: nn.Module, found: ConversionReport) -> None:
         if child is not module
     }
     for name, module in list(model.named_modules()):
-        if id(module) in inside or isinstance(module, (BlockForward, TransitionForward)):
+        if id(module) in inside or isinstance(module, BlockForward):
             continue
-        if _looks_like_transition(module):
-            objection = _class_objection(module, ("plain", "backend"))
-            parts = read_transition(module, type(module)) if objection is None else objection
+        converted = isinstance(module, TransitionForward)
+        if converted or _looks_like_transition(module):
+            objection = None if converted else _class_objection(module, ("plain", "backend"))
+            original = module.original if converted else type(module)
+            parts = read_transition(module, original) if objection is None else objection
             if isinstance(parts, str):
                 if any("pool" in child for child in module._modules):
                     found.left.append((name, parts))
                 continue
-            _change_class(module, "transition")
+            if not converted:
+                _change_class(module, "transition")
             growth = f"{parts.conv.in_channels} to {parts.conv.out_channels} channels"
             found.converted.append((name, f"transition, {growth}"))
     for name, module in list(model.named_modules()):
-        if (
+        converted = isinstance(module, SequentialForward)
+        if converted or (
             type(module).forward is nn.Sequential.forward
             and any(
                 isinstance(child, BlockForward) and child.fused_layers
                 for child in module.children()
             )
-            and not isinstance(module, SequentialForward)
             and _class_objection(module, ("plain", "backend")) is None
         ):
-            _change_class(module, "sequence")
+            if not converted:
+                _change_class(module, "sequence")
             found.converted.append((name, "sequence: blocks and transitions run together"))
 
 
@@ -363,11 +366,11 @@ def _change_class(module: nn.Module, kind: Kind) -> None:
     module.__class__ = _class_for(kind, type(module))
 
 
-def _warn(found: ConversionReport) -> None:
+def _warn(model: nn.Module, found: ConversionReport) -> None:
     blocks = [what for _, what in found.converted if what.startswith("dense block")]
     if not blocks and not found.left:
         warnings.warn(
-            f"effdense: no dense block found in this {type(found.model).__name__}; it is unchanged",
+            f"effdense: no dense block found in this {type(model).__name__}; it is unchanged",
             stacklevel=3,
         )
     elif found.left:

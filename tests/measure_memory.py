@@ -46,7 +46,7 @@ def main(job: dict[str, Any]) -> dict[str, int]:
                     layer.norm1 = torch.nn.GroupNorm(1, layer.norm1.num_features)
                     layer.norm2 = torch.nn.GroupNorm(1, layer.norm2.num_features)
         if job["model"] == "converted":
-            effdense.convert(model, report=True)
+            effdense.convert(model)
         return model
 
     def infer(model: torch.nn.Module, batch: int, size: int) -> int:

@@ -80,7 +80,7 @@ def other_people_s_models() -> None:
     from torchvision.models import DenseNet
 
     model = DenseNet(4, (2, 2), 8, num_classes=3)
-    report = effdense.convert(model, report=True)
+    report = effdense.conversion_report(model)
     assert len(report.converted) >= 2, str(report)
     model(torch.randn(2, 3, 32, 32)).sum().backward()
 

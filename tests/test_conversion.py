@@ -145,6 +145,13 @@ def _pair(
     return copy.deepcopy(naive), naive
 
 
+def _convert(model: nn.Module, *settings: str) -> nn.Module:
+    """Converted, whatever is left as it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "effdense: left as they are")
+        return effdense.convert(model, *settings)  # type: ignore[arg-type]
+
+
 def _freeze_norms(model: nn.Module) -> None:
     for norm in norms_of(model):
         norm.eval()
@@ -165,7 +172,7 @@ def test_a_converted_model_equals_the_original(name: str) -> None:
     build, shape, stages, recomputed = MODELS[name]
     ours, naive = _pair(build)
     keys = list(ours.state_dict())
-    assert effdense.convert(ours, report=True).model is ours
+    assert _convert(ours) is ours
     assert list(ours.state_dict()) == keys
     assert _recomputed_in(ours) == recomputed
     x = images(*shape)
@@ -182,7 +189,7 @@ def test_a_converted_model_equals_the_original(name: str) -> None:
 def test_revert_restores_every_module(name: str) -> None:
     model = MODELS[name][0]()
     before = [(id(m), type(m), set(vars(m))) for m in model.modules()]
-    effdense.convert(model, report=True)
+    _convert(model)
     changed = [m for m in model.modules() if isinstance(m, effdense.conversion._Converted)]
     assert changed
     assert all(isinstance(m, type(m).original) for m in changed)
@@ -324,7 +331,7 @@ def test_a_block_that_cannot_be_honoured_is_left_by_name(name: str) -> None:
     x = images(2, 3, 37, 33)
     assert_same_step(step(ours, x), step(naive, x))
     assert stages_in(ours(x)) == 1
-    report = effdense.convert(effdense.revert(ours), report=True)
+    report = effdense.conversion_report(effdense.revert(ours))
     assert [where for where, _ in report.left] == ["features.denseblock2"]
     assert reason in str(report)
     assert "features.denseblock1" in [where for where, _ in report.converted]
@@ -354,8 +361,9 @@ def test_shared_norms_are_recomputed_in_the_originals_order() -> None:
     ours, naive = _pair(_torchvision)
     for model in (ours, naive):
         _share_norm(model.get_submodule("features.denseblock2"))
-    report = effdense.convert(ours, report=True)
+    report = effdense.conversion_report(ours)
     assert "recomputed" in dict(report.converted)["features.denseblock2"]
+    effdense.convert(ours)
     x = images(2, 3, 37, 33)
     assert_same_step(step(ours, x), step(naive, x))
 
@@ -372,18 +380,33 @@ def test_a_block_used_twice_equals_the_original() -> None:
             return self.same(self.back(self.block(x)))
 
     ours, naive = _pair(Twice)
-    report = effdense.convert(ours, report=True)
+    report = effdense.conversion_report(ours)
     assert [name for name, _ in report.converted] == ["block"]
+    effdense.convert(ours)
     assert_same_step(step(ours, images(2, 6, 5, 7)), step(naive, images(2, 6, 5, 7)))
 
 
 def test_lookalikes_are_not_converted() -> None:
     ours, naive = _pair(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), WrongWidthChain(6, 3)))
-    report = effdense.convert(ours, report=True)
+    report = effdense.conversion_report(ours)
     assert report.converted == []
     assert "no chain of concatenations" in str(report)
+    with pytest.warns(UserWarning, match="left as they are"):
+        effdense.convert(ours)
     x = images(2, 3, 9, 9)
     assert torch.equal(ours(x), naive(x))
+
+
+def test_a_report_changes_nothing() -> None:
+    model = nn.Sequential(_torchvision(), UsersChain(5, 3, 2), WrongWidthChain(6, 3))
+    before = [(type(m), dict(vars(m))) for m in model.modules()]
+    report = effdense.conversion_report(model)
+    assert (len(report.converted), len(report.left)) == (5, 1)
+    assert [(type(m), dict(vars(m))) for m in model.modules()] == before
+    effdense.convert(model[0])
+    before = [(type(m), dict(vars(m))) for m in model.modules()]
+    assert str(effdense.conversion_report(model)) == str(report)
+    assert [(type(m), dict(vars(m))) for m in model.modules()] == before
 
 
 @pytest.mark.parametrize("build", [torchvision.models.resnet18, torchvision.models.vgg11_bn])
@@ -459,7 +482,7 @@ def converted(request: Any) -> tuple[nn.Module, nn.Module, Tensor]:
     """A model of each kind, converted, and its original; and an input."""
     build, shape, *_ = MODELS[request.param]
     ours, naive = _pair(build)
-    effdense.convert(ours, report=True)
+    _convert(ours)
     return ours, naive, images(*shape)
 
 
@@ -487,7 +510,7 @@ def test_copies_pickles_and_state_dicts(converted: Any) -> None:
 def test_converting_twice_changes_the_settings_only(converted: Any) -> None:
     ours, _, _ = converted
     types = [type(m) for m in ours.modules()]
-    effdense.convert(ours, "input", "torch", report=True)
+    _convert(ours, "input", "torch")
     assert [type(m) for m in ours.modules()] == types
     assert {m.save for m in ours.modules() if hasattr(m, "save")} == {"input"}
 
@@ -564,7 +587,8 @@ def test_data_distributed_parallel(converted: Any, when: str) -> None:
         effdense.revert(ours)
     parallel = DistributedDataParallel(ours)
     if when == "after":
-        report = effdense.convert(parallel, report=True)
+        report = effdense.conversion_report(parallel)
+        _convert(parallel)
         assert all(name.startswith("module.") for name, _ in report.converted)
     assert_same_step(step(ours, x, call=parallel), step(naive, x))
 
@@ -575,8 +599,9 @@ def test_synchronised_batch_norm_of_one_process(when: str) -> None:
     ours, naive = _pair(_torchvision)
     synchronise = nn.SyncBatchNorm.convert_sync_batchnorm
     if when == "before":
-        report = effdense.convert(synchronise(ours), report=True)
-        assert not report.left
+        ours = synchronise(ours)
+        assert not effdense.conversion_report(ours).left
+        effdense.convert(ours)
     else:
         effdense.convert(ours)
         ours = synchronise(ours)
@@ -638,7 +663,7 @@ def test_a_lightning_trainer_takes_a_step() -> None:
 
     batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, target), 4)
     task = effdense.convert(Task(ours))
-    assert "model.features.denseblock1" in dict(effdense.convert(task, report=True).converted)
+    assert "model.features.denseblock1" in dict(effdense.conversion_report(task).converted)
     options = {"max_steps": 1, "accelerator": "cpu", "logger": False, "barebones": True}
     lightning.Trainer(**options).fit(task, batches)
     lightning.Trainer(**options).fit(Task(naive), batches)
@@ -662,14 +687,15 @@ def test_a_model_on_meta_is_converted() -> None:
     effdense.recognition.proving._proofs.clear()
     with torch.device("meta"):
         model = _torchvision()
-    report = effdense.convert(model, report=True)
+    report = effdense.conversion_report(model)
     assert len(report.converted) == 4
     assert all(p.is_meta for p in model.parameters())
 
 
 def test_a_users_own_chain_is_recomputed() -> None:
     ours, naive = _pair(lambda: UsersChain(5, 3, 4))
-    report = effdense.convert(ours, report=True)
+    report = effdense.conversion_report(ours)
+    effdense.convert(ours)
     assert dict(report.converted) == {"": "dense block, 4 layers, each recomputed in backward"}
     x = images(2, 5, 7, 6)
     assert_same_step(_random_step(ours, x), _random_step(naive, x))

@@ -320,7 +320,7 @@ def test_a_plan_for_a_converted_model(network: effdense.DenseNet) -> None:
             for layer in model.modules():
                 if isinstance(layer, reference.DenseLayer):
                     layer.norm1 = nn.GroupNorm(1, layer.norm1.num_features)
-        effdense.convert(model, report=True)
+        effdense.convert(model)
         most = effdense.plan(model, SHAPE, "64GiB")
         assert most.slowdown == 1
         # recomputed layers keep the same in either mode

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from ..conversion import convert
+from ..conversion import conversion_report
 from . import Commands
 from .network import add_model_argument, network_of
 
@@ -15,8 +15,8 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "convert-report",
         help="list what effdense.convert would make linear in a model, what not, and why",
-        description="Build a model on the meta device, convert it and list what was converted, "
-        "what was left and why. "
+        description="Build a model on the meta device and list what effdense.convert would make "
+        "linear in it, what it would leave and why. "
         "For example: python -m effdense convert-report torchvision.models:densenet121",
     )
     add_model_argument(parser)
@@ -26,4 +26,4 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     with torch.device("meta"):
         model = network_of(options).naive()
-    print(convert(model, report=True))
+    print(conversion_report(model))

@@ -170,7 +170,7 @@ class Comparison:
 
     def _hidden_states(self) -> Iterator[Row]:
         twins, errors = self._twins.copies(), _Largest()
-        convert(twins.ours, "bottlenecks", report=True)
+        convert(twins.ours, "bottlenecks")
         seen, found = 0, _hidden(twins, self._input(0))
         for kind, name, actual, expected in found:
             seen += kind in (_INPUT, _RECOMPUTED)
@@ -202,7 +202,7 @@ class Comparison:
         steps: dict[str, Step] = {}
         for save in ("features", "bottlenecks", "input", "all"):
             ours = copy.deepcopy(self._twins.ours)
-            convert(ours, save, report=True)
+            convert(ours, save)
             steps[save] = _step(ours, self._input(0), training_loss)
         base = steps.pop("features")
         for save, found in steps.items():
