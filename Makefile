@@ -39,13 +39,13 @@ docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict --site-dir site
 
 dist: $(STAMP)
-	$(BIN)/python tests/release.py $(ARGS)
+	$(BIN)/python tests/project/release.py $(ARGS)
 
 audit: $(STAMP)
 	$(BIN)/python -m effdense.kernels.audit $(ARGS)
 
 chaos: $(STAMP)
-	$(BIN)/python tests/engine/chaos.py $(ARGS)
+	$(BIN)/python -m tests.helpers.chaos $(ARGS)
 
 RACE := --providers naive naive-channels-last checkpoint effdense-bottlenecks effdense-features
 

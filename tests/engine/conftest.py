@@ -3,16 +3,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from ranks import RUN, Ranks
 
-REPOSITORY = Path(__file__).parents[2]
-Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+from tests.helpers.launch import Launch
+from tests.helpers.ranks import RUN, Ranks
 
 
 @pytest.fixture
@@ -61,15 +59,3 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def error_lines(process: subprocess.CompletedProcess[str]) -> list[str]:
-    """What the run itself says went wrong; torchrun's own report is not counted."""
-    return [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-
-
-def flags(**options: Any) -> list[object]:
-    """The command line's spelling of options."""
-    return [
-        part for key, value in options.items() for part in (f"--{key}".replace("_", "-"), value)
-    ]

@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import meddlers
 import pytest
 import torch
 import torch.nn.functional as F
-import workers
-from ranks import RUN, Ranks, final_state, wait_for
 from torch import nn
 
 import effdense
@@ -20,6 +17,8 @@ from effdense.engine.distributed import World, joined_world
 from effdense.engine.plots import read
 from effdense.engine.trainer import Trainer
 from effdense.engine.training import run
+from tests.helpers import meddlers, workers
+from tests.helpers.ranks import RUN, Ranks, final_state, wait_for
 
 
 def test_a_step_in_parts_is_the_step_of_the_whole_batch(tmp_path: Path) -> None:

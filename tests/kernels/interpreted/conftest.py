@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_arena import CANARY, GUARD
+
+from tests.helpers.kernel_arena import CANARY, GUARD
 
 
 @pytest.fixture(autouse=True)

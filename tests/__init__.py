@@ -1,0 +1,1 @@
+"""The tests, by subject. A package, because installed ones call theirs `tests` too."""

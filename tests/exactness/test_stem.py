@@ -1,0 +1,169 @@
+"""The ImageNet stem: which convolutions run as part of it, and that all equal the naive stem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import effdense
+from tests.helpers.compare import assert_identical, assert_same_step, images, step, twins
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory", "each_backend")
+
+fused_saves = pytest.mark.parametrize("save", [s for s in effdense.SAVE_MODES if s != "all"])
+
+
+class _Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def _conv0(change: Callable[[Any], object]) -> Callable[[Any], None]:
+    return lambda model: change(model.features.conv0)  # type: ignore[return-value]
+
+
+def _replace(name: str, build: Callable[[], nn.Module]) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        torch.manual_seed(1)
+        setattr(model.features, name, build().double())
+
+    return change
+
+
+def _frozen(*names: str) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        for name in names:
+            model.features.get_submodule(name).requires_grad_(False)
+
+    return change
+
+
+def _bias(conv: Any) -> None:
+    # the gradient of a bias before a batch norm is zero up to rounding
+    conv.bias = nn.Parameter(torch.ones(conv.out_channels).double(), False)
+
+
+# what is done to a network, and whether its convolution runs as part of the stem
+CHANGES: dict[str, tuple[Callable[[Any], object], bool]] = {
+    "nothing": (lambda model: None, True),
+    "convolution frozen": (_frozen("conv0"), True),
+    "all frozen": (_frozen("conv0", "norm0"), True),
+    "dilated": (_replace("conv0", lambda: nn.Conv2d(3, 6, 3, 1, 2, 2, bias=False)), True),
+    "uneven": (
+        _replace("conv0", lambda: nn.Conv2d(3, 6, (3, 5), (2, 1), (0, 3), bias=False)),
+        True,
+    ),
+    "groups": (_replace("conv0", lambda: nn.Conv2d(3, 6, 3, groups=3, bias=False)), True),
+    "pooling": (_replace("pool0", lambda: nn.MaxPool2d(3, 1, 1, 2, ceil_mode=True)), True),
+    "channels-last weights": (lambda model: model.to(memory_format=torch.channels_last), True),
+    "forward hook": (_conv0(lambda x: x.register_forward_hook(lambda m, i, o: 2 * o)), False),
+    "parametrised": (
+        _conv0(lambda x: parametrize.register_parametrization(x, "weight", _Doubled())),
+        False,
+    ),
+    "bias": (_conv0(_bias), False),
+    "padded by reflection": (
+        _replace(
+            "conv0", lambda: nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect", bias=False)
+        ),
+        False,
+    ),
+    "padded by name": (
+        _replace("conv0", lambda: nn.Conv2d(3, 6, 3, padding="same", bias=False)),
+        False,
+    ),
+}
+
+
+def _operations(output: Tensor) -> set[str]:
+    waiting, seen = [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return {type(node).__name__ for node in seen}
+
+
+@fused_saves
+@pytest.mark.parametrize("input_grad", [True, False])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_stem_equals_naive(name: str, input_grad: bool, save: str) -> None:
+    change, runs_fused = CHANGES[name]
+    ours, naive = twins(save, small_inputs=False)
+    change(ours), change(naive)
+    x = images(3, 3, 29, 26)
+    for _ in range(2):
+        expected = step(naive, x, input_grad=input_grad)
+        assert_same_step(step(ours, x, input_grad=input_grad), expected)
+    found = _operations(ours(x.clone().requires_grad_(input_grad)))
+    assert ("ConvolutionBackward0" in found) == (not runs_fused)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_save_modes_agree_bit_for_bit(dims: int) -> None:
+    x = images(3, 3, *(39, 30, 17)[:dims], dtype=torch.float32)
+    nets = [
+        twins(save, small_inputs=False, spatial_dims=dims, dtype=torch.float32)[0]
+        for save in ("bottlenecks", "features", "input")
+    ]
+    kept, *recomputed = [step(ours, x) for ours in nets]
+    for each in recomputed:
+        assert_identical(each, kept)
+
+
+def test_the_first_block_says_what_the_stem_keeps() -> None:
+    ours, _ = twins(small_inputs=False)
+    x = images(2, 3, 64, 64)
+    kept = {}
+    for save in ("features", "bottlenecks"):
+        ours.save = [save, "input"]  # type: ignore[list-item]
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            ours(x)
+        kept[save] = sizes.count(2 * 32 * 32 * 6)
+    assert kept == {"features": 0, "bottlenecks": 1}
+
+
+@fused_saves
+def test_images_changed_before_backward_are_noticed(save: str) -> None:
+    ours, _ = twins(save, small_inputs=False)
+    x = images(2, 3, 29, 26)
+    loss = ours(x).sum()
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@fused_saves
+def test_a_second_backward_gives_the_same_gradients(save: str) -> None:
+    ours, _ = twins(save, small_inputs=False)
+    loss = ours(images(2, 3, 29, 26)).square().sum()
+    parameters = list(ours.features.conv0.parameters()) + list(ours.features.norm0.parameters())  # type: ignore[operator, union-attr]
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, parameters)))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 29, 26), (3, 29, 26), (2, 4, 29, 26)])
+def test_an_input_that_does_not_fit_a_converted_stem_is_refused_as_by_the_original(
+    shape: tuple[int, ...],
+) -> None:
+    _, naive = twins(small_inputs=False)
+    ours = effdense.convert(twins(small_inputs=False)[1])
+    try:
+        expected = naive(images(*shape))
+    except (RuntimeError, ValueError):
+        with pytest.raises((RuntimeError, ValueError)):
+            ours(images(*shape))
+    else:
+        assert ours(images(*shape)).shape == expected.shape

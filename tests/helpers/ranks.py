@@ -1,0 +1,181 @@
+"""Runs of the engine in real processes that start fast, to be killed.
+
+The processes are forks of a server that has imported torch and the engine once, which takes
+longer than the runs themselves. Each joins the others as it would under torchrun; what torchrun
+itself does is tested in test_faults.py.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import torch
+
+RUN: list[object] = [
+    *("--data", "fake", "--depth", 10, "--growth-rate", 4, "--image-size", 8, "--epochs", 2),
+    *("--drop-rate", 0.2, "--augment", "standard", "--threads", 1),
+    *("--checkpoint-steps", 3, "--work-dir", "run"),
+]
+"""A run of a second, of two epochs of 10 steps, with everything random that there is."""
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["effdense.engine.training", "torchvision.transforms.v2", "sklearn.datasets"]
+)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _main(
+    rank: int,
+    world_size: int,
+    port: int,
+    arguments: Sequence[str],
+    folder: Path,
+    meddle: Callable[[int], None] | None,
+) -> None:
+    from effdense.engine.config import parse_command_line
+    from effdense.engine.training import run
+    from effdense.errors import one_line_errors
+
+    # the server's way of starting processes is not for the loaders
+    multiprocessing.set_start_method("fork", force=True)
+    os.chdir(folder)
+    with open(f"rank-{rank}.txt", "ab", buffering=0) as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    if meddle is not None:
+        meddle(rank)
+    with one_line_errors():
+        run(parse_command_line(arguments))
+
+
+class Ranks:
+    """The processes of one run, started.
+
+    Args:
+        folder: their working directory; what rank N says is added to ``rank-N.txt``.
+        arguments: as for train_ddp.py.
+        world_size: how many.
+        meddle: called in each process with its rank before the run begins; picklable.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        arguments: Sequence[object],
+        world_size: int = 1,
+        meddle: Callable[[int], None] | None = None,
+    ) -> None:
+        self.folder = folder
+        port = _free_port()
+        words = [str(argument) for argument in arguments]
+        self.processes: list[ForkServerProcess] = [
+            _context.Process(target=_main, args=(rank, world_size, port, words, folder, meddle))
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
+    def running(self) -> list[int]:
+        """The ranks that have not ended."""
+        return [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
+
+    def send(self, rank: int, number: int) -> None:
+        """Send a signal to one process, if it is still there."""
+        pid = self.processes[rank].pid
+        assert pid is not None
+        if self.processes[rank].exitcode is None:
+            os.kill(pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL for all that are left."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def wait(self, timeout: float = 120) -> list[int | None]:
+        """Every process's exit status, in the order of ranks; None for one that goes on."""
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def first_status(self, rank: int = 0, timeout: float = 60) -> int | None:
+        """How one process ended; the others, which would wait for it to be heard, are killed."""
+        self.processes[rank].join(timeout)
+        status = self.processes[rank].exitcode
+        self.kill()
+        return status
+
+    def said(self, rank: int = 0) -> str:
+        """What a rank has printed, all runs in this folder together."""
+        path = self.folder / f"rank-{rank}.txt"
+        return path.read_text() if path.exists() else ""
+
+
+def wait_for(what: Callable[[], object], timeout: float = 60) -> None:
+    """Return when ``what()`` is true."""
+    end = time.monotonic() + timeout
+    while not what():
+        if time.monotonic() > end:
+            raise TimeoutError("it did not happen")
+        time.sleep(0.005)
+
+
+def final_state(work_dir: Path) -> dict[str, object]:
+    """All that a finished run leaves that must be the same bits: weights, state, CSV files.
+
+    Of the newest checkpoint everything is compared: parameters, optimiser, scaler, position,
+    and every rank's buffers, random state and scores.
+    """
+    newest = max((work_dir / "checkpoints").glob("epoch-*"))
+    files = [*sorted(newest.glob("*.pt")), work_dir / "model.pt"]
+    state: dict[str, object] = {
+        str(file.relative_to(work_dir)): _plain(torch.load(file, weights_only=True))
+        for file in files
+    }
+    for name in ("train.csv", "test.csv"):
+        state[name] = (work_dir / name).read_bytes()
+    return state
+
+
+def _plain(value: object) -> object:
+    """Tensors as their dtype, shape and bytes, so that ``==`` compares bits."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit("this is for the tests to import")

@@ -1,0 +1,283 @@
+"""The compiled loops: every operation against torch's, for any number of threads; compiling."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from effdense.backends import cpu_library, select
+from effdense.backends.base import Normalization, PendingNorm, Rebuild
+from effdense.backends.cpu_backend import CpuBackend
+from effdense.backends.torch_backend import TorchBackend
+from tests.helpers.compare import assert_close
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+THREADS = [1, 2, 3, 7]
+SHAPES = [
+    *[(3, 7, 5), (2, 1, 1), (1, 9, 130), (1, 1, 3), (5, 8, 8)],
+    *[(5, 13), (1, 700), (4, 3, 5, 4), (1, 6, 3, 2), (2, 2, 7, 40)],
+]
+
+
+@pytest.fixture(params=THREADS, autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def normal(*size: int) -> Tensor:
+    return torch.randn(size, dtype=torch.float64)
+
+
+def norm_of(c: int) -> Normalization:
+    return Normalization(normal(c), torch.rand(c).double() + 0.5, normal(c), normal(c))
+
+
+def both(operation: str, *args: object) -> tuple[list[Tensor], list[Tensor]]:
+    """What the loops and torch return, and what they leave in the tensors they were given."""
+    results = []
+    for backend in (CpuBackend(torch.float64), TorchBackend()):
+        given = [a.clone() if isinstance(a, Tensor) else a for a in args]
+        # a column of a wider buffer stays one
+        given = [strided(a) if isinstance(a, Tensor) and a.dim() == 2 else a for a in given]
+        returned = getattr(backend, operation)(*given)
+        flat = [returned] if isinstance(returned, Tensor) else list(returned or ())
+        results.append([t for t in [*flat, *given] if isinstance(t, Tensor)])
+    ours, theirs = results
+    return ours, theirs
+
+
+def strided(matrix: Tensor) -> Tensor:
+    wide = torch.full((matrix.shape[0], matrix.shape[1] + 3), 7.0, dtype=matrix.dtype)
+    wide[:, 1:-2] = matrix
+    return wide[:, 1:-2]
+
+
+def compare(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if b.numel():
+            assert_close(a, b, 1e-12, f"result {i}")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 300, 1031])
+def test_matrix_operations_equal_torch(rows: int) -> None:
+    c = 13
+    x, norm = normal(rows, c) + 50, norm_of(c)
+    compare(*both("statistics", x))
+    compare(*both("bn_relu", x, norm, normal(rows, c)))
+    correction = (normal(c), normal(c), float(rows))
+    for given in (correction, None):
+        compare(*both("bn_relu_backward_apply", x, norm, normal(rows, c), given))
+    s, t = normal(c), normal(c)
+    given = (normal(rows, c), x, norm.mean, s, t, float(rows), normal(rows, c))
+    compare(*both("finish_gradient", *given))
+    for channels in (slice(None), None, torch.tensor([0, 4, 12])):
+        ours, theirs = both(
+            "bn_relu_backward_reduce", x, norm, normal(rows, c), None, None, channels
+        )
+        if isinstance(channels, slice):
+            compare(ours, theirs)
+        else:
+            compare(ours[:2], theirs[:2])
+    compare(*both("bn_relu_backward_accumulate", x, norm, normal(rows, c), normal(rows, c)))
+
+
+@pytest.mark.parametrize("small_betas", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "c", "b"), [(1, 3, 11), (50, 37, 11), (1031, 200, 11), (77, 75, 52)]
+)
+def test_products_equal_torch(rows: int, c: int, b: int, small_betas: bool) -> None:
+    narrower = max(1, c - 5)
+    x, norm, weight = normal(rows, c), norm_of(c), normal(b, c)
+    if small_betas:
+        # so that T comes from the weight's gradient, in all channels or in all but one
+        norm = norm._replace(shift=norm.scale * (0.1 - norm.mean))
+        norm.shift[c // 2] += rows % 2
+    results = []
+    for backend in (CpuBackend(torch.float64), TorchBackend()):
+        out = torch.empty(rows, b, dtype=torch.float64)
+        found = backend.bn_relu_conv1x1(x, norm, weight, out, True)
+        results.append([out, *(found or ())])
+    compare(*results)
+    dy, y, d = normal(rows, b), normal(rows, b), normal(rows, c + 2)
+    pending_norm, correction = norm_of(b), (normal(b), normal(b), float(rows))
+    again = norm_of(narrower), normal(b, narrower)
+    for with_pending, with_rebuild in itertools.product((False, True), repeat=2):
+        results = []
+        for backend in (CpuBackend(torch.float64), TorchBackend()):
+            own_d, own_y = d.clone(), y.clone()
+            pending = PendingNorm(own_y, pending_norm, correction) if with_pending else None
+            rebuild = Rebuild(*again, own_y) if with_rebuild else None
+            found = backend.bn_relu_conv1x1_backward(
+                x, norm, weight, dy.clone(), own_d[:, :c], True, pending, rebuild
+            )
+            results.append([*found, own_d, own_y])
+        compare(*results)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("b", "k"), [(11, 4), (3, 1)])
+def test_the_convolution_and_its_backward_equal_torch(
+    shape: tuple[int, ...], b: int, k: int
+) -> None:
+    rows = math.prod(shape)
+    norm, weight = norm_of(b), normal(k, b, *[3] * (len(shape) - 1))
+    source, dout = normal(rows, b), normal(rows, k)
+    compare(*both("bn_relu_conv3", source, norm, weight, shape, normal(rows, k)))
+    for need_weight, into_d in itertools.product((True, False), repeat=2):
+        results = []
+        for backend in (CpuBackend(torch.float64), TorchBackend()):
+            dz, d = torch.zeros(rows, b).double(), torch.ones(rows, b + 2).double()
+            targets = (None, d[:, :b]) if into_d else (dz, None)
+            found = backend.bn_relu_conv3_backward(
+                strided(source), norm, weight, dout.clone(), shape, need_weight, *targets
+            )
+            backend.bn_relu_backward_apply(source, norm, dz, None)
+            results.append([t for t in [*found, dz, d] if t is not None])
+        masked = source * norm.scale + norm.shift > 0
+        for result in results:
+            result[-2] *= masked
+        compare(*results)
+
+
+def test_the_same_bits_every_time() -> None:
+    backend = CpuBackend(torch.float32)
+    rows, c, b = 3000, 100, 24
+    x, weight = torch.randn(rows, c), torch.randn(b, c)
+    norm = Normalization(torch.randn(c), torch.rand(c), torch.randn(c), torch.randn(c))
+    dy = torch.randn(rows, b)
+
+    def once() -> list[Tensor]:
+        d = torch.zeros(rows, c)
+        dw, s, t = backend.bn_relu_conv1x1_backward(x, norm, weight, dy, d, True)
+        assert dw is not None
+        return [dw, s, t, d]
+
+    first = once()
+    for _ in range(3):
+        for a, b_ in zip(once(), first, strict=True):
+            assert torch.equal(a, b_)
+
+
+def test_nan_is_passed_on_as_by_torch() -> None:
+    x = normal(40, 6)
+    x[3, 2] = math.nan
+    ours, theirs = both("bn_relu", x, norm_of(6), normal(40, 6))
+    assert ours[-1][3, 2].isnan()
+    assert torch.equal(ours[-1].isnan(), theirs[-1].isnan())
+
+
+def test_variance_of_a_large_mean_keeps_its_accuracy() -> None:
+    x = torch.randn(5000, 7) + 3000
+    mean, var = CpuBackend(torch.float32).statistics(x)
+    assert_close(mean.double(), x.double().mean(0), 1e-6)
+    assert_close(var.double(), x.double().var(0, unbiased=False), 1e-4)
+
+
+# ------------------------------------------------------------------------------ compiling
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, threads: int) -> Iterator[Path]:
+    """A process that has loaded nothing yet, with an empty cache directory."""
+    if threads > 1:
+        pytest.skip("threads make no difference")
+    monkeypatch.delenv("EFFDENSE_BACKEND", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_library.load.cache_clear()
+    select.fault.cache_clear()
+    yield tmp_path
+    cpu_library.load.cache_clear()
+    select.fault.cache_clear()
+
+
+CPU = torch.device("cpu")
+
+
+def test_the_loops_are_compiled_once_and_without_warnings(unloaded: Path) -> None:
+    CpuBackend(torch.float32)
+    [made] = (unloaded / "effdense" / "loops").iterdir()
+    cpu_library.load.cache_clear()
+    before = made.stat().st_mtime_ns
+    CpuBackend(torch.float32)
+    assert made.stat().st_mtime_ns == before
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    assert compiler is not None
+    strict = ["-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-fopenmp"]
+    subprocess.run([compiler, *strict, cpu_library._SOURCES / "loops.c"], check=True)
+
+
+@pytest.mark.parametrize("march", ["haswell", "ivybridge", "x86-64"])
+def test_the_loops_for_lesser_processors(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch, march: str
+) -> None:
+    flags = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
+    if " avx2 " not in flags or " fma " not in flags:
+        pytest.skip("this processor is not a greater one")
+    compiler = unloaded / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec cc "$@" -march={march}\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    torch.set_num_threads(2)
+    test_matrix_operations_equal_torch(300)
+    for small_betas in (False, True):
+        test_products_equal_torch(77, 75, 52, small_betas)
+    for shape in ((3, 7, 5), (2, 2, 7, 40)):
+        test_the_convolution_and_its_backward_equal_torch(shape, 11, 4)
+    assert len(list((unloaded / "effdense" / "loops").iterdir())) == 1
+
+
+@pytest.mark.parametrize("fault", ["absent", "broken"])
+def test_without_a_compiler_auto_is_torch_and_says_so_once(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler" if fault == "absent" else "false")
+    with pytest.warns(RuntimeWarning, match="compiled loops.*torch operations are used instead"):
+        assert select.get_backend("auto", CPU, torch.float32).name == "torch"
+    assert select.get_backend("auto", CPU, torch.float32).name == "torch"
+    with pytest.raises(ValueError, match='backend="cpu" needs a C compiler'):
+        select.get_backend("cpu", CPU, torch.float32)
+    assert not list(unloaded.rglob("*.so"))
+
+
+def test_types_and_devices_without_loops(unloaded: Path) -> None:
+    with pytest.raises(ValueError, match=r"float32 or float64 on a CPU, got torch.bfloat16"):
+        select.get_backend("cpu", CPU, torch.bfloat16)
+    assert select.get_backend("auto", CPU, torch.bfloat16).name == "torch"
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (unloaded / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(unloaded / "file"))
+    assert select.get_backend("auto", CPU, torch.float32).name == "cpu"
+
+
+def test_many_processes_may_compile_at_once(unloaded: Path) -> None:
+    code = (
+        "import torch; from effdense.backends.cpu_backend import CpuBackend; "
+        "CpuBackend(torch.float32)"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(unloaded), "OMP_NUM_THREADS": "1"}
+    started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    assert [process.wait() for process in started] == [0, 0, 0]
+    assert len(list((unloaded / "effdense" / "loops").iterdir())) == 1

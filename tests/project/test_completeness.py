@@ -1,0 +1,89 @@
+"""What is added in one place is known in the others: kernels, operations, save modes, names.
+
+CONTRIBUTING.md says where each goes; these tests say what was forgotten.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+
+import effdense
+from effdense.backends.base import Backend
+from effdense.backends.select import BACKENDS, self_check
+from effdense.backends.torch_backend import TorchBackend
+from effdense.engine import config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def choices(option: str) -> tuple[str, ...]:
+    """What an option of the training script may be."""
+    return get_args(get_type_hints(config.TrainConfig)[option])
+
+
+def test_the_training_script_knows_every_save_mode_and_backend() -> None:
+    # its options stand apart because its help must not wait for torch
+    assert choices("save") == effdense.SAVE_MODES
+    assert sorted(choices("backend")) == sorted(BACKENDS)
+
+
+def test_the_training_script_knows_every_network() -> None:
+    networks = {name for name in effdense.__all__ if name.startswith("densenet")}
+    assert set(get_args(config.Arch)) == networks
+
+
+def test_every_data_set_has_a_recipe_and_is_described() -> None:
+    assert set(get_args(config.DataName)) == set(config.RECIPES)
+    readme = (ROOT / "README.md").read_text()
+    for name in config.RECIPES:
+        assert re.search(rf"\b{name}\b", config.DESCRIPTION), name
+        assert re.search(rf"\b{name}\b", readme), name
+
+
+def test_every_save_mode_is_explained() -> None:
+    for page in ("README.md", "docs/derivation.md"):
+        text = (ROOT / page).read_text()
+        assert all(f'| `"{mode}"`' in text for mode in effdense.SAVE_MODES), page
+
+
+def test_the_self_check_runs_every_operation() -> None:
+    called: set[str] = set()
+
+    class Watched(TorchBackend):
+        def __getattribute__(self, name: str) -> Any:
+            called.add(name)
+            return super().__getattribute__(name)
+
+    assert self_check(Watched("cpu"), torch.device("cpu"), torch.float32) is None
+    operations = {name for name in vars(Backend) if callable(getattr(Backend, name))}
+    operations = {name for name in operations if not name.startswith("_")}
+    # these say how to compute, not what
+    assert operations - called <= {"sums_from_products", "images_per_step"}
+    assert len(operations) > 10
+
+
+def test_the_audit_compiles_every_kernel() -> None:
+    pytest.importorskip("triton")
+    declared = set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        declared |= set(re.findall(r"^@jit\ndef (\w+)\(", path.read_text(), re.MULTILINE))
+    code = (
+        "from effdense.kernels import audit\n"
+        "jobs = audit.jobs(['sm_80'], ['fp16'], ['k24', 'k48'])\n"
+        "print(*{job.call.kernel for job in jobs})"
+    )
+    # a process of its own: here Triton may have been imported as an interpreter
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert declared
+    assert declared == set(done.stdout.split())
