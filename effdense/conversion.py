@@ -23,8 +23,9 @@ import torch
 from torch import nn
 
 from .backends.select import check_backend
-from .block.dense_block import Save, check_save
+from .block.dense_block import check_save
 from .block.forwards import BlockForward, SequentialForward, TransitionForward, set_save
+from .choices import Save
 from .recognition.objections import BATCH_NORMS
 from .recognition.parts import input_width, layers_of
 from .recognition.reading import read_block, read_chain, read_transition

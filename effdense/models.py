@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import reference
 from .autocast import autocast_dtype
 from .backends.select import check_backend
-from .block.dense_block import Save, check_save
+from .block.dense_block import check_save
 from .block.forwards import (
     DenseBlock,
     Features,
@@ -24,6 +24,7 @@ from .block.forwards import (
     set_offload,
     set_save,
 )
+from .choices import Save
 from .recognition.objections import has_hooks, refuse_replica
 from .reference import Init
 from .tracing import graph_is_recorded

@@ -17,18 +17,20 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..choices import BackendName
 from .base import KERNEL_STEP_BYTES, Backend, Normalization, accumulate_dtype
 from .cpu_backend import CpuBackend
 from .cpu_library import DTYPES as LOOP_DTYPES
 from .cpu_library import CannotLoad
 from .torch_backend import TorchBackend
 
-BACKENDS = ("auto", "torch", "cpu", "triton")
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Largest accepted difference in units of the largest value: products of rounded

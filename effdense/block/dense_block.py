@@ -64,11 +64,9 @@ from ..backends.base import Backend, Normalization, PendingNorm, Rebuild, accumu
 from ..backends.layout import channels_first, neighbour_stands_for, pieces
 from ..backends.layout import rows as rows_of
 from ..backends.norm_sums import ALL_CHANNELS, direct_channels, second_sum, zero_sums
+from ..choices import SAVE_MODES, Save
 from ..norms.buffers import NormSpec, normalization
 from ..norms.synchronization import Batch
-
-Save = Literal["all", "bottlenecks", "features", "input"]
-SAVE_MODES: tuple[Save, ...] = ("all", "bottlenecks", "features", "input")
 
 
 def check_save(save: str) -> Save:

@@ -22,6 +22,7 @@ from ..autocast import autocast_dtype
 from ..backends.empty import EmptyBackend
 from ..backends.layout import channels_last
 from ..backends.select import get_backend
+from ..choices import Save
 from ..norms.buffers import batch_of, differing_groups, read_norm, update_running_statistics
 from ..norms.sync_batch_norm import refuse_torchs, sync_batch_norm
 from ..norms.synchronization import synchronises
@@ -29,7 +30,7 @@ from ..recognition.objections import has_hooks, norm_objection, refuse_replica, 
 from ..recognition.parts import BlockParts, TransitionParts
 from ..recognition.reading import read_block, read_chain, read_transition
 from ..tracing import graph_is_recorded, outside_graphs
-from .dense_block import DenseStage, LayerSpec, Save, StageSpec, check_save
+from .dense_block import DenseStage, LayerSpec, StageSpec, check_save
 from .offloading import offload
 from .recomputation import run_chain
 from .stem import run_stem

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..autocast import autocast_dtype
+from ..choices import Save
 from ..recognition.parts import Chain, layers_of
-from .dense_block import Save
 
 
 def run_chain(block: nn.Module, chain: Chain, x: Tensor, save: Save) -> Tensor:

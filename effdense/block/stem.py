@@ -29,12 +29,12 @@ from ..backends.empty import EmptyBackend
 from ..backends.layout import channels_first, channels_last, pieces
 from ..backends.layout import rows as rows_of
 from ..backends.select import get_backend
+from ..choices import Save
 from ..norms.buffers import NormSpec, batch_of, normalization, read_norm, update_running_statistics
 from ..norms.synchronization import Batch
 from ..recognition.objections import BATCH_NORMS, CONVOLUTIONS, has_hooks, module_objection
 from ..recognition.reading import read_norm_relu
 from ..tracing import outside_graphs
-from .dense_block import Save
 
 _MAX_POOL = {nn.MaxPool1d: F.max_pool1d, nn.MaxPool2d: F.max_pool2d, nn.MaxPool3d: F.max_pool3d}
 _MAX_POOL_BACKWARD = (

@@ -31,8 +31,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ..block.dense_block import Save
 from ..block.forwards import dense_blocks, set_offload, set_save
+from ..choices import Save
 from ..machine.memory import available_bytes, parse_size, show_size
 from ..models import densenet_bc
 from ..recognition.reading import read_block

@@ -1,0 +1,117 @@
+"""Command lines from dataclasses: of ``python -m effdense``, ``train_ddp.py`` and the benchmarks.
+
+A field is an option, the string below it its help, the class's docstring what ``--help`` begins
+with. What no type says is checked in ``__post_init__``, by a :class:`UserError`.
+
+Importing this imports no torch: ``--help`` and a mistyped option are answered at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from ..errors import UserError, one_line_errors, speaks_for_all
+
+Options = TypeVar("Options")
+
+
+def main(
+    options: type[Options],
+    run: Callable[[Options], int | None],
+    *,
+    program: str,
+    arguments: Sequence[str] | None = None,
+    description: str | None = None,
+) -> None:
+    """Read the command line and run; a mistake is one line and exit status 2.
+
+    Args:
+        options: as of :func:`parse`.
+        run: returns the exit status, None for 0.
+        program, arguments, description: likewise.
+    """
+    with one_line_errors():
+        status = run(parse(options, arguments, program=program, description=description))
+    if status:
+        sys.exit(status)
+
+
+def parse(
+    options: type[Options],
+    arguments: Sequence[str] | None = None,
+    *,
+    program: str,
+    description: str | None = None,
+) -> Options:
+    """Read the options; prints the help text and exits where that is asked for.
+
+    Args:
+        options: a dataclass.
+        arguments: those of this process, where None.
+        program: what the help text and messages call it.
+        description: instead of the class's docstring.
+
+    Raises:
+        UserError: for an option or value that does not exist.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                options,
+                prog=program,
+                args=list(sys.argv[1:] if arguments is None else arguments),
+                description=description,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+                console_outputs=speaks_for_all(),
+            )
+    except SystemExit as exit_:
+        if exit_.code in (0, None):
+            raise
+        raise UserError(f"{_said(complaint.getvalue())}; see {program} --help") from None
+
+
+def _said(text: str) -> str:
+    """What tyro says in its error box, before its first rule, without the title."""
+    lines = [line.strip("│ ") for line in text.splitlines()]
+    if not text.lstrip().startswith("╭"):
+        # a terminal without UTF-8: the title has a line of its own
+        lines = lines[1:]
+    said: list[str] = []
+    for line in lines:
+        is_rule = line.startswith("╭") or not any(map(str.isalnum, line))
+        if is_rule and said:
+            break
+        if not is_rule:
+            said.append(line)
+    if said[:1] and said[0].startswith("Missing from"):
+        return f"missing: {said[1]}"
+    message = " ".join(said).rstrip(".")
+    for pattern, plain in _PLAIN:
+        message = re.sub(pattern, plain, message)
+    return message
+
+
+# What tyro and Python say of a value, in a user's words.
+_PLAIN = (
+    (
+        r"^Error parsing (\S+): no type matching (?:\{None\}\|)?(.+) could be instantiated "
+        r"from \['(.*)'\]",
+        r"\1 must be \2, got '\3'",
+    ),
+    (
+        r"^Error parsing (\S+): invalid literal for int\(\) with base 10: ",
+        r"\1 must be INT, got ",
+    ),
+    (r"^Error parsing (\S+): could not convert string to float: ", r"\1 must be FLOAT, got "),
+    (r"^Error parsing (\S+): ", r"\1 "),
+    # the name of a nested dataclass's field
+    (r"^[a-z_.]+ (?=--)", ""),
+)
