@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import draw
 import torch
-from harness import machine
 from harness.case import CIFAR_FAMILY, Case, Parser, positive_int
 from harness.report import Recorder, table
 from torch import Tensor, nn
@@ -42,6 +41,7 @@ from effdense.engine.distributed import World, joined_world
 from effdense.engine.networks import make_network
 from effdense.engine.progress import Progress
 from effdense.engine.trainer import Trainer
+from effdense.machine.environment import headline
 
 PROVIDERS = ("naive", "naive-channels-last", "effdense-features")
 DTYPES = ("float32", "float64")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         joined_world("cpu", args.threads) as world,
         Recorder(path, "convergence", "cpu", args.threads) as recorder,
     ):
-        print(machine.headline(recorder.environment))
+        print(headline(recorder.environment))
         runs = [(dtype, seed) for dtype in DTYPES for seed in range(args.seeds)]
         found: dict[str, list[dict[str, Epoch]]] = {dtype: [] for dtype in DTYPES}
         for dtype, seed in tqdm(runs, desc="runs", file=sys.stderr, disable=None):

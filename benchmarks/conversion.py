@@ -16,10 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import machine, packages
-from harness.case import Parser, positive_int, usable_cores
-from harness.measure import run_child
+from harness import child, packages
+from harness.case import Parser, positive_int
 from harness.report import Recorder, mebibytes, quantiles, table
+
+from effdense.machine.environment import headline, usable_cores
+from effdense.machine.measurement import in_fresh_process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.output or Path("results") / "conversion.csv"
     rows = []
     with Recorder(path, "conversion", "cpu", args.threads) as recorder:
-        print(machine.headline(recorder.environment))
+        print(headline(recorder.environment))
         for arch in args.models or packages.MODELS:
             rows.append(measure(arch, args.batch_size, args.rounds, args.threads, recorder))
             print(f"{arch}: done", file=sys.stderr)
@@ -62,12 +64,13 @@ def measure(
     if importlib.util.find_spec(package.module) is None:
         recorder.add("original", case, "peak", None, "B", status="not installed")
         return [f"{name}: {package.module} is not installed", *[""] * 10]
-    common = {"case": case.columns(), "steps": 2, "threads": threads}
     cells = [name]
-    for mode, metric in (("resident", "peak"), ("inference", "inference peak")):
+    for work, metric in ((child.training, "peak"), (child.inference, "inference peak")):
         peaks: list[float | None] = []
         for provider in packages.PROVIDERS:
-            answer = run_child({"mode": mode, "provider": provider, **common})
+            answer = in_fresh_process(
+                work, threads, provider=provider, case=case.columns(), steps=2
+            )
             peak = answer.get("peak")
             detail = answer.get("error", "")
             status = "measured" if peak is not None else "failed"
@@ -76,7 +79,7 @@ def measure(
         known = [peak for peak in peaks if peak]
         ratio = f"1/{known[0] / known[1]:.1f}" if len(known) == 2 else ""
         cells += [*map(mebibytes, peaks), ratio]
-    answer = run_child({"mode": "package times", "provider": "", "rounds": rounds, **common})
+    answer = in_fresh_process(child.package_times, threads, case=case.columns(), rounds=rounds)
     for phase in ("training", "inference"):
         for provider in packages.PROVIDERS:
             samples = answer.get(f"{phase} {provider}", [])

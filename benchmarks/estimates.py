@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import draw
-from harness import machine
-from harness.case import Parser, positive_int, usable_cores
+from harness import child
+from harness.case import Parser, positive_int
 from harness.grid import GRID, Configuration
-from harness.measure import run_child
 from harness.report import Recorder, mebibytes, table
 
 from effdense import Estimate
+from effdense.machine.environment import headline, usable_cores
+from effdense.machine.measurement import in_fresh_process
 
 # Of live bytes; of resident size, or that many bytes where they are more.
 LIVE, RESIDENT, RESIDENT_BYTES = 0.03, 0.05, 30 << 20
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.output or Path("results") / f"estimates-{index}-of-{parts}.csv"
     missed, rows = 0, []
     with Recorder(path, "estimates", "cpu", args.threads) as recorder:
-        print(machine.headline(recorder.environment))
+        print(headline(recorder.environment))
         for each in GRID[index - 1 :: parts]:
             cells, good = run(each, recorder, args.threads)
             rows.append(cells)
@@ -91,7 +92,7 @@ def run(each: Configuration, recorder: Recorder, threads: int) -> tuple[list[str
 
 def measured(each: Configuration, threads: int) -> dict[str, Any]:
     """``live`` and ``peak`` bytes from a fresh process, or ``error``."""
-    return run_child({"mode": "grid", "configuration": each.request(), "threads": threads})
+    return in_fresh_process(child.configured, threads, configuration=each.request())
 
 
 def within(predicted: Estimate, live: int, resident: int) -> bool:

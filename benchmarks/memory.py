@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import draw
-from harness import counts, machine, providers
+from harness import counts, providers
 from harness.case import (
     Case,
     Parser,
@@ -30,12 +30,13 @@ from harness.case import (
     byte_size,
     case_of,
     positive_int,
-    provider_name,
 )
 from harness.measure import Memory, memory, predicted_peak
 from harness.report import Recorder, mebibytes, table
 from tqdm import tqdm
 
+from effdense.machine.environment import headline
+from effdense.machine.memory import available_bytes
 from effdense.memory.planning import largest
 from effdense.memory.timeline import ROLES
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     path = args.output or Path("results") / f"{result_name(args, case)}.csv"
     with Recorder(path, "memory", case.device, args.threads) as recorder:
-        print(machine.headline(recorder.environment))
+        print(headline(recorder.environment))
         try:
             if args.max_depth_for:
                 deepest(args, case, names, recorder)
@@ -84,7 +85,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--providers",
         nargs="+",
-        type=provider_name,
+        type=providers.provider_name,
         metavar="NAME",
         help="default: "
         + " ".join(providers.DEFAULT)
@@ -240,7 +241,7 @@ def deepest(args: argparse.Namespace, case: Case, names: Sequence[str], recorder
     that fits here, whose measured peak is to agree with its prediction.
     """
     budget = args.max_depth_for
-    here = min(budget, int(machine.available_bytes(case.device) * 0.9))
+    here = min(budget, int(available_bytes(case.device) * 0.9))
     rows, notes = [], []
     for name in tqdm(names, desc="providers", file=sys.stderr, disable=None):
         depth = max_depth(name, case, budget)

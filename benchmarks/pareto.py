@@ -19,13 +19,15 @@ from statistics import median
 
 import draw
 import torch
-from harness import machine
-from harness.case import Parser, positive_int, usable_cores
+from harness import child
+from harness.case import Parser, positive_int
 from harness.grid import Configuration
-from harness.measure import run_child
 from harness.report import Recorder, mebibytes, table
 
 import effdense
+from effdense.machine.environment import headline, usable_cores
+from effdense.machine.measurement import in_fresh_process
+from effdense.machine.memory import available_bytes
 from effdense.memory.planning import CANDIDATES, Choice, choices
 from effdense.reference import densenet_bc_config
 
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     predicted = {"+".join(each.save): each for each in found}
     rows = []
     with Recorder(path, "pareto", "cpu", args.threads) as recorder:
-        print(machine.headline(recorder.environment))
+        print(headline(recorder.environment))
         for save, each in predicted.items():
             case = configuration(save)
             recorder.add(save, case, "predicted peak", each.peak, "B", kind="formula")
@@ -68,11 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for save in [*chosen(found), "naive"]:
             peak = predicted[save].peak if save in predicted else naive
             cells = [save, mebibytes(peak)]
-            if peak > 0.9 * machine.available_bytes():
+            if peak > 0.9 * available_bytes():
                 rows.append([*cells, "does not fit", "", ""])
                 continue
-            request = {"mode": "grid", "configuration": configuration(save).request()}
-            answer = run_child({**request, "threads": args.threads, "timed": args.steps})
+            answer = in_fresh_process(
+                child.configured,
+                args.threads,
+                configuration=configuration(save).request(),
+                samples=args.steps,
+            )
             if "error" in answer:
                 rows.append([*cells, answer["error"], "", ""])
                 continue

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -28,20 +27,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import counts, machine, providers, roofline
+from harness import counts, providers, roofline
 from harness.case import (
     Case,
     Parser,
     add_case_arguments,
     case_of,
     positive_int,
-    provider_name,
-    usable_cores,
 )
 from harness.devices import DEVICES, NETWORKS
-from harness.measure import BENCHMARKS, predicted_peak
+from harness.measure import predicted_peak
 from harness.report import Recorder, table
 from tqdm import tqdm
+
+from effdense.machine.environment import headline, usable_cores
+from effdense.machine.measurement import process_environment
+from effdense.machine.memory import available_bytes
 
 DEFAULT = ("naive-channels-last", "effdense-bottlenecks", "effdense-features")
 # Backward's share of a step, with which the reduction of gradients overlaps.
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.project:
                 project(args, case, recorder)
             else:
-                print(machine.headline(recorder.environment))
+                print(headline(recorder.environment))
                 run(args, case, recorder)
         except KeyboardInterrupt:
             print(f"\ninterrupted; the rows so far are in {path}", file=sys.stderr)
@@ -101,7 +102,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--providers",
         nargs="+",
-        type=provider_name,
+        type=providers.provider_name,
         metavar="NAME",
         help=f"default: {' '.join(DEFAULT)}",
     )
@@ -143,7 +144,7 @@ def objection(args: argparse.Namespace, case: Case) -> str | None:
             return f"{most} processes need as many GPUs, torch sees {torch.cuda.device_count()}"
         return None
     weak = [predicted_peak(name, case) * most for name in args.providers]
-    free = machine.available_bytes()
+    free = available_bytes()
     if max(weak) > free:
         return (
             f"{most} processes need {max(weak) / 2**30:.1f} GiB, machine has "
@@ -251,13 +252,8 @@ def launch(args: argparse.Namespace, case: Case, name: str, processes: int) -> d
             "synchronise": args.sync_batch_norm,
             "answer": str(answer),
         }
-        path = [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
-        env = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path),
-            "OMP_NUM_THREADS": str(args.threads),
-            # a process that dies of a signal says where it was
-            "PYTHONFAULTHANDLER": "1",
-        }
+        # a process that dies of a signal says where it was
+        env = process_environment(args.threads) | {"PYTHONFAULTHANDLER": "1"}
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         torchrun += [f"--nproc_per_node={processes}", "-m", "harness.rank", json.dumps(request)]
         done = subprocess.run(torchrun, env=env, capture_output=True, text=True)

@@ -23,13 +23,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import counts, machine, providers, roofline
-from harness.case import Case, Parser, add_case_arguments, case_of, positive_int, provider_name
+from harness import counts, providers, roofline
+from harness.case import Case, Parser, add_case_arguments, case_of, positive_int
 from harness.devices import DEVICES, Device
 from harness.measure import predicted_peak
 from harness.report import Recorder, quantiles, table
 from harness.speed import Race, WorkerError, machine_peaks
 from tqdm import tqdm
+
+from effdense.machine.environment import headline
+from effdense.machine.memory import available_bytes
 
 DEFAULT = (
     "naive",
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 project(device, case, names, recorder)
                 red = False
             else:
-                print(machine.headline(recorder.environment))
+                print(headline(recorder.environment))
                 red = race(args, case, names, recorder)
         except KeyboardInterrupt:
             print(f"\ninterrupted; the rows so far are in {path}", file=sys.stderr)
@@ -84,7 +87,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--providers",
         nargs="+",
-        type=provider_name,
+        type=providers.provider_name,
         metavar="NAME",
         help=f"default: {' '.join(DEFAULT)}; also: "
         + " ".join(name for name in providers.PROVIDERS if name not in DEFAULT),
@@ -92,7 +95,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--baselines",
         nargs="+",
-        type=provider_name,
+        type=providers.provider_name,
         metavar="NAME",
         help=f"what ratios are formed to (default: those of {', '.join(BASELINES)} that run)",
     )
@@ -126,7 +129,7 @@ def race(args: argparse.Namespace, case: Case, names: Sequence[str], recorder: R
     """Compare, then time, then print; whether the gate was red for anyone."""
     out: dict[str, str] = {}
     if not args.force:
-        free = machine.available_bytes(case.device)
+        free = available_bytes(case.device)
         for name in names:
             needed = predicted_peak(name, case)
             if needed > free:

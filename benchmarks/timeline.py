@@ -17,10 +17,11 @@ from pathlib import Path
 
 import draw
 import torch
-from harness import machine, providers
-from harness.case import Parser, add_case_arguments, case_of, positive_int, provider_name
+from harness import providers
+from harness.case import Parser, add_case_arguments, case_of, positive_int
 from harness.report import Recorder, mebibytes, table
 
+from effdense.machine.environment import headline
 from effdense.memory.timeline import ROLES, Moment, live_memory
 
 DEFAULT = ("naive", "effdense-features")
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--providers",
         nargs="+",
-        type=provider_name,
+        type=providers.provider_name,
         metavar="NAME",
         help=f"default: {' '.join(DEFAULT)}",
     )
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.output or Path("results") / f"timeline-{case.label()}.csv"
     rows = []
     with Recorder(path, "timeline", case.device, args.threads) as recorder:
-        print(machine.headline(recorder.environment))
+        print(headline(recorder.environment))
         for name in names:
             small = dataclasses.replace(case, batch_size=2)
             providers.setup(name, small).step()

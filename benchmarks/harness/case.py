@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from effdense.machine.environment import usable_cores as usable_cores
+from effdense.machine.environment import usable_cores
 from effdense.machine.memory import parse_size
 from effdense.models import TORCHVISION_VARIANTS as IMAGENET_FAMILY
 from effdense.reference import densenet_bc_config
@@ -213,14 +213,3 @@ def byte_size(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def provider_name(text: str) -> str:
-    """An argparse type."""
-    from .providers import find
-
-    try:
-        find(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text

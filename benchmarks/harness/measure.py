@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from effdense.machine.measurement import ask_fresh_process
+from effdense.machine.measurement import in_fresh_process
+from effdense.machine.memory import available_bytes
 from effdense.memory.timeline import record_step
 
-from . import counts, machine, providers
+from . import child, counts, providers
 from .case import Case
-
-BENCHMARKS = Path(__file__).resolve().parents[1]
 
 Status = Literal["measured", "does not fit", "out of memory", "failed", "interrupted"]
 
@@ -35,7 +33,6 @@ class Memory:
     predicted: int | None = None
     reserved: int | None = None
     process: int | None = None
-    seconds: float | None = None
     live: dict[str, int] = field(default_factory=dict)
 
 
@@ -54,22 +51,15 @@ def memory(
     ``memory_limit`` in bytes makes larger allocations fail, as on a smaller machine.
     """
     if not force:
-        needed, here = predicted_peak(provider, case), machine.available_bytes(case.device)
+        needed, here = predicted_peak(provider, case), available_bytes(case.device)
         limit = f"machine has {here / 2**30:.1f} GiB free"
         if memory_limit is not None and memory_limit < here:
             here, limit = memory_limit, f"the limit is {memory_limit / 2**30:.1f} GiB"
         if needed > here:
             detail = f"needs {needed / 2**30:.1f} GiB by prediction, {limit}; not run"
             return Memory("does not fit", detail, predicted=needed)
-    request = {
-        "mode": "cuda" if case.device.startswith("cuda") else "resident",
-        "provider": provider,
-        "case": case.columns(),
-        "steps": steps,
-        "threads": threads,
-        "memory_limit": memory_limit,
-    }
-    answer = run_child(request)
+    given = {"provider": provider, "case": case.columns(), "memory_limit": memory_limit}
+    answer = in_fresh_process(child.training, threads, steps=steps, **given)
     if "error" in answer:
         return Memory(
             "out of memory" if answer["out_of_memory"] else "failed", str(answer["error"])
@@ -80,20 +70,14 @@ def memory(
         peak=answer["peak"],
         reserved=answer.get("reserved"),
         process=answer.get("process"),
-        seconds=answer["seconds"],
     )
     if live and not providers.find(provider)[0].compiled:
-        answer = run_child({**request, "mode": "live"})
+        answer = in_fresh_process(child.live, threads, **given)
         if "error" in answer:
             found.detail = f"live bytes: {answer['error']}"
         else:
             found.live = answer
     return found
-
-
-def run_child(request: dict[str, Any]) -> dict[str, Any]:
-    """The answer of a fresh process; its death is an answer too: ``error``, ``out_of_memory``."""
-    return ask_fresh_process("harness.child", request, request["threads"], [str(BENCHMARKS)])
 
 
 # What a process takes besides live tensors: library workspaces and the allocator's slack.

@@ -7,6 +7,7 @@ the same parameters and the same input. Speed and memory are measured on the sam
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -182,6 +183,15 @@ def find(name: str) -> tuple[Provider, str]:
     if variant and base.startswith("effdense") and variant not in ("auto", "torch", "triton"):
         raise ValueError(f"the backend is auto, torch or triton, got {name!r}")
     return provider, variant
+
+
+def provider_name(text: str) -> str:
+    """An argparse type."""
+    try:
+        find(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def selected(

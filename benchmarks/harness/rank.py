@@ -26,9 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 import effdense
 from effdense.engine.distributed import leave_process_group
 from effdense.engine.records import write_atomically
+from effdense.machine.memory import volunteer_for_the_oom_killer
 from effdense.norms.synchronization import unsynchronised
 
-from . import machine, providers
+from . import providers
 from .case import Case
 
 # Python entry points through which synchronised batch norms exchange statistics.
@@ -79,7 +80,7 @@ def count_bytes(model: DistributedDataParallel) -> Iterator[dict[str, int]]:
 
 def main() -> None:
     request = json.loads(sys.argv[1])
-    machine.volunteer_for_the_oom_killer()
+    volunteer_for_the_oom_killer()
     torch.set_num_threads(request["threads"])
     case = Case(**request["case"])
     gpu = case.device != "cpu"

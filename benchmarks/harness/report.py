@@ -8,9 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+from effdense.machine.environment import environment
 from effdense.machine.tables import table as table
 
-from . import machine
 from .case import Case
 from .grid import Configuration
 
@@ -65,7 +65,7 @@ class Recorder:
 
     def __init__(self, path: Path, benchmark: str, device: str, threads: int) -> None:
         self.path, self._benchmark = path, benchmark
-        self.environment = machine.environment(device, threads)
+        self.environment = environment(device, threads)
 
     def __enter__(self) -> Recorder:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,9 +15,10 @@ from typing import Any
 
 import torch
 
+from effdense.machine.measurement import process_environment
+
 from .case import Case
 from .gate import Disagreement, disagreement
-from .measure import BENCHMARKS
 
 
 class WorkerError(RuntimeError):
@@ -29,11 +29,6 @@ class WorkerProcess:
     """A :class:`harness.worker.Worker` in a fresh process with the allocator's defaults."""
 
     def __init__(self, threads: int) -> None:
-        path = [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
-        env = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path),
-            "OMP_NUM_THREADS": str(threads),
-        }
         self._log = tempfile.TemporaryFile()  # noqa: SIM115, lives as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "harness.worker"],
@@ -41,7 +36,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=env,
+            env=process_environment(threads),
         )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:

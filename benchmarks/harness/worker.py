@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from effdense.machine.measurement import timed
+from effdense.machine.memory import volunteer_for_the_oom_killer
 from effdense.memory.timeline import Training
 
-from . import machine, providers
+from . import providers
 from .case import Case
 
 
@@ -114,7 +115,7 @@ def main() -> None:
     # What a library prints must not get between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    machine.volunteer_for_the_oom_killer()
+    volunteer_for_the_oom_killer()
     worker = Worker()
     for line in sys.stdin:
         request = json.loads(line)

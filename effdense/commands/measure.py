@@ -1,11 +1,7 @@
-"""A training of a network in a process of its own, for its memory and time.
-
-Run as ``python -m effdense.commands.measure REQUEST`` by :func:`measured`.
-"""
+"""A training of a network in a process of its own, for its memory and time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +11,7 @@ from torch import nn
 import effdense
 
 from .. import reference
-from ..machine.measurement import answer, ask_fresh_process, cuda_peak, resident_peak, timed
+from ..machine.measurement import in_fresh_process, measure_training
 from ..memory.estimation import AMP_DTYPES, OPTIMIZERS
 from ..memory.timeline import Training
 from .network import Network
@@ -70,38 +66,12 @@ class Job:
 
 def measured(job: Job, threads: int, samples: int) -> dict[str, Any]:
     """``peak`` bytes over ``baseline``, ``seconds`` of steps; or ``error``, ``out_of_memory``."""
-    request = {**vars(job), "network": job.network.request()}
-    request |= {"threads": threads, "samples": samples}
-    return ask_fresh_process("effdense.commands.measure", request, threads)
+    values = {**vars(job), "network": vars(job.network)}
+    return in_fresh_process(_measured, threads, job=values, samples=samples)
 
 
-def _measure(request: dict[str, Any]) -> dict[str, Any]:
-    torch.set_num_threads(request.pop("threads"))
-    samples = request.pop("samples")
-    network = Network(**request.pop("network"))
+def _measured(job: dict[str, Any], samples: int) -> dict[str, Any]:
     # JSON has no tuples
-    lists = {name: tuple(value) for name, value in request.items() if isinstance(value, list)}
-    job = Job(network, **{**request, **lists})
-    on_gpu = job.device.startswith("cuda")
-    trainings: list[Training] = []
-
-    def train() -> None:
-        training = job.training()
-        trainings.append(training)
-        # as in every step but a training's first
-        training.make_optimizer_state()
-        training.step()
-
-    if on_gpu:
-        found = cuda_peak(train, job.warm_up, job.device)
-    else:
-        found = resident_peak(train, job.warm_up)
-    step = trainings[0].step
-    # on a GPU a step may be shorter than its start
-    steps = max(1, int(0.2 / max(timed(step, 1, on_gpu), 1e-3))) if on_gpu else 1
-    seconds: Sequence[float] = [timed(step, steps, on_gpu) / steps for _ in range(samples)]
-    return {**found._asdict(), "seconds": seconds}
-
-
-if __name__ == "__main__":
-    answer(_measure)
+    own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in job.items()}
+    found = Job(**own | {"network": Network(**job["network"])})
+    return measure_training(found.training, found.warm_up, device=found.device, samples=samples)

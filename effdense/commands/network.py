@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -71,10 +71,6 @@ class Network:
         if first is None:
             raise UserError(f"{self.name} has no convolution to tell the shape of its input by")
         return (batch_size, first.in_channels, *[size] * (first.weight.dim() - 2))
-
-    def request(self) -> dict[str, Any]:
-        """For a process of its own, through JSON: ``Network(**request)``."""
-        return asdict(self)
 
     def _arguments(self) -> dict[str, Any]:
         if self.name != "densenet_bc":

@@ -1,4 +1,7 @@
-"""Time and peak memory of work, the latter in a process of its own.
+"""Time and peak memory of work, in a process of its own: of a training step above all.
+
+For the library's commands, the benchmarks and the tests alike: :func:`in_fresh_process` calls a
+function there, and :func:`measure_training` is what such a function measures a training by.
 
 NOTE [ what the baseline contains ]
 Interpreter, imports, thread pools and what the libraries set up in a first training
@@ -9,20 +12,21 @@ built, so parameters count.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from .memory import peak_resident_bytes, resident_bytes
+from .memory import peak_resident_bytes, resident_bytes, volunteer_for_the_oom_killer
 
 # glibc raises this threshold as large blocks are freed, up to 32 MiB, and then keeps what
 # is freed below it: peaks would depend on history. Fixed, freed tensors leave at once.
@@ -36,19 +40,68 @@ class Peak(NamedTuple):
     peak: int
 
 
-def resident_peak(work: Callable[[], Any], warm_up: Callable[[], Any]) -> Peak:
-    """Resident memory of this process; ``warm_up`` is a tiny case of the same ``work``.
+class Trainable(Protocol):
+    """A network, its optimizer and a batch, such as effdense.memory.timeline.Training."""
 
-    See NOTE [ what the baseline contains ]. An optimizer's constructor alone may import
-    150 MiB of torch's compiler, which is not the memory of the network that comes after.
+    def make_optimizer_state(self) -> None:
+        """Give the optimizer the state it has after a first step."""
+
+    def step(self) -> None:
+        """One training step."""
+
+
+def measure_training(
+    build: Callable[[], Trainable],
+    warm_up: Callable[[], Any],
+    *,
+    device: str = "cpu",
+    steps: int = 1,
+    samples: int = 0,
+) -> dict[str, Any]:
+    """``peak`` bytes over ``baseline`` of building and ``steps``, then ``samples`` of ``seconds``.
+
+    The optimizer's state is there from the beginning, as in every step but a training's first.
+    ``warm_up`` is a tiny case of the same work: see NOTE [ what the baseline contains ].
     """
-    settle(warm_up)
-    baseline = resident_bytes()
+    built: list[Trainable] = []
+
+    def train() -> None:
+        training = build()
+        built.append(training)
+        training.make_optimizer_state()
+        for _ in range(steps):
+            training.step()
+
+    found = peak_memory(train, warm_up, device)._asdict()
+    gpu, step = device != "cpu", built[0].step
+    # on a GPU a step may be shorter than its start
+    times = max(1, int(0.2 / max(timed(step, 1, gpu), 1e-3))) if samples and gpu else 1
+    return {**found, "seconds": [timed(step, times, gpu) / times for _ in range(samples)]}
+
+
+def peak_memory(work: Callable[[], Any], warm_up: Callable[[], Any], device: str = "cpu") -> Peak:
+    """Resident memory of this process, or what torch's allocator gave out on a CUDA device.
+
+    See NOTE [ what the baseline contains ] of ``warm_up``. An optimizer's constructor alone may
+    import 150 MiB of torch's compiler, which is not the memory of the network that comes after.
+    """
+    if device == "cpu":
+        _settle(warm_up, device)
+        baseline = resident_bytes()
+        work()
+        return Peak(baseline, peak_resident_bytes() - baseline)
+    torch.cuda.set_device(device)
+    _settle(warm_up, device)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    baseline = torch.cuda.memory_allocated()
     work()
-    return Peak(baseline, peak_resident_bytes() - baseline)
+    torch.cuda.synchronize()
+    return Peak(baseline, torch.cuda.max_memory_allocated() - baseline)
 
 
-def settle(warm_up: Callable[[], Any], device: str = "cpu") -> None:
+def _settle(warm_up: Callable[[], Any], device: str) -> None:
     """Bring this process to its baseline, and start its peak again from there."""
     warm_up()
     # wakes every thread of the pool, whose stacks count as resident
@@ -57,19 +110,6 @@ def settle(warm_up: Callable[[], Any], device: str = "cpu") -> None:
     # where the system doesn't let us, the peak of the warm-up stays
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def cuda_peak(work: Callable[[], Any], warm_up: Callable[[], Any], device: str) -> Peak:
-    """Memory of a CUDA device that torch's allocator gave out."""
-    torch.cuda.set_device(device)
-    settle(warm_up, device)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    baseline = torch.cuda.memory_allocated()
-    work()
-    torch.cuda.synchronize()
-    return Peak(baseline, torch.cuda.max_memory_allocated() - baseline)
 
 
 def timed(function: Callable[[], Any], times: int, gpu: bool) -> float:
@@ -89,25 +129,31 @@ def timed(function: Callable[[], Any], times: int, gpu: bool) -> float:
     return time.perf_counter() - begin
 
 
-def ask_fresh_process(
-    module: str, request: dict[str, Any], threads: int, path: Sequence[str] = ()
-) -> dict[str, Any]:
-    """What ``python -m module REQUEST`` answers, both JSON, the answer the last line it prints.
+def fresh_process(function: Callable[..., Any], threads: int, **arguments: Any) -> list[str]:
+    """The command line of a process that prints what ``function(**arguments)`` returns."""
+    name = f"{function.__module__}:{function.__qualname__}"
+    return [sys.executable, "-m", __name__, name, str(threads), json.dumps(arguments)]
 
-    Its death is an answer too: ``error``, ``out_of_memory``. See :func:`answer`.
+
+def process_environment(threads: int) -> dict[str, str]:
+    """Its environment variables: the same modules as here, so many OpenMP threads, plain malloc."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(threads)}
+
+
+def in_fresh_process(
+    function: Callable[..., dict[str, Any]], threads: int, **arguments: Any
+) -> dict[str, Any]:
+    """What ``function(**arguments)`` returns in a process of its own.
+
+    Its death is an answer too: ``error``, ``out_of_memory``.
 
     Args:
-        module: calls :func:`answer`.
-        request: the argument.
-        threads: of OpenMP.
-        path: folders before this process's own where modules are searched for.
+        function: of a module, importable there as here; its result goes through JSON.
+        threads: of torch and OpenMP.
+        arguments: whatever goes through JSON.
     """
-    env = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": MMAP_THRESHOLD,
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    command = [sys.executable, "-m", module, json.dumps(request)]
+    env = process_environment(threads) | {"MALLOC_MMAP_THRESHOLD_": MMAP_THRESHOLD}
+    command = fresh_process(function, threads, **arguments)
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
@@ -124,11 +170,13 @@ def ask_fresh_process(
     return found
 
 
-def answer(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """In the fresh process: print what ``measure`` makes of the request, or why it failed."""
-    request = json.loads(sys.argv[1])
+def _answer(name: str, threads: str, arguments: str) -> None:
+    """In the fresh process: print what the function returns, or why it failed."""
+    volunteer_for_the_oom_killer()
+    torch.set_num_threads(int(threads))
+    module, _, path = name.partition(":")
     try:
-        found = measure(request)
+        found = getattr(importlib.import_module(module), path)(**json.loads(arguments))
     except (MemoryError, torch.OutOfMemoryError) as error:
         found = {"error": _first_line(error), "out_of_memory": True}
     except Exception as error:
@@ -140,3 +188,7 @@ def answer(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+if __name__ == "__main__":
+    _answer(*sys.argv[1:])

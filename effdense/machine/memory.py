@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _UNITS = {"": 1, "b": 1}
@@ -75,9 +76,25 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def private_bytes() -> int | None:
-    """Private memory of this process by the kernel's count; None where it has none."""
-    return _status_bytes("VmData")
+def limit_memory(nbytes: int) -> None:
+    """Make allocations beyond ``nbytes`` more than now fail in this process.
+
+    Raises:
+        OSError: where the system has no such limit.
+    """
+    private = _status_bytes("VmData")
+    if private is None:
+        raise OSError("memory can only be limited on Linux")
+    import resource  # there is none on Windows
+
+    limit = private + nbytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def volunteer_for_the_oom_killer() -> None:
+    """When the machine runs out, this process is to die rather than whoever started it."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _status_bytes(field: str) -> int | None:
