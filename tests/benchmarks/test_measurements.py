@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,12 +13,17 @@ import pytest
 import scaling
 import throughput
 import torch
-from harness import machine, measure, report, worker
+from harness import child, measure, report, worker
 from harness.case import Case
 from harness.speed import Race
 
 from effdense.machine import memory as memory_sizes
-from effdense.machine.measurement import MMAP_THRESHOLD
+from effdense.machine.measurement import (
+    MMAP_THRESHOLD,
+    fresh_process,
+    in_fresh_process,
+    process_environment,
+)
 
 SMALL = Case("densenet-bc", depth=22, growth_rate=6, batch_size=2, image_size=8)
 # some hundred MiB in a second
@@ -30,8 +34,7 @@ SMALL_ARGUMENTS += ["--image-size", "8", "--threads", "1"]
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 def test_resident_peak_agrees_with_what_the_system_says_of_the_process():
-    request = {"mode": "resident", "provider": "naive", "case": MIDDLE.columns()}
-    request |= {"steps": 1, "threads": 1}
+    request = {"provider": "naive", "case": MIDDLE.columns(), "steps": 1}
     # What /usr/bin/time does: wait for the process and ask the system for its largest size.
     # From a small process, because a child starts with its parent's figure.
     program = (
@@ -39,14 +42,9 @@ def test_resident_peak_agrees_with_what_the_system_says_of_the_process():
         "out = subprocess.run(sys.argv[1:], capture_output=True, text=True, check=True).stdout\n"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, out)"
     )
-    command = [sys.executable, "-c", program, sys.executable, "-m", "harness.child"]
-    env = os.environ | {
-        "PYTHONPATH": str(measure.BENCHMARKS),
-        "MALLOC_MMAP_THRESHOLD_": MMAP_THRESHOLD,
-    }
-    done = subprocess.run(
-        [*command, json.dumps(request)], env=env, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", program, *fresh_process(child.training, 1, **request)]
+    env = process_environment(1) | {"MALLOC_MMAP_THRESHOLD_": MMAP_THRESHOLD}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     kibibytes, answer = done.stdout.split(maxsplit=1)
     answer = json.loads(answer)
     assert answer["baseline"] + answer["peak"] == pytest.approx(int(kibibytes) * 1024, rel=0.05)
@@ -67,14 +65,14 @@ def test_a_provider_that_runs_out_of_memory_is_a_row():
 def test_a_killed_process_is_an_answer(monkeypatch):
     killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: killed)
-    answer = measure.run_child({"threads": 1})
+    answer = in_fresh_process(child.training, 1)
     assert answer["out_of_memory"]
     assert "SIGKILL" in answer["error"]
 
 
 def test_what_would_not_fit_is_not_attempted(monkeypatch):
-    monkeypatch.setattr(measure, "run_child", lambda request: pytest.fail("attempted"))
-    monkeypatch.setattr(machine, "available_bytes", lambda device: 24 << 30)
+    monkeypatch.setattr(measure, "in_fresh_process", lambda *args, **_: pytest.fail("attempted"))
+    monkeypatch.setattr(measure, "available_bytes", lambda device: 24 << 30)
     large = Case("densenet-bc", 250, 24, 256, 32)
     found = measure.memory("naive", large, steps=1, threads=1)
     assert found.status == "does not fit"
@@ -86,7 +84,7 @@ def test_what_would_not_fit_is_not_attempted(monkeypatch):
     assert "limit is 1.0 GiB" in limited.detail
     attempted = []
     answer = {"error": "no", "out_of_memory": False}
-    monkeypatch.setattr(measure, "run_child", lambda request: attempted.append(1) or answer)
+    monkeypatch.setattr(measure, "in_fresh_process", lambda *_, **__: attempted.append(1) or answer)
     assert measure.memory("naive", large, steps=1, threads=1, force=True).status == "failed"
     assert attempted
 
@@ -147,11 +145,12 @@ def test_scaling_counts_what_two_processes_communicate(tmp_path, capsys):
 def test_scaling_says_what_a_process_died_of(tmp_path, monkeypatch, capsys, measured):
     rank = tmp_path / "harness" / "rank.py"
     rank.parent.mkdir()
+    (rank.parent / "__init__.py").touch()
     answer = "pathlib.Path(json.loads(sys.argv[1])['answer']).write_text('{}')"
     rank.write_text(
         "import json, os, pathlib, sys\n" + (f"{answer}\n" if measured else "") + "os.abort()\n"
     )
-    monkeypatch.setattr(scaling, "BENCHMARKS", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     args = scaling.make_parser().parse_args(SMALL_ARGUMENTS)
     if measured:
         assert scaling.launch(args, SMALL, "naive", 1) == {}

@@ -29,7 +29,7 @@ def fake_measurements(monkeypatch):
     def measured(name, case, **options):
         growth = 2 if name == "naive" else 1
         state = memory.counts.floor(case).state
-        return Memory("measured", baseline=1, peak=state + 1000 * case.depth**growth, seconds=1.0)
+        return Memory("measured", baseline=1, peak=state + 1000 * case.depth**growth)
 
     monkeypatch.setattr(memory, "memory", measured)
 
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_shown_by_its_prediction(tmp_path, monkeypatch, cap
 
 
 def test_an_interrupted_run_keeps_its_rows(tmp_path, monkeypatch, capsys):
-    results = iter([Memory("measured", baseline=1, peak=5 * GIB, seconds=1.0)])
+    results = iter([Memory("measured", baseline=1, peak=5 * GIB)])
 
     def measured(*args, **options):
         try:
