@@ -152,7 +152,7 @@ def _matrix(rows: int, columns: int, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def _norm(c: int) -> Normalization:
-    return Normalization(*torch.empty(4, c, device="meta"))
+    return Normalization(*torch.empty(4, c, device="meta"), eps=1e-5)
 
 
 def _prefix(s: Shape) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import Normalization, PendingNorm, Rebuild
+from .base import Correction, Deferred, Normalization, PendingNorm, Rebuild, Statistics
 from .cpu_library import Library, load
 from .norm_sums import ALL_CHANNELS, STABLE_RATIO, Channels
 from .torch_backend import TorchBackend
@@ -34,11 +34,11 @@ _ALIGNMENT = 64
 
 
 class _Norm(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in Normalization._fields]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("mean", "rstd", "scale", "shift")]
 
     def __init__(self, norm: Normalization) -> None:
-        mean, rstd, scale, shift = norm
-        super().__init__(mean.data_ptr(), rstd.data_ptr(), scale.data_ptr(), shift.data_ptr())
+        vectors = norm.mean, norm.rstd, norm.scale, norm.shift
+        super().__init__(*(vector.data_ptr() for vector in vectors))
 
 
 class _Product(ctypes.Structure):
@@ -65,9 +65,7 @@ class _Correction(ctypes.Structure):
         ("vectors", ctypes.c_void_p),
     ]
 
-    def __init__(
-        self, norm: Normalization, correction: tuple[Tensor, Tensor, float] | None, vectors: int
-    ) -> None:
+    def __init__(self, norm: Normalization, correction: Correction | None, vectors: int) -> None:
         if correction is None:
             super().__init__(_Norm(norm))
         else:
@@ -169,15 +167,13 @@ class CpuBackend(TorchBackend):
         """None on meta, where memory is taken as ever and nothing computed."""
         return None if x.is_meta else self._library
 
-    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics(self, x: Tensor, out: Statistics) -> None:
         rows, c = x.shape
         threads = torch.get_num_threads()
-        mean, var = x.new_empty(c), x.new_empty(c)
         scratch = _Scratch(x, [threads * 4 * c], [])
         if loops := self._loops(x):
-            rest = (x.stride(0), _SUM_ROWS, *scratch.areas, mean, var)
+            rest = (x.stride(0), _SUM_ROWS, *scratch.areas, *out)
             loops.call("statistics", threads, rows, c, x, *rest)
-        return mean, var
 
     def bn_relu(self, x: Tensor, norm: Normalization, out: Tensor) -> None:
         if loops := self._loops(x):
@@ -256,7 +252,7 @@ class CpuBackend(TorchBackend):
         x: Tensor,
         norm: Normalization,
         dz: Tensor,
-        correction: tuple[Tensor, Tensor, float] | None,
+        correction: Correction | None,
     ) -> None:
         scratch = _Scratch(x, [], [2 * x.shape[1]])
         if loops := self._loops(x):
@@ -272,8 +268,14 @@ class CpuBackend(TorchBackend):
             )
 
     def bn_relu_conv1x1(
-        self, x: Tensor, norm: Normalization, weight: Tensor, out: Tensor, statistics: bool
-    ) -> tuple[Tensor, Tensor] | None:
+        self,
+        x: Tensor,
+        norm: Normalization,
+        weight: Tensor,
+        out: Tensor,
+        statistics: Statistics | None,
+    ) -> None:
+        weight = weight.to(x.dtype)
         (rows, c), b, threads = x.shape, weight.shape[0], torch.get_num_threads()
         scratch = _Scratch(
             x,
@@ -281,7 +283,6 @@ class CpuBackend(TorchBackend):
             [threads * _GROUP_ROWS * _apart(x, c), c * _whole_lines(x, b)],
         )
         *areas, panels = scratch.areas
-        found = (x.new_empty(b), x.new_empty(b)) if statistics else None
         if loops := self._loops(x):
             loops.call(
                 "bn_relu_conv1x1",
@@ -292,26 +293,28 @@ class CpuBackend(TorchBackend):
                 _Product(norm, weight, out, panels),
                 _TILE_ROWS,
                 *areas,
-                *(found or (None, None)),
+                *(statistics or (None, None)),
             )
-        return found
 
     def bn_relu_conv1x1_backward(
         self,
         x: Tensor,
         norm: Normalization,
         weight: Tensor,
-        dy: Tensor,
+        dz: Tensor,
         d: Tensor,
         need_weight: bool,
-        pending: PendingNorm | None = None,
-        rebuild: Rebuild | None = None,
+        pending: PendingNorm,
+        rebuild: Rebuild | None,
+        deferred: Deferred | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
+        weight = weight.to(x.dtype)
         (rows, c), b, threads = x.shape, weight.shape[0], torch.get_num_threads()
         tile = _TILE_ROWS * _PANEL_LINES * _whole_lines(x, 1)
-        earlier = 0
+        earlier, before = 0, torch.empty(0)
         if rebuild is not None:
-            b_before, c_before = rebuild.weight.shape
+            before = rebuild.weight.to(x.dtype)
+            b_before, c_before = before.shape
             tile += _GROUP_ROWS * _apart(x, c_before)
             earlier = c_before * _whole_lines(x, b_before)
         scratch = _Scratch(
@@ -321,12 +324,10 @@ class CpuBackend(TorchBackend):
         )
         *areas, vectors, panels, panels_before = scratch.areas
         dw, s, t = x.new_empty((b, c)), x.new_empty(c), x.new_empty(c)
-        before = again = None
-        if pending is not None:
-            correction = _Correction(pending.norm, pending.correction, vectors)
-            before = _Pending(pending.y.data_ptr(), correction)
+        correction = _Correction(pending.norm, pending.correction, vectors)
+        again = None
         if rebuild is not None:
-            again = _Product(rebuild.norm, rebuild.weight, rebuild.out, panels_before)
+            again = _Product(rebuild.norm, before, rebuild.out, panels_before)
         if loops := self._loops(x):
             loops.call(
                 "bn_relu_conv1x1_backward",
@@ -335,8 +336,8 @@ class CpuBackend(TorchBackend):
                 x,
                 x.stride(0),
                 _Product(norm, weight, None, panels),
-                dy,
-                before,
+                dz,
+                _Pending(pending.y.data_ptr(), correction),
                 again,
                 d,
                 d.stride(0),
@@ -347,9 +348,11 @@ class CpuBackend(TorchBackend):
                 s,
                 t,
             )
+        if deferred is not None:
+            deferred.add(norm, s, t)
         return (dw if need_weight else None), s, t
 
-    def bn_relu_conv3(
+    def convolve(
         self,
         source: Tensor,
         norm: Normalization,
@@ -365,7 +368,7 @@ class CpuBackend(TorchBackend):
             window = _Convolution(source, norm, weight, shape, u)
             loops.call("bn_relu_conv3", threads, window, lines, *areas, out, out.stride(0))
 
-    def bn_relu_conv3_backward(
+    def convolve_backward(
         self,
         source: Tensor,
         norm: Normalization,

@@ -9,23 +9,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Normalization, PendingNorm, Rebuild, accumulate_dtype
+from .base import (
+    Correction,
+    Deferred,
+    Normalization,
+    PendingNorm,
+    Rebuild,
+    Statistics,
+    Unfinished,
+    WholeWork,
+)
 
 
-class EmptyBackend:
+class EmptyBackend(WholeWork):
     """Implements :class:`effdense.backends.base.Backend` where P = 0."""
 
     name = "empty"
-
-    def sums_from_products(self, dtype: torch.dtype) -> bool:
-        return False
+    row_multiple = 1
 
     def images_per_step(self, images: int, bytes_per_image: int) -> int:
         return 1
 
-    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean = x.new_zeros(x.shape[1], dtype=accumulate_dtype(x.dtype))
-        return mean, torch.zeros_like(mean)
+    def statistics(self, x: Tensor, out: Statistics) -> None:
+        out.mean.zero_()
+        out.var.zero_()
 
     def bn_relu(self, x: Tensor, norm: Normalization, out: Tensor) -> None:
         pass
@@ -37,39 +44,36 @@ class EmptyBackend:
         dz: Tensor,
         z: Tensor | None = None,
         out: Tensor | None = None,
-        channels: slice | Tensor | None = slice(None),
     ) -> tuple[Tensor, Tensor]:
         return _zero_sums(norm)
 
     def bn_relu_backward_apply(
-        self,
-        x: Tensor,
-        norm: Normalization,
-        dz: Tensor,
-        correction: tuple[Tensor, Tensor, float] | None,
+        self, x: Tensor, norm: Normalization, dz: Tensor, correction: Correction | None
     ) -> None:
         pass
 
-    def bn_relu_backward_accumulate(
-        self, x: Tensor, norm: Normalization, dz: Tensor, d: Tensor, z: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return _zero_sums(norm)
-
     def bn_relu_conv1x1(
-        self, x: Tensor, norm: Normalization, weight: Tensor, out: Tensor, statistics: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        return self.statistics(out) if statistics else None
+        self,
+        x: Tensor,
+        norm: Normalization,
+        weight: Tensor,
+        out: Tensor,
+        statistics: Statistics | None,
+    ) -> None:
+        if statistics is not None:
+            self.statistics(out, statistics)
 
     def bn_relu_conv1x1_backward(
         self,
         x: Tensor,
         norm: Normalization,
         weight: Tensor,
-        dy: Tensor,
+        dz: Tensor,
         d: Tensor,
         need_weight: bool,
-        pending: PendingNorm | None = None,
-        rebuild: Rebuild | None = None,
+        pending: PendingNorm,
+        rebuild: Rebuild | None,
+        deferred: Deferred | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         return _zero_gradient(weight, norm, need_weight), *_zero_sums(norm)
 
@@ -80,15 +84,18 @@ class EmptyBackend:
         weight: Tensor,
         shape: tuple[int, ...],
         out: Tensor,
+        mask: Tensor | None,
+        statistics: Statistics | None,
     ) -> None:
-        pass
+        if statistics is not None:
+            self.statistics(out, statistics)
 
     def bn_relu_conv3_backward(
         self,
         source: Tensor,
         norm: Normalization,
         weight: Tensor,
-        dout: Tensor,
+        gradient: Unfinished,
         shape: tuple[int, ...],
         need_weight: bool,
         dz: Tensor | None,
@@ -96,22 +103,22 @@ class EmptyBackend:
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         return _zero_gradient(weight, norm, need_weight), *_zero_sums(norm)
 
-    def bn_relu_avg_pool(
-        self, x: Tensor, norm: Normalization, shape: tuple[int, ...], out: Tensor
+    def bn_relu_avg_pool_conv1x1(
+        self, x: Tensor, norm: Normalization, weight: Tensor, shape: tuple[int, ...], out: Tensor
     ) -> None:
         pass
 
-    def bn_relu_avg_pool_backward(
+    def bn_relu_avg_pool_conv1x1_backward(
         self,
         x: Tensor,
         norm: Normalization,
+        weight: Tensor,
         shape: tuple[int, ...],
-        dpooled: Tensor,
+        dout: Tensor,
         d: Tensor,
-        pooled: Tensor | None,
-        channels: slice | Tensor | None = slice(None),
-    ) -> tuple[Tensor, Tensor]:
-        return _zero_sums(norm)
+        need_weight: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        return _zero_gradient(weight, norm, need_weight), *_zero_sums(norm)
 
     def bn_relu_global_pool(self, x: Tensor, norm: Normalization, images: int, out: Tensor) -> None:
         pass

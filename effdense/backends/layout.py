@@ -63,3 +63,8 @@ def pieces(of: Tensor, cuts: Iterable[_Piece]) -> Iterator[_Piece]:
         return islice(cuts, 1)
     first, *rest = cuts
     return iter([first, *rest[-1:]])
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is at least ``n``."""
+    return -(-n // multiple) * multiple

@@ -13,11 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Normalization, PendingNorm, Rebuild, accumulate_dtype
-from .convolution import StepwiseConvolution
+from .base import (
+    Correction,
+    Deferred,
+    Normalization,
+    PendingNorm,
+    Rebuild,
+    Statistics,
+    accumulate_dtype,
+)
 from .layout import channels_first, pieces
 from .layout import rows as rows_of
-from .norm_sums import ALL_CHANNELS, Channels, direct_channels, second_sum
+from .norm_sums import ALL_CHANNELS, Channels, second_sum
+from .stepwise import Stepwise
 
 # Measured on a 2-core CPU with 1 MiB of L2 per core, whole steps at (100, k12, batch 64):
 # 2 and 8 MiB are 5 to 8 % faster than 1 and 4 MiB, half as many tiles 2 % slower to no faster.
@@ -31,7 +39,7 @@ _threshold_backward = torch.ops.aten.threshold_backward.grad_input
 _AVG_POOL = (F.avg_pool2d, F.avg_pool3d)
 
 
-class TorchBackend(StepwiseConvolution):
+class TorchBackend(Stepwise):
     """Implements :class:`effdense.backends.base.Backend`; its docstrings define each operation."""
 
     name = "torch"
@@ -64,11 +72,11 @@ class TorchBackend(StepwiseConvolution):
             return iter([tuple(m[first : first + step] for m in (x, *others)) for first in firsts])
         return zip(x.split(step), *(other.split(step) for other in others), strict=True)
 
-    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics(self, x: Tensor, out: Statistics) -> None:
         partial = _PartialStatistics(self._tile_rows(x), x)
         for (tile,) in self._tiles(x):
             partial.add(tile)
-        return partial.combine()
+        partial.combine(out)
 
     def bn_relu(self, x: Tensor, norm: Normalization, out: Tensor) -> None:
         for x_tile, out_tile in self._tiles(x, out):
@@ -99,7 +107,7 @@ class TorchBackend(StepwiseConvolution):
         x: Tensor,
         norm: Normalization,
         dz: Tensor,
-        correction: tuple[Tensor, Tensor, float] | None,
+        correction: Correction | None,
     ) -> None:
         apply = _ImmediateGradient(norm, correction, self._tile_rows(x))
         for x_tile, dz_tile in self._tiles(x, dz):
@@ -114,63 +122,68 @@ class TorchBackend(StepwiseConvolution):
         return sums
 
     def bn_relu_conv1x1(
-        self, x: Tensor, norm: Normalization, weight: Tensor, out: Tensor, statistics: bool
-    ) -> tuple[Tensor, Tensor] | None:
+        self,
+        x: Tensor,
+        norm: Normalization,
+        weight: Tensor,
+        out: Tensor,
+        statistics: Statistics | None,
+    ) -> None:
         step = self._tile_rows(x)
-        partial = _PartialStatistics(step, out) if statistics else None
+        partial = None if statistics is None else _PartialStatistics(step, out)
         z = x.new_empty((step, x.shape[1]))
-        weight_t = weight.t().contiguous()
+        weight_t = weight.to(x.dtype).t().contiguous()
         for x_tile, y_tile in self._tiles(x, out):
             z_tile = z[: x_tile.shape[0]]
             _normalize_rectify(x_tile, norm, z_tile)
             torch.mm(z_tile, weight_t, out=y_tile)
             if partial is not None:
                 partial.add(y_tile)
-        return None if partial is None else partial.combine()
+        if partial is not None and statistics is not None:
+            partial.combine(statistics)
 
     def bn_relu_conv1x1_backward(
         self,
         x: Tensor,
         norm: Normalization,
         weight: Tensor,
-        dy: Tensor,
+        dz: Tensor,
         d: Tensor,
         need_weight: bool,
-        pending: PendingNorm | None = None,
-        rebuild: Rebuild | None = None,
+        pending: PendingNorm,
+        rebuild: Rebuild | None,
+        deferred: Deferred | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        step = self._tile_rows(x)
+        step, weight = self._tile_rows(x), weight.to(x.dtype)
         z_full = x.new_empty((step, x.shape[1]))
-        dz_full = torch.empty_like(z_full)
+        dx_full = torch.empty_like(z_full)
         dw_t = weight.new_zeros((x.shape[1], weight.shape[0]), dtype=norm.scale.dtype)
         from_product = self.sums_from_products(x.dtype)
-        channels = direct_channels(norm) if from_product else ALL_CHANNELS
+        channels = self.direct_channels(norm) if from_product else ALL_CHANNELS
         sums = _GradientSums(norm, step, -(-x.shape[0] // step), channels)
-        apply, y = None, dy
-        if pending is not None:
-            apply = _ImmediateGradient(pending.norm, pending.correction, step)
-            y = pending.y
+        apply = _ImmediateGradient(pending.norm, pending.correction, step)
         again = None if rebuild is None else _Rebuilder(rebuild, step)
-        for i, (x_tile, d_tile, dy_tile, y_tile) in enumerate(self._tiles(x, d, dy, y)):
+        for i, (x_tile, d_tile, dy_tile, y_tile) in enumerate(self._tiles(x, d, dz, pending.y)):
             n = x_tile.shape[0]
-            z, dz = (z_full, dz_full) if n == step else (z_full[:n], dz_full[:n])
-            if apply is not None:
-                apply(y_tile, dy_tile, dy_tile)
+            z, dx = (z_full, dx_full) if n == step else (z_full[:n], dx_full[:n])
+            apply(y_tile, dy_tile, dy_tile)
             _normalize_rectify(x_tile, norm, z)
             if from_product:
                 dw_t.addmm_(z.t(), dy_tile)
             elif need_weight:
                 dw_t += z.t() @ dy_tile
-            torch.mm(dy_tile, weight, out=dz)
-            _threshold_backward(dz, z, 0, grad_input=dz)
-            _add_scaled(d_tile, dz, norm.scale)
-            sums.add(x_tile, dz)
+            torch.mm(dy_tile, weight, out=dx)
+            _threshold_backward(dx, z, 0, grad_input=dx)
+            _add_scaled(d_tile, dx, norm.scale)
+            sums.add(x_tile, dx)
             if again is not None:
                 again(i, x_tile)
         s, t = sums.result()
         dw = dw_t.t()
         if from_product:
             t = second_sum(norm, (weight * dw).sum(0), s, t, channels)
+        if deferred is not None:
+            deferred.add(norm, s, t)
         return (dw if need_weight else None), s, t
 
     def bn_relu_avg_pool(
@@ -285,16 +298,19 @@ class _PartialStatistics:
         centred = torch.sub(tile, mean, out=self.scratch[:n])
         torch.sum(centred.square_(), 0, out=self.squares[i])
 
-    def combine(self) -> tuple[Tensor, Tensor]:
+    def combine(self, out: Statistics) -> None:
         if len(self.counts) == 1:
-            return self.means[0], self.squares[0] / self.rows
+            out.mean.copy_(self.means[0])
+            torch.div(self.squares[0], self.rows, out=out.var)
+            return
         counts = torch.tensor(self.counts, dtype=self.dtype, device=self.means.device)
         counts = counts.unsqueeze(1)
         # on meta not every tile is there
         means = self.means[: len(self.counts)]
         mean = (means * counts).sum(0) / self.rows
         between = (means - mean).square_().mul_(counts).sum(0)
-        return mean, (self.squares.sum(0) + between) / self.rows
+        out.mean.copy_(mean)
+        torch.div(self.squares.sum(0).add_(between), self.rows, out=out.var)
 
 
 class _ImmediateGradient:
@@ -303,7 +319,7 @@ class _ImmediateGradient:
     def __init__(
         self,
         norm: Normalization,
-        correction: tuple[Tensor, Tensor, float] | None,
+        correction: Correction | None,
         tile_rows: int,
     ) -> None:
         self.scale, self.slope = norm.scale, None
@@ -332,7 +348,7 @@ class _Rebuilder:
     def __init__(self, rebuild: Rebuild, tile_rows: int) -> None:
         self.norm, weight, out = rebuild
         self.width = weight.shape[1]
-        self.weight_t = weight.t().contiguous()
+        self.weight_t = weight.to(out.dtype).t().contiguous()
         firsts = pieces(out, range(0, out.shape[0], tile_rows))
         self.out = [out[first : first + tile_rows] for first in firsts]
         self.z = out.new_empty((tile_rows, self.width))

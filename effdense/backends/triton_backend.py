@@ -14,8 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdense.backends.base import KERNEL_STEP_BYTES, Normalization, PendingNorm, Rebuild
-from effdense.backends.convolution import StepwiseConvolution
+from effdense.backends.base import (
+    KERNEL_STEP_BYTES,
+    Correction,
+    Deferred,
+    Normalization,
+    PendingNorm,
+    Rebuild,
+    Statistics,
+)
+from effdense.backends.stepwise import Stepwise
 from effdense.kernels import (
     bn_relu,
     bn_relu_conv1x1,
@@ -30,7 +38,7 @@ INTERPRETED: bool = launch.interpreted(statistics.statistics_fwd_kernel)
 """Whether this process runs the kernels in Triton's interpreter, on any device."""
 
 
-class TritonBackend(StepwiseConvolution):
+class TritonBackend(Stepwise):
     """The :class:`effdense.backends.base.Backend` of the kernels in :mod:`effdense.kernels`.
 
     Args:
@@ -90,8 +98,8 @@ class TritonBackend(StepwiseConvolution):
     def images_per_step(self, images: int, bytes_per_image: int) -> int:
         return max(1, min(images, KERNEL_STEP_BYTES // max(1, bytes_per_image)))
 
-    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._run("reduce", statistics.statistics, x)
+    def statistics(self, x: Tensor, out: Statistics) -> None:
+        _put(out, self._run("reduce", statistics.statistics, x))
 
     def bn_relu(self, x: Tensor, norm: Normalization, out: Tensor) -> None:
         self._run("map", bn_relu.bn_relu, x, norm, out)
@@ -115,7 +123,7 @@ class TritonBackend(StepwiseConvolution):
         x: Tensor,
         norm: Normalization,
         dz: Tensor,
-        correction: tuple[Tensor, Tensor, float] | None,
+        correction: Correction | None,
     ) -> None:
         self._run("map", bn_relu.bn_relu_backward_apply, x, norm, dz, correction)
 
@@ -125,32 +133,41 @@ class TritonBackend(StepwiseConvolution):
         return self._run("reduce", bn_relu.bn_relu_backward_reduce, x, norm, dz, d)
 
     def bn_relu_conv1x1(
-        self, x: Tensor, norm: Normalization, weight: Tensor, out: Tensor, statistics: bool
-    ) -> tuple[Tensor, Tensor] | None:
+        self,
+        x: Tensor,
+        norm: Normalization,
+        weight: Tensor,
+        out: Tensor,
+        statistics: Statistics | None,
+    ) -> None:
         function = bn_relu_conv1x1.bn_relu_conv1x1
-        args = (norm, weight, out, statistics)
-        return self._run("product", function, x, *args, bottleneck=weight.shape[0])
+        args = (norm, weight.to(x.dtype), out, statistics is not None)
+        found = self._run("product", function, x, *args, bottleneck=weight.shape[0])
+        if statistics is not None:
+            _put(statistics, found)
 
     def bn_relu_conv1x1_backward(
         self,
         x: Tensor,
         norm: Normalization,
         weight: Tensor,
-        dy: Tensor,
+        dz: Tensor,
         d: Tensor,
         need_weight: bool,
-        pending: PendingNorm | None = None,
-        rebuild: Rebuild | None = None,
+        pending: PendingNorm,
+        rebuild: Rebuild | None,
+        deferred: Deferred | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        if pending is not None:
-            self.bn_relu_backward_apply(pending.y, pending.norm, dy, pending.correction)
+        self.bn_relu_backward_apply(pending.y, pending.norm, dz, pending.correction)
         function = bn_relu_conv1x1_backward.bn_relu_conv1x1_backward
-        args = (norm, weight, dy, d, need_weight)
-        sums = self._run("product_backward", function, x, *args, bottleneck=weight.shape[0])
+        args = (norm, weight.to(x.dtype), dz, d, need_weight)
+        dw, s, t = self._run("product_backward", function, x, *args, bottleneck=weight.shape[0])
+        if deferred is not None:
+            deferred.add(norm, s, t)
         if rebuild is not None:
             c = rebuild.weight.shape[1]
-            self.bn_relu_conv1x1(x[:, :c], rebuild.norm, rebuild.weight, rebuild.out, False)
-        return sums
+            self.bn_relu_conv1x1(x[:, :c], rebuild.norm, rebuild.weight, rebuild.out, None)
+        return dw, s, t
 
     def bn_relu_avg_pool(
         self, x: Tensor, norm: Normalization, shape: tuple[int, ...], out: Tensor
@@ -190,6 +207,11 @@ class TritonBackend(StepwiseConvolution):
         out: Tensor,
     ) -> None:
         self._run("map", finish_gradient.finish_gradient, d, x, mean, s, t, count, out)
+
+
+def _put(out: Statistics, found: tuple[Tensor, Tensor]) -> None:
+    out.mean.copy_(found[0])
+    out.var.copy_(found[1])
 
 
 def _scratch(args: tuple[Any, ...]) -> list[Any]:

@@ -52,20 +52,28 @@ neighbouring convolutions).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..autocast import without_autocast
-from ..backends.base import Backend, Normalization, PendingNorm, Rebuild, accumulate_dtype
-from ..backends.layout import channels_first, neighbour_stands_for, pieces
+from ..backends.base import (
+    Backend,
+    Deferred,
+    Normalization,
+    PendingNorm,
+    Rebuild,
+    Statistics,
+    Unfinished,
+    accumulate_dtype,
+)
+from ..backends.layout import channels_first, round_up
 from ..backends.layout import rows as rows_of
-from ..backends.norm_sums import ALL_CHANNELS, direct_channels, second_sum, zero_sums
 from ..choices import SAVE_MODES, Save
-from ..norms.buffers import NormSpec, normalization
+from ..norms.buffers import NormSpec
 from ..norms.synchronization import Batch
 
 
@@ -108,30 +116,38 @@ class StageSpec(NamedTuple):
 
 
 class LayerTensors(NamedTuple):
-    """One layer's parameters, and its norms' running statistics where those are frozen."""
+    """One layer's parameters, and its norms' running statistics where those are frozen.
 
-    gamma1: Tensor
-    beta1: Tensor
-    frozen_mean1: Tensor | None
-    frozen_var1: Tensor | None
-    weight1: Tensor
-    gamma2: Tensor | None
-    beta2: Tensor | None
-    frozen_mean2: Tensor | None
-    frozen_var2: Tensor | None
-    weight2: Tensor | None
+    Their gradients too: None where there is none. Without a bottleneck all of norm2's and
+    weight2 are None.
+    """
+
+    gamma1: Tensor | None
+    beta1: Tensor | None
+    weight1: Tensor | None
+    frozen_mean1: Tensor | None = None
+    frozen_var1: Tensor | None = None
+    gamma2: Tensor | None = None
+    beta2: Tensor | None = None
+    weight2: Tensor | None = None
+    frozen_mean2: Tensor | None = None
+    frozen_var2: Tensor | None = None
 
 
 class TailTensors(NamedTuple):
-    gamma: Tensor
-    beta: Tensor
-    frozen_mean: Tensor | None
-    frozen_var: Tensor | None
-    weight: Tensor | None
+    """The tail's likewise; ``weight`` is None where it is global pooling."""
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    weight: Tensor | None = None
+    frozen_mean: Tensor | None = None
+    frozen_var: Tensor | None = None
 
 
 # gradients are returned in the order in which tensors were given
-_LAYER, _TAIL = len(LayerTensors._fields), len(TailTensors._fields)
+_LAYER = len(LayerTensors._fields)
+_WEIGHT1, _WEIGHT2 = (LayerTensors._fields.index(name) for name in ("weight1", "weight2"))
+_TAIL_WEIGHT = TailTensors._fields.index("weight")
 
 
 class DenseStage(torch.autograd.Function):
@@ -154,7 +170,7 @@ class DenseStage(torch.autograd.Function):
         ctx.spec, ctx.input_shape, ctx.input_dtype = spec, x.shape, x.dtype
         if spec.keep:
             ctx.num_tensors, ctx.num_kept = len(tensors), len(stage.bottlenecks)
-            kept = x if spec.save == "input" else stage.x
+            kept = x if spec.save == "input" else stage.buffer
             # See NOTE [ saved tensors ].
             ctx.save_for_backward(kept, *stage.statistics(), *stage.bottlenecks, *tensors)
         ctx.mark_non_differentiable(*stage.statistics())
@@ -190,28 +206,26 @@ class _Stage:
     ) -> None:
         self.spec, self.ops, self.device = spec, spec.backend, device
         self.images, self.c0, *self.spatial = input_shape
-        self.positions = self.images * math.prod(self.spatial)
-        self.layers = [
-            LayerTensors(*tensors[i * _LAYER : (i + 1) * _LAYER])  # type: ignore[arg-type]
-            for i in range(len(spec.layers))
-        ]
-        self.tail: TailTensors | None = None
-        if spec.tail is not None:
-            self.tail = TailTensors(*tensors[len(spec.layers) * _LAYER :])  # type: ignore[arg-type]
+        self.shape = (self.images, *self.spatial)
+        self.positions = math.prod(self.shape)
+        count = len(spec.layers)
+        self.layers = [LayerTensors(*tensors[i * _LAYER : (i + 1) * _LAYER]) for i in range(count)]
+        self.tail = None if spec.tail is None else TailTensors(*tensors[count * _LAYER :])
         self.k = _growth(self.layers[0]) if self.layers else 0
-        self.width = self.c0 + len(self.layers) * self.k
+        self.width = self.c0 + count * self.k
         readers = [layer.norm1 for layer in spec.layers]
         readers += [] if spec.tail_norm is None else [spec.tail_norm]
         self._shared = any(norm.batch_statistics for norm in readers)
         self.dtype = spec.compute_dtype
         self.sum_dtype = accumulate_dtype(self.dtype)
         self.bottleneck = [
-            0 if layer.weight2 is None else layer.weight1.shape[0] for layer in self.layers
+            0 if layer.weight2 is None else _given(layer.weight1).shape[0] for layer in self.layers
         ]
-        self.bottleneck_offset = [sum(self.bottleneck[:i]) for i in range(len(self.layers))]
+        self.bottleneck_offset = [sum(self.bottleneck[:i]) for i in range(count)]
         self.bottlenecks: list[Tensor] = []
         self._latest_norm1: tuple[int, Normalization] | None = None
-        self.x: Tensor
+        self.buffer: Tensor
+        # X is its first ``width`` columns
 
     # ------------------------------------------------------------------ state
 
@@ -223,53 +237,66 @@ class _Stage:
         self.mean, self.var, self.mean2, self.var2 = statistics
         self.bottlenecks = bottlenecks
         if self.spec.save != "input":
-            self.x = kept
+            self._use(kept)
             return
-        self.x = self._buffer(kept)
+        self._use(self._filled(kept))
         y = None
-        for index in range(len(self.layers)):
-            if self._neighbour_stands_for(index):
-                continue
+        for index in self._each(range(len(self.layers)), leave_out=lambda _: None):
             y = self._bottleneck(index, y)
             self._new_features(index, y)
 
-    def _buffer(self, x: Tensor) -> Tensor:
-        """X with the input's channels filled in; x's own storage where no layer will write."""
+    def _use(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self.x = buffer[:, : self.width]
+
+    def _empty_rows(self) -> Tensor:
+        """Room for X or D: (P, C), and columns that nobody reads where the backend wants some."""
+        columns = round_up(self.width, self.ops.row_multiple)
+        return torch.empty((self.positions, columns), dtype=self.dtype, device=self.device)
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """Room for X with the input's channels; x's own storage where no layer will write."""
         rows = rows_of(x.to(self.dtype))
         if not self.layers:
             return rows
-        buffer = torch.empty((self.positions, self.width), dtype=self.dtype, device=self.device)
+        buffer = self._empty_rows()
         buffer[:, self._read(0)] = rows
         return buffer
+
+    def _each(self, indices: Iterable[int], leave_out: Callable[[int], None]) -> Iterable[int]:
+        """The layers in this order; a simulation has ``leave_out`` stand for some of them."""
+        # without a bottleneck the convolution's steps, and its temporaries, go by each width
+        if not all(self.bottleneck):
+            return indices
+        return self.ops.layers(indices, len(self.layers), leave_out)
 
     # ---------------------------------------------------------------- forward
 
     def forward(self, x: Tensor) -> Tensor:
-        self.x = self._buffer(x)
+        self._use(self._filled(x))
         self.mean = torch.zeros(self.width, dtype=self.sum_dtype, device=self.device)
         self.var = torch.zeros_like(self.mean)
         self.mean2 = self.mean.new_zeros(sum(self.bottleneck))
         self.var2 = torch.zeros_like(self.mean2)
 
-        self._reduce(self._read(0))
+        read = self._read(0)
+        own = self._statistics(read)
+        if own is not None:
+            self.ops.statistics(self.x[:, read], own)
+            self.spec.batch.merge(own)
         keep_y = self.spec.keep and self.spec.save == "bottlenecks"
         y = None
-        for index in range(len(self.layers)):
-            if self._neighbour_stands_for(index):
-                if keep_y:
-                    self.bottlenecks.append(self._bottleneck_like(index, None))
-                continue
+
+        def leave_out(index: int) -> None:
+            if keep_y:
+                self.bottlenecks.append(self._bottleneck_like(index, None))
+
+        for index in self._each(range(len(self.layers)), leave_out):
             y = self._bottleneck(index, None if keep_y else y, first_time=True)
             if keep_y and y is not None:
                 self.bottlenecks.append(y)
-            self._new_features(index, y)
-            self._reduce(self._written(index))
+            self._new_features(index, y, first_time=True)
         return self._tail_forward()
-
-    def _neighbour_stands_for(self, index: int) -> bool:
-        # without a bottleneck the convolution's steps, and its temporaries, go by each width
-        has_bottleneck = self.bottleneck[index] > 0
-        return has_bottleneck and neighbour_stands_for(self.x, index, len(self.layers))
 
     def _read(self, index: int) -> slice:
         """X's channels that layer ``index`` reads."""
@@ -283,51 +310,52 @@ class _Stage:
             return slice(read.start - self.k, read.start)
         return slice(read.stop, read.stop + self.k)
 
-    def _reduce(self, channels: slice) -> None:
-        # See NOTE [ shared statistics ] and NOTE [ which positions ].
-        if self._shared:
-            own = self.ops.statistics(self.x[:, channels])
-            self.mean[channels], self.var[channels] = self.spec.batch.merge(*own)
+    def _statistics(self, channels: slice) -> Statistics | None:
+        """Where those of some of X's channels belong; None where no norm asks for them."""
+        # See NOTE [ shared statistics ].
+        return Statistics(self.mean[channels], self.var[channels]) if self._shared else None
 
     def _norm1(self, index: int) -> Normalization:
         if self._latest_norm1 is not None and self._latest_norm1[0] == index:
             # backward asks twice: for the bottleneck made ahead, and for the layer's own pass
             return self._latest_norm1[1]
         layer, read = self.layers[index], self._read(index)
-        mean, var = self.mean[read], self.var[read]
-        mean, var = self._frozen(layer.frozen_mean1, layer.frozen_var1, mean, var)
+        statistics = Statistics(self.mean[read], self.var[read])
+        frozen = layer.frozen_mean1, layer.frozen_var1
         eps = self.spec.layers[index].norm1.eps
-        norm = normalization(eps, layer.gamma1, layer.beta1, mean, var)
+        norm = self._normalization(statistics, frozen, layer.gamma1, layer.beta1, eps)
         self._latest_norm1 = index, norm
         return norm
 
     def _norm2(self, index: int) -> Normalization:
-        layer, spec = self.layers[index], self.spec.layers[index].norm2
-        assert spec is not None
-        assert layer.gamma2 is not None
-        assert layer.beta2 is not None
-        own = self._bottleneck_channels(index)
-        mean, var = self.mean2[own], self.var2[own]
-        mean, var = self._frozen(layer.frozen_mean2, layer.frozen_var2, mean, var)
-        return normalization(spec.eps, layer.gamma2, layer.beta2, mean, var)
+        layer, spec = self.layers[index], _given(self.spec.layers[index].norm2)
+        statistics = self._bottleneck_statistics(index)
+        frozen = layer.frozen_mean2, layer.frozen_var2
+        return self._normalization(statistics, frozen, layer.gamma2, layer.beta2, spec.eps)
 
     def _tail_norm(self) -> Normalization:
-        assert self.tail is not None
-        assert self.spec.tail_norm is not None
-        tail = self.tail
-        mean, var = self._frozen(tail.frozen_mean, tail.frozen_var, self.mean, self.var)
-        return normalization(self.spec.tail_norm.eps, tail.gamma, tail.beta, mean, var)
+        tail, spec = _given(self.tail), _given(self.spec.tail_norm)
+        statistics = Statistics(self.mean, self.var)
+        frozen = tail.frozen_mean, tail.frozen_var
+        return self._normalization(statistics, frozen, tail.gamma, tail.beta, spec.eps)
 
-    def _frozen(
-        self, frozen_mean: Tensor | None, frozen_var: Tensor | None, mean: Tensor, var: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if frozen_mean is None or frozen_var is None:
-            return mean, var
-        return frozen_mean.to(self.sum_dtype), frozen_var.to(self.sum_dtype)
+    def _normalization(
+        self,
+        statistics: Statistics,
+        frozen: tuple[Tensor | None, Tensor | None],
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+    ) -> Normalization:
+        mean, var = statistics
+        if frozen[0] is not None and frozen[1] is not None:
+            mean, var = frozen[0].to(self.sum_dtype), frozen[1].to(self.sum_dtype)
+        return Normalization(mean, var, _given(gamma), _given(beta), eps)
 
-    def _bottleneck_channels(self, index: int) -> slice:
+    def _bottleneck_statistics(self, index: int) -> Statistics:
         start = self.bottleneck_offset[index]
-        return slice(start, start + self.bottleneck[index])
+        own = slice(start, start + self.bottleneck[index])
+        return Statistics(self.mean2[own], self.var2[own])
 
     def _bottleneck(
         self, index: int, out: Tensor | None, first_time: bool = False
@@ -341,15 +369,12 @@ class _Stage:
             return None
         out = self._bottleneck_like(index, out)
         take = first_time and spec.batch_statistics
-        x, norm1, weight1 = (
-            self.x[:, self._read(index)],
-            self._norm1(index),
-            self._weight1(index),
-        )
-        statistics = self.ops.bn_relu_conv1x1(x, norm1, weight1, out, take)
-        if statistics is not None:
-            own = self._bottleneck_channels(index)
-            self.mean2[own], self.var2[own] = self.spec.batch.merge(*statistics)
+        own = self._bottleneck_statistics(index) if take else None
+        x, norm1 = self.x[:, self._read(index)], self._norm1(index)
+        self.ops.bn_relu_conv1x1(x, norm1, self._weight1(index), out, own)
+        if own is not None:
+            # See NOTE [ which positions ].
+            self.spec.batch.merge(own)
         return out
 
     def _bottleneck_like(self, index: int, y: Tensor | None) -> Tensor:
@@ -360,25 +385,25 @@ class _Stage:
         return self.x.new_empty((self.positions, b))
 
     def _weight1(self, index: int) -> Tensor:
-        return self.layers[index].weight1.to(self.dtype).flatten(1)
+        return _given(self.layers[index].weight1).flatten(1)
 
-    def _new_features(self, index: int, y: Tensor | None) -> None:
-        """X[:, c:c+k] of layer ``index``."""
+    def _new_features(self, index: int, y: Tensor | None, first_time: bool = False) -> None:
+        """X[:, c:c+k] of layer ``index``; in forward proper, their statistics too."""
         source, norm, weight = self._convolution(index, y)
-        new = self.x[:, self._written(index)]
-        self.ops.bn_relu_conv3(source, norm, weight, (self.images, *self.spatial), new)
-        mask = self._dropout_mask(index)
-        if mask is not None:
-            new *= mask
+        written = self._written(index)
+        own = self._statistics(written) if first_time else None
+        new, mask = self.x[:, written], self._dropout_mask(index)
+        self.ops.bn_relu_conv3(source, norm, weight, self.shape, new, mask, own)
+        if own is not None:
+            # See NOTE [ which positions ].
+            self.spec.batch.merge(own)
 
     def _convolution(self, index: int, y: Tensor | None) -> tuple[Tensor, Normalization, Tensor]:
         """What the layer's 3x3 convolution reads: (source, its norm, the weight)."""
         layer = self.layers[index]
         if y is None:
-            source = self.x[:, self._read(index)]
-            return source, self._norm1(index), layer.weight1.to(self.dtype)
-        assert layer.weight2 is not None
-        return y, self._norm2(index), layer.weight2.to(self.dtype)
+            return self.x[:, self._read(index)], self._norm1(index), _given(layer.weight1)
+        return y, self._norm2(index), _given(layer.weight2)
 
     def _dropout_mask(self, index: int) -> Tensor | None:
         """(P, k) of 0 and 1/(1-p); the same at every call, so backward needs none stored."""
@@ -386,7 +411,8 @@ class _Stage:
         if spec.drop_rate == 0:
             return None
         shape = (self.images if spec.drop_channels else self.positions, self.k)
-        mask = dropout_mask(self.spec.seed, index, shape, spec.drop_rate, self.dtype, self.device)
+        arguments = self.spec.seed, index, shape, spec.drop_rate, self.dtype, self.device
+        mask = self.ops.dropout_mask(*arguments)
         if not spec.drop_channels:
             return mask
         return mask.repeat_interleave(math.prod(self.spatial), dim=0)
@@ -398,6 +424,7 @@ class _Stage:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         needs_x, needs = needs_grad[0], needs_grad[1:]
         grads: list[Tensor | None] = [None] * len(needs)
+        # See NOTE [ deferred correction ].
         self.s = torch.zeros_like(self.mean)
         self.t = torch.zeros_like(self.mean)
         offset = len(self.layers) * _LAYER
@@ -408,80 +435,93 @@ class _Stage:
         if not needs_x:
             wanted = [i for i in range(offset) if needs[i]]
             first = wanted[0] // _LAYER if wanted else len(self.layers)
+
+        def own(index: int) -> slice:
+            return slice(index * _LAYER, (index + 1) * _LAYER)
+
+        def leave_out(index: int) -> None:
+            like = zip(self.layers[index], needs[own(index)], strict=True)
+            grads[own(index)] = [
+                torch.empty_like(p) if p is not None and n else None for p, n in like
+            ]
+
         kept = self.spec.save == "bottlenecks"
-        y = dz = do = None
-        for index in reversed(range(first, len(self.layers))):
-            own = slice(index * _LAYER, (index + 1) * _LAYER)
-            if self._neighbour_stands_for(index):
-                like = zip(self.layers[index], needs[own], strict=True)
-                grads[own] = [None if p is None or not n else torch.empty_like(p) for p, n in like]
-                continue
-            do = self._finish(d, self._written(index), do)
-            mask = self._dropout_mask(index)
-            if mask is not None:
-                do *= mask
+        y = dz = None
+        self._scratch: Tensor | None = None
+        for index in self._each(reversed(range(first, len(self.layers))), leave_out):
+            need = needs[own(index)]
             if not self.bottleneck[index]:
-                grads[own] = self._plain_layer_backward(index, d, do, needs[own])
-                continue
-            if kept:
-                y = self.bottlenecks[index]
-            elif y is None:
-                y = self._bottleneck(index, None)
-            assert y is not None
-            dz = self._bottleneck_like(index, dz)
-            # a backend rebuilds from the first channels of a pass, so not where old ones stand last
-            ahead = index > first and not kept and not self.spec.newest_first
-            before = index - 1 if ahead else None
-            grads[own], y = self._bottleneck_layer_backward(index, d, do, y, dz, needs[own], before)
+                found = self._plain_layer_backward(index, d, need)
+            else:
+                if kept:
+                    y = self.bottlenecks[index]
+                elif y is None:
+                    y = self._bottleneck(index, None)
+                dz = self._bottleneck_like(index, dz)
+                # a backend rebuilds from the first channels of a pass, so not where old ones
+                # stand last
+                ahead = index > first and not kept and not self.spec.newest_first
+                before = index - 1 if ahead else None
+                found, y = self._bottleneck_layer_backward(index, d, _given(y), dz, need, before)
+            grads[own(index)] = _as_gradients(found, self.layers[index], need)
 
         if not needs_x:
             return None, grads
-        del y, dz, do  # before the gradient is made
-        gradient = self._finish(d, self._read(0), None)
+        read = self._read(0)
+        gradient = self.x.new_empty((self.positions, self.c0))
+        s, t = self._correction(read)
+        mean, count = self.mean[read], float(self.spec.batch.count)
+        self.ops.finish_gradient(d[:, read], self.x[:, read], mean, s, t, count, gradient)
         return channels_first(gradient, self.images, self.spatial), grads
 
-    def _finish(self, d: Tensor, channels: slice, out: Tensor | None) -> Tensor:
-        """The gradient of some channels, complete: every reader of them has been here.
-
-        In the storage of ``out``, the same of as many other channels, where given.
-        """
-        # See NOTE [ deferred correction ] and NOTE [ which positions ].
-        if out is None:
-            out = self.x.new_empty((self.positions, channels.stop - channels.start))
+    def _correction(self, channels: slice) -> tuple[Tensor, Tensor]:
+        """s and t of some channels, complete: every reader of them has been here."""
         s, t = self.s[channels], self.t[channels]
-        if self._shared:
-            s, t = self.spec.batch.sum(s, t)
-        mean, count = self.mean[channels], float(self.spec.batch.count)
-        self.ops.finish_gradient(d[:, channels], self.x[:, channels], mean, s, t, count, out)
-        return out
+        # See NOTE [ which positions ].
+        return self.spec.batch.sum(s, t) if self._shared else (s, t)
+
+    def _gradient(self, index: int, d: Tensor) -> Unfinished:
+        """Of the channels that layer ``index`` wrote."""
+        own = self._written(index)
+        s, t = self._correction(own)
+        return Unfinished(
+            d=d[:, own],
+            x=self.x[:, own],
+            mean=self.mean[own],
+            s=s,
+            t=t,
+            count=float(self.spec.batch.count),
+            mask=self._dropout_mask(index),
+            scratch=self._finished_like,
+        )
+
+    def _finished_like(self) -> Tensor:
+        if self._scratch is None:
+            self._scratch = self.x.new_empty((self.positions, self.k))
+        return self._scratch
 
     def _bottleneck_layer_backward(
         self,
         index: int,
         d: Tensor,
-        do: Tensor,
         y: Tensor,
         dz: Tensor,
-        needs: Sequence[bool],
+        need: Sequence[bool],
         before: int | None,
-    ) -> tuple[list[Tensor | None], Tensor | None]:
+    ) -> tuple[LayerTensors, Tensor | None]:
         """One layer back: its gradients, and Y of the layer ``before`` if asked for.
 
         That Y depends on X alone, so it is made while X's rows are in the cache, in the
         storage of this layer's Y, which is used up by then.
         """
-        spec = self.spec.layers[index]
-        need = LayerTensors(*needs)  # type: ignore[arg-type]
-        read = self._read(index)
-        assert spec.norm2 is not None
-
+        spec, read = self.spec.layers[index], self._read(index)
         source, norm2, weight2 = self._convolution(index, y)
-        shape = (self.images, *self.spatial)
+        gradient = self._gradient(index, d)
         dw2, s2, t2 = self.ops.bn_relu_conv3_backward(
-            source, norm2, weight2, do, shape, bool(need.weight2), dz, None
+            source, norm2, weight2, gradient, self.shape, need[_WEIGHT2], dz, None
         )
         correction = None
-        if spec.norm2.batch_statistics:
+        if _given(spec.norm2).batch_statistics:
             correction = (*self.spec.batch.sum(s2, t2), float(self.spec.batch.count))
         norm1 = self._norm1(index)
         y_before, rebuild = None, None
@@ -494,36 +534,34 @@ class _Stage:
             self._weight1(index),
             dz,
             d[:, read],
-            bool(need.weight1),
+            need[_WEIGHT1],
             PendingNorm(y, norm2, correction),
             rebuild,
+            self._deferred(spec.norm1, read),
         )
-        self._defer(spec.norm1, norm1, s1, t1, read)
-        found = LayerTensors(t1, s1, None, None, dw1, t2, s2, None, None, dw2)  # type: ignore[arg-type]
-        return _as_gradients(found, self.layers[index], needs), y_before
+        found = LayerTensors(gamma1=t1, beta1=s1, weight1=dw1, gamma2=t2, beta2=s2, weight2=dw2)
+        return found, y_before
 
-    def _plain_layer_backward(
-        self, index: int, d: Tensor, do: Tensor, needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        layer, spec = self.layers[index], self.spec.layers[index]
+    def _plain_layer_backward(self, index: int, d: Tensor, need: Sequence[bool]) -> LayerTensors:
         read = self._read(index)
         source, norm1, weight = self._convolution(index, None)
-        need = LayerTensors(*needs)  # type: ignore[arg-type]
-        shape = (self.images, *self.spatial)
+        gradient = self._gradient(index, d)
         dw, s, t = self.ops.bn_relu_conv3_backward(
-            source, norm1, weight, do, shape, bool(need.weight1), None, d[:, read]
+            source, norm1, weight, gradient, self.shape, need[_WEIGHT1], None, d[:, read]
         )
-        self._defer(spec.norm1, norm1, s, t, read)
-        found = LayerTensors(t, s, None, None, dw, None, None, None, None, None)  # type: ignore[arg-type]
-        return _as_gradients(found, layer, needs)
+        self._defer(self.spec.layers[index].norm1, norm1, s, t, read)
+        return LayerTensors(gamma1=t, beta1=s, weight1=dw)
+
+    def _deferred(self, spec: NormSpec, read: slice) -> Deferred | None:
+        """Where a reader of some channels leaves its correction; a frozen norm makes none."""
+        return Deferred(self.s[read], self.t[read]) if spec.batch_statistics else None
 
     def _defer(
         self, spec: NormSpec, norm: Normalization, s: Tensor, t: Tensor, read: slice
     ) -> None:
-        """Add the correction of one reader of some channels; a frozen norm makes none."""
-        if spec.batch_statistics:
-            self.s[read].addcmul_(norm.scale, s)
-            self.t[read].addcmul_(norm.scale * norm.rstd, t)
+        deferred = self._deferred(spec, read)
+        if deferred is not None:
+            deferred.add(norm, s, t)
 
     # ------------------------------------------------------------------- tail
 
@@ -535,128 +573,54 @@ class _Stage:
             out = self.x.new_empty((self.images, self.width))
             self.ops.bn_relu_global_pool(self.x, norm, self.images, out)
             return out
-        weight = self._tail_weight()
-        pooled_spatial = [size // 2 for size in self.spatial]
-        out = self.x.new_empty((self.images * math.prod(pooled_spatial), weight.shape[0]))
-        for rows, pooled_rows, shape in self._pool_steps():
-            # A 1x1 convolution commutes with average pooling: pool first, a quarter of the product.
-            pooled = self.x.new_empty((pooled_rows.stop - pooled_rows.start, self.width))
-            self.ops.bn_relu_avg_pool(self.x[rows], norm, shape, pooled)
-            torch.mm(pooled, weight.t(), out=out[pooled_rows])
-            del pooled
-        return channels_first(out, self.images, pooled_spatial)
+        weight = _given(self.tail.weight).flatten(1)
+        pooled = [size // 2 for size in self.spatial]
+        out = self.x.new_empty((self.images * math.prod(pooled), weight.shape[0]))
+        self.ops.bn_relu_avg_pool_conv1x1(self.x, norm, weight, self.shape, out)
+        return channels_first(out, self.images, pooled)
 
     def _tail_backward(
         self, grad_output: Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """D as the whole block's reader leaves it, and the tail's parameter gradients."""
         # See NOTE [ who owns the gradient buffer ].
-        d = torch.empty((self.positions, self.width), dtype=self.dtype, device=self.device)
+        d = self._empty_rows()[:, : self.width]
         if self.tail is None:
             d.copy_(rows_of(grad_output))
             return d, []
-        assert self.spec.tail_norm is not None
-        norm = self._tail_norm()
-        dw = None
+        norm, dw = self._tail_norm(), None
         if self.spec.tail == "pool":
-            s, t = self.ops.bn_relu_global_pool_backward(
-                self.x, norm, self.images, grad_output.contiguous(), d
-            )
+            dout = grad_output.contiguous()
+            s, t = self.ops.bn_relu_global_pool_backward(self.x, norm, self.images, dout, d)
         else:
-            weight, dout = self._tail_weight(), rows_of(grad_output)
-            need_weight = needs[TailTensors._fields.index("weight")]
-            dw = torch.zeros_like(weight, dtype=self.sum_dtype) if need_weight else None
-            from_product = need_weight and self.ops.sums_from_products(self.dtype)
-            channels = direct_channels(norm) if from_product else ALL_CHANNELS
-            s, t = zero_sums(norm, channels)
-            for rows, pooled_rows, shape in self._pool_steps():
-                dpooled = dout[pooled_rows] @ weight
-                pooled = None if dw is None else torch.empty_like(dpooled)
-                sums = self.ops.bn_relu_avg_pool_backward(
-                    self.x[rows], norm, shape, dpooled, d[rows], pooled, channels
-                )
-                if dw is not None and pooled is not None:
-                    dw += dout[pooled_rows].t() @ pooled
-                del dpooled, pooled
-                s += sums[0]
-                t += sums[1]
-            if dw is not None:
-                t = second_sum(norm, (weight * dw).sum(0), s, t, channels)
-        self._defer(self.spec.tail_norm, norm, s, t, ALL_CHANNELS)
-        found = TailTensors(t, s, None, None, dw)
-        return d, _as_gradients(found, self.tail, needs)
-
-    def _tail_weight(self) -> Tensor:
-        assert self.tail is not None
-        assert self.tail.weight is not None
-        return self.tail.weight.to(self.dtype).flatten(1)
-
-    def _pool_steps(self) -> Iterator[tuple[slice, slice, tuple[int, ...]]]:
-        """Slabs of whole images, or of pairs of an image's lines where images are large.
-
-        Yields (rows, pooled rows, (n, *spatial) of the slab). Windows never cross a slab;
-        an image's last odd line goes with its last slab.
-        """
-        lines, *rest = self.spatial
-        line, pooled_line = math.prod(rest), math.prod(size // 2 for size in rest)
-        pairs = lines // 2
-        pair_bytes = 2 * line * self.width * self.x.element_size()
-        # x, z, dz and d of a slab are in use together
-        step = self.ops.images_per_step(self.images * pairs, 4 * pair_bytes)
-        if step >= pairs:
-            n = step // pairs
-            for first in pieces(self.x, range(0, self.images, n)):
-                last = min(self.images, first + n)
-                yield (
-                    slice(first * lines * line, last * lines * line),
-                    slice(first * pairs * pooled_line, last * pairs * pooled_line),
-                    (last - first, *self.spatial),
-                )
-            return
-        for image in pieces(self.x, range(self.images)):
-            for pair in pieces(self.x, range(0, pairs, step)):
-                stop = min(pairs, pair + step)
-                top, bottom = 2 * pair, lines if stop == pairs else 2 * stop
-                yield (
-                    slice((image * lines + top) * line, (image * lines + bottom) * line),
-                    slice(
-                        (image * pairs + pair) * pooled_line, (image * pairs + stop) * pooled_line
-                    ),
-                    (1, bottom - top, *rest),
-                )
+            weight, dout = _given(self.tail.weight).flatten(1), rows_of(grad_output)
+            dw, s, t = self.ops.bn_relu_avg_pool_conv1x1_backward(
+                self.x, norm, weight, self.shape, dout, d, needs[_TAIL_WEIGHT]
+            )
+        self._defer(_given(self.spec.tail_norm), norm, s, t, slice(None))
+        return d, _as_gradients(TailTensors(gamma=t, beta=s, weight=dw), self.tail, needs)
 
 
-def dropout_mask(
-    seed: int,
-    layer: int,
-    shape: tuple[int, int],
-    p: float,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """The (P, k) mask of one layer in one forward: 1/(1-p) with probability 1-p, else 0.
+_T = TypeVar("_T")
 
-    A function of its arguments only (rows in (image, pixel) order), so that backward can
-    make it again instead of keeping it.
-    """
-    if device.type == "meta":
-        return torch.empty(shape, dtype=dtype, device=device)
-    generator = torch.Generator(device)
-    # Knuth's multiplicative constant spreads consecutive layers over the seed space.
-    generator.manual_seed((seed + (layer + 1) * 2654435761) % (1 << 63))
-    mask = torch.empty(shape, dtype=dtype, device=device)
-    return mask.bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+def _given(value: _T | None) -> _T:
+    """What a stage's construction guarantees to be there."""
+    assert value is not None
+    return value
 
 
 def _growth(layer: LayerTensors) -> int:
-    return (layer.weight1 if layer.weight2 is None else layer.weight2).shape[0]
+    return _given(layer.weight1 if layer.weight2 is None else layer.weight2).shape[0]
 
 
 def _as_gradients(
-    found: NamedTuple, parameters: NamedTuple, needs: Sequence[bool]
+    found: Iterable[Tensor | None], parameters: Iterable[Tensor | None], needs: Iterable[bool]
 ) -> list[Tensor | None]:
     """Gradients shaped and typed like their parameters; None where none is needed."""
     return [
-        gradient.to(parameter.dtype).view(parameter.shape) if needed else None
+        _given(gradient).to(parameter.dtype).view(parameter.shape)
+        if needed and parameter is not None
+        else None
         for gradient, parameter, needed in zip(found, parameters, needs, strict=True)
     ]

@@ -30,7 +30,14 @@ from ..recognition.objections import has_hooks, norm_objection, refuse_replica, 
 from ..recognition.parts import BlockParts, TransitionParts
 from ..recognition.reading import read_block, read_chain, read_transition
 from ..tracing import graph_is_recorded, outside_graphs
-from .dense_block import DenseStage, LayerSpec, StageSpec, check_save
+from .dense_block import (
+    DenseStage,
+    LayerSpec,
+    LayerTensors,
+    StageSpec,
+    TailTensors,
+    check_save,
+)
 from .offloading import offload
 from .recomputation import run_chain
 from .stem import run_stem
@@ -325,27 +332,22 @@ def run_stage(
     tensors: list[Tensor | None] = []
     specs = []
     for layer in layers:
-        norm1, norm1_tensors = read_norm(layer.norm1)
-        tensors += [*norm1_tensors, layer.conv1.weight]
-        norm2 = None
-        if layer.norm2 is not None:
-            norm2, norm2_tensors = read_norm(layer.norm2)
-            tensors += [*norm2_tensors, layer.conv2.weight]
-        else:
-            tensors += [None] * 5
-        specs.append(LayerSpec(norm1, norm2, layer.drop_rate, layer.drop_channels))
+        layer_spec, own = _read_layer(layer)
+        specs.append(layer_spec)
+        tensors += own
 
     tail_norm = kind = last = None
-    if isinstance(tail, TransitionParts):
-        last = tail.norm
-        tail_norm, norm_tensors = read_norm(last)
-        tensors += [*norm_tensors, tail.conv.weight]
-        kind = "transition"
-    elif tail is not None:
-        last = tail
-        tail_norm, norm_tensors = read_norm(tail)
-        tensors += [*norm_tensors, None]
-        kind = "pool"
+    if tail is not None:
+        kind = "transition" if isinstance(tail, TransitionParts) else "pool"
+        last = tail.norm if isinstance(tail, TransitionParts) else tail
+        tail_norm, (gamma, beta, frozen_mean, frozen_var) = read_norm(last)
+        tensors += TailTensors(
+            gamma=gamma,
+            beta=beta,
+            weight=tail.conv.weight if isinstance(tail, TransitionParts) else None,
+            frozen_mean=frozen_mean,
+            frozen_var=frozen_var,
+        )
 
     first: Any = layers[0].norm1 if layers else last
     dtype = _check_input(x, first, [t for t in tensors if t is not None])
@@ -370,6 +372,28 @@ def run_stage(
     output, mean, var, mean2, var2 = DenseStage.apply(spec, x, *tensors)
     _move_buffers(layers, last, newest_first, batch.count, (mean, var, mean2, var2))
     return output
+
+
+def _read_layer(layer: Any) -> tuple[LayerSpec, LayerTensors]:
+    norm1, (gamma, beta, frozen_mean, frozen_var) = read_norm(layer.norm1)
+    tensors = LayerTensors(
+        gamma1=gamma,
+        beta1=beta,
+        weight1=layer.conv1.weight,
+        frozen_mean1=frozen_mean,
+        frozen_var1=frozen_var,
+    )
+    norm2 = None
+    if layer.norm2 is not None:
+        norm2, (gamma, beta, frozen_mean, frozen_var) = read_norm(layer.norm2)
+        tensors = tensors._replace(
+            gamma2=gamma,
+            beta2=beta,
+            weight2=layer.conv2.weight,
+            frozen_mean2=frozen_mean,
+            frozen_var2=frozen_var,
+        )
+    return LayerSpec(norm1, norm2, layer.drop_rate, layer.drop_channels), tensors
 
 
 def _move_buffers(

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..autocast import autocast_dtype, without_autocast
-from ..backends.base import Backend, accumulate_dtype
+from ..backends.base import Backend, Normalization, Statistics, accumulate_dtype
 from ..backends.empty import EmptyBackend
-from ..backends.layout import channels_first, channels_last, pieces
+from ..backends.layout import channels_first, channels_last
 from ..backends.layout import rows as rows_of
 from ..backends.select import get_backend
 from ..choices import Save
-from ..norms.buffers import NormSpec, batch_of, normalization, read_norm, update_running_statistics
+from ..norms.buffers import NormSpec, batch_of, read_norm, update_running_statistics
 from ..norms.synchronization import Batch
 from ..recognition.objections import BATCH_NORMS, CONVOLUTIONS, has_hooks, module_objection
 from ..recognition.reading import read_norm_relu
@@ -177,7 +177,9 @@ class _Stem(torch.autograd.Function):
             rows = rows_of(x)
             dtype = accumulate_dtype(x.dtype)
             if frozen_mean is None or frozen_var is None:
-                mean, var = batch.merge(*ops.statistics(rows))
+                mean, var = (rows.new_empty(rows.shape[1], dtype=dtype) for _ in range(2))
+                ops.statistics(rows, Statistics(mean, var))
+                batch.merge(Statistics(mean, var))
             else:
                 # copies: the buffers may be changed before backward
                 mean, var = frozen_mean.to(dtype, copy=True), frozen_var.to(dtype, copy=True)
@@ -280,14 +282,14 @@ class _Pooling:
     ) -> None:
         self.ops, self.pool, self.rows = ops, pool, rows
         self.images, self.channels, *self.spatial = shape
-        self.norm = normalization(spec.eps, gamma, beta, mean, var)
+        self.norm = Normalization(mean, var, gamma, beta, spec.eps)
 
     def _steps(self) -> Iterator[tuple[slice, slice]]:
         per_image = math.prod(self.spatial)
         image_bytes = per_image * self.channels * self.rows.element_size()
         step = self.ops.images_per_step(self.images, image_bytes)
         # without images, one step of none: pooling knows the output's shape
-        for first in pieces(self.rows, range(0, max(1, self.images), step)):
+        for first in self.ops.pieces(range(0, max(1, self.images), step)):
             last = min(self.images, first + step)
             yield slice(first, last), slice(first * per_image, last * per_image)
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backends.base import Normalization
 from .synchronization import Batch, SharedBatch, process_group
 
 
@@ -87,16 +86,6 @@ def differing_groups(norms: Sequence[nn.Module]) -> tuple[nn.Module, nn.Module] 
             if found[1] is not first[1]:
                 return first[0], norm
     return None
-
-
-def normalization(
-    eps: float, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor
-) -> Normalization:
-    """The map of one norm from its parameters (c,) and statistics (c,)."""
-    rstd = torch.rsqrt(var + eps)
-    scale = rstd * gamma
-    shift = torch.addcmul(beta.to(scale.dtype), mean, scale, value=-1)
-    return Normalization(mean, rstd, scale, shift)
 
 
 def update_running_statistics(

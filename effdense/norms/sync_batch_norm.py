@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..backends.base import accumulate_dtype
+from ..backends.base import Statistics, accumulate_dtype
 from ..tracing import outside_graphs
 from .buffers import batch_of, read_norm, update_running_statistics
 from .synchronization import Batch
@@ -111,7 +111,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         else:
             mean = wide.new_zeros(x.shape[1])
             var = torch.zeros_like(mean)
-        mean, var = batch.merge(mean, var)
+        batch.merge(Statistics(mean, var))
         rstd = torch.rsqrt(var + eps)
         output = (wide - _wide(mean, x)) * _wide(rstd, x)
         if weight is not None:

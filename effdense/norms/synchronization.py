@@ -26,6 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..backends.base import Statistics
+
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
@@ -35,9 +37,8 @@ class Batch:
     def __init__(self, count: int) -> None:
         self.count = count
 
-    def merge(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (c,) and biased variance (c,) over all positions, from this process's."""
-        return mean, var
+    def merge(self, statistics: Statistics) -> None:
+        """Make this process's mean (c,) and biased variance (c,) those over all positions."""
 
     def sum(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Two sums (c,) over all positions, from those over this process's."""
@@ -55,13 +56,14 @@ class SharedBatch(Batch):
         self._counts = self._gather(torch.tensor([positions], device=device))
         super().__init__(int(self._counts.sum()))
 
-    def merge(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def merge(self, statistics: Statistics) -> None:
         # Chan, Golub, LeVeque 1979; by the same operations everywhere, so with the same bits
-        means, variances = self._gather(torch.stack([mean, var])).unbind(1)
-        weights = self._counts.to(mean.dtype) / self.count
+        means, variances = self._gather(torch.stack(statistics)).unbind(1)
+        weights = self._counts.to(means.dtype) / self.count
         mean = (weights * means).sum(0)
         between = (means - mean).square_()
-        return mean, (weights * (variances + between)).sum(0)
+        statistics.mean.copy_(mean)
+        statistics.var.copy_((weights * (variances + between)).sum(0))
 
     def sum(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         together = torch.stack([s, t])

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..autocast import autocast
 from ..backends.layout import rows
-from ..backends.select import operation_errors
+from ..backends.self_check import operation_errors
 from ..block.forwards import BlockForward
 from ..conversion import convert
 from ..memory.timeline import stages

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrizations
 
 import effdense
 from effdense.__main__ import main
-from effdense.block.dense_block import dropout_mask
+from effdense.backends.dropout import dropout_mask
 from tests.helpers.compare import (
     assert_close,
     assert_same_buffers,

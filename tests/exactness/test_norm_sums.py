@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from effdense.backends import cpu_backend, norm_sums, torch_backend
-from effdense.backends.base import Normalization
+from effdense.backends import cpu_backend, norm_sums
+from effdense.backends.base import Normalization, PendingNorm
 from effdense.backends.select import get_backend
-from effdense.norms.buffers import normalization
+from effdense.backends.stepwise import Stepwise
 from tests.helpers.compare import assert_same_step, images, norms_of, step, twins
 
 WAYS = {"none": type(None), "few": torch.Tensor, "all": slice}
@@ -36,12 +36,12 @@ def test_every_way_equals_naive(way: str, save: str, each_backend: str) -> None:
     ours, naive = twins(save, prepare=lambda model: set_norms(way, model))
     taken = []
 
-    def watch(norm: Normalization) -> norm_sums.Channels:
+    def watch(_: Stepwise, norm: Normalization) -> norm_sums.Channels:
         taken.append(norm_sums.direct_channels(norm))
         return taken[-1]
 
     x = images(3, 3, 9, 11)
-    with mock.patch.object(torch_backend, "direct_channels", watch):
+    with mock.patch.object(Stepwise, "direct_channels", watch):
         assert_same_step(step(ours, x), step(naive, x))
     if each_backend == "torch":
         assert {type(channels) for channels in taken} == {WAYS[way]}
@@ -60,7 +60,7 @@ def test_the_compiled_loops_take_the_same_channels(wide: bool) -> None:
     gamma = torch.tensor([-1.5, 0.7] * 7, dtype=torch.float64)[:13]
     gamma[[2, 7]] = 0
     beta = torch.full((13,), 0.1, dtype=torch.float64)
-    norm = normalization(1e-5, gamma, beta, x.mean(0), x.var(0, correction=0))
+    norm = Normalization(x.mean(0), x.var(0, correction=0), gamma, beta, 1e-5)
     direct = norm_sums.direct_channels(norm)
     assert isinstance(direct, torch.Tensor)
     assert direct.tolist() == [2, 7]
@@ -69,10 +69,12 @@ def test_the_compiled_loops_take_the_same_channels(wide: bool) -> None:
         with mock.patch.object(cpu_backend, "STABLE_RATIO", ratio):
             if wide:
                 d = torch.zeros_like(x)
-                return ops.bn_relu_conv3_backward(x, norm, weight, dout, (7, 10), True, None, d)[2]
-            return ops.bn_relu_conv1x1_backward(
-                x, norm, weight, dout.clone(), torch.zeros_like(x), True
-            )[2]
+                return ops.convolve_backward(x, norm, weight, dout, (7, 10), True, None, d)[2]
+            one = torch.ones(4, dtype=torch.float64)
+            norm2 = Normalization(torch.zeros_like(one), one, one, one, 0.0)
+            pending = PendingNorm(torch.zeros_like(dout), norm2, None)
+            rest = torch.zeros_like(x), True, pending, None, None
+            return ops.bn_relu_conv1x1_backward(x, norm, weight, dout.clone(), *rest)[2]
 
     by_definition = second_sums(0.0)
     torch.testing.assert_close(second_sums(1.0), by_definition, rtol=1e-10, atol=1e-10)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import effdense
 from effdense import reference
-from effdense.block.dense_block import dropout_mask
+from effdense.backends.dropout import dropout_mask
 from effdense.verification.comparison import Step, randomize_norms, relative_error
 from effdense.verification.comparison import norms_of as norms_of
 from effdense.verification.comparison import step as step

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effdense.backends.base import Normalization
+from effdense.backends.base import Normalization, PendingNorm, Statistics
 
 GUARD = 64
 # Around inputs NaN, so that what is read shows; around outputs a number, because a NaN
@@ -76,10 +76,12 @@ class Arena:
         gamma, beta = self.normal(2, c)
         gamma[::5] = 0
         mean, var = x.double().mean(0), x.double().var(0, unbiased=False)
-        rstd = (var + 1e-5).rsqrt()
-        scale = gamma * rstd
-        vectors = (mean, rstd, scale, beta - mean * scale)
-        return Normalization(*(self.vector(v) for v in vectors))
+        mean, var, gamma, beta = (self.vector(v) for v in (mean, var, gamma, beta))
+        return Normalization(mean, var, gamma, beta, 1e-5)
+
+    def statistics(self, columns: int) -> Statistics:
+        """A place for those of a product's columns, still to be written."""
+        return Statistics(*(self.out(1, columns, torch.float32)[0] for _ in range(2)))
 
     def check(self) -> None:
         """Nothing but the declared outputs has changed, bit for bit; outputs are all written."""
@@ -95,7 +97,19 @@ class Arena:
 
 
 def in_float64(norm: Normalization) -> Normalization:
-    return Normalization(*(v.double() for v in norm))
+    mean, var, gamma, beta = (v.double() for v in (norm.mean, norm.var, norm.gamma, norm.beta))
+    return Normalization(mean, var, gamma, beta, norm.eps)
+
+
+def ones(c: int) -> Normalization:
+    """x + 1."""
+    one = torch.ones(c)
+    return Normalization(torch.zeros(c), one, one, one, 0.0)
+
+
+def unpending(dy: Tensor) -> PendingNorm:
+    """A norm2 that leaves ``dy`` as it is."""
+    return PendingNorm(torch.zeros_like(dy), ones(dy.shape[1]), None)
 
 
 def assert_as_good(ours: Tensor, exact: Tensor, formula: Tensor) -> None:

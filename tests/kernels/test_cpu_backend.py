@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from effdense.backends import cpu_library, select
-from effdense.backends.base import Normalization, PendingNorm, Rebuild
+from effdense.backends.base import Deferred, Normalization, PendingNorm, Rebuild, Statistics
 from effdense.backends.cpu_backend import CpuBackend
 from effdense.backends.torch_backend import TorchBackend
 from tests.helpers.compare import assert_close
@@ -48,7 +48,11 @@ def normal(*size: int) -> Tensor:
 
 
 def norm_of(c: int) -> Normalization:
-    return Normalization(normal(c), torch.rand(c).double() + 0.5, normal(c), normal(c))
+    return Normalization(normal(c), torch.rand(c).double() + 0.5, normal(c), normal(c), 1e-5)
+
+
+def no_statistics(c: int) -> Statistics:
+    return Statistics(*torch.full((2, c), math.nan, dtype=torch.float64))
 
 
 def both(operation: str, *args: object) -> tuple[list[Tensor], list[Tensor]]:
@@ -58,9 +62,13 @@ def both(operation: str, *args: object) -> tuple[list[Tensor], list[Tensor]]:
         given = [a.clone() if isinstance(a, Tensor) else a for a in args]
         # a column of a wider buffer stays one
         given = [strided(a) if isinstance(a, Tensor) and a.dim() == 2 else a for a in given]
+        given = [
+            Statistics(*map(Tensor.clone, a)) if isinstance(a, Statistics) else a for a in given
+        ]
         returned = getattr(backend, operation)(*given)
         flat = [returned] if isinstance(returned, Tensor) else list(returned or ())
-        results.append([t for t in [*flat, *given] if isinstance(t, Tensor)])
+        left = [t for a in given for t in (a if isinstance(a, Statistics) else [a])]
+        results.append([t for t in [*flat, *left] if isinstance(t, Tensor)])
     ours, theirs = results
     return ours, theirs
 
@@ -81,7 +89,7 @@ def compare(ours: list[Tensor], theirs: list[Tensor]) -> None:
 def test_matrix_operations_equal_torch(rows: int) -> None:
     c = 13
     x, norm = normal(rows, c) + 50, norm_of(c)
-    compare(*both("statistics", x))
+    compare(*both("statistics", x, no_statistics(c)))
     compare(*both("bn_relu", x, norm, normal(rows, c)))
     correction = (normal(c), normal(c), float(rows))
     for given in (correction, None):
@@ -109,27 +117,30 @@ def test_products_equal_torch(rows: int, c: int, b: int, small_betas: bool) -> N
     x, norm, weight = normal(rows, c), norm_of(c), normal(b, c)
     if small_betas:
         # so that T comes from the weight's gradient, in all channels or in all but one
-        norm = norm._replace(shift=norm.scale * (0.1 - norm.mean))
-        norm.shift[c // 2] += rows % 2
+        norm.beta = norm.gamma * 0.1 * norm.rstd
+        norm.beta[c // 2] += rows % 2
+        norm = Normalization(norm.mean, norm.var, norm.gamma, norm.beta, norm.eps)
     results = []
     for backend in (CpuBackend(torch.float64), TorchBackend()):
         out = torch.empty(rows, b, dtype=torch.float64)
-        found = backend.bn_relu_conv1x1(x, norm, weight, out, True)
-        results.append([out, *(found or ())])
+        found = no_statistics(b)
+        backend.bn_relu_conv1x1(x, norm, weight, out, found)
+        results.append([out, *found])
     compare(*results)
     dy, y, d = normal(rows, b), normal(rows, b), normal(rows, c + 2)
     pending_norm, correction = norm_of(b), (normal(b), normal(b), float(rows))
     again = norm_of(narrower), normal(b, narrower)
-    for with_pending, with_rebuild in itertools.product((False, True), repeat=2):
+    for corrected, with_rebuild in itertools.product((False, True), repeat=2):
         results = []
         for backend in (CpuBackend(torch.float64), TorchBackend()):
             own_d, own_y = d.clone(), y.clone()
-            pending = PendingNorm(own_y, pending_norm, correction) if with_pending else None
+            pending = PendingNorm(own_y, pending_norm, correction if corrected else None)
+            deferred = Deferred(*torch.ones(2, c, dtype=torch.float64))
             rebuild = Rebuild(*again, own_y) if with_rebuild else None
             found = backend.bn_relu_conv1x1_backward(
-                x, norm, weight, dy.clone(), own_d[:, :c], True, pending, rebuild
+                x, norm, weight, dy.clone(), own_d[:, :c], True, pending, rebuild, deferred
             )
-            results.append([*found, own_d, own_y])
+            results.append([*found, own_d, own_y, *deferred])
         compare(*results)
 
 
@@ -141,13 +152,14 @@ def test_the_convolution_and_its_backward_equal_torch(
     rows = math.prod(shape)
     norm, weight = norm_of(b), normal(k, b, *[3] * (len(shape) - 1))
     source, dout = normal(rows, b), normal(rows, k)
-    compare(*both("bn_relu_conv3", source, norm, weight, shape, normal(rows, k)))
+    given = source, norm, weight, shape, normal(rows, k), normal(rows, k), no_statistics(k)
+    compare(*both("bn_relu_conv3", *given))
     for need_weight, into_d in itertools.product((True, False), repeat=2):
         results = []
         for backend in (CpuBackend(torch.float64), TorchBackend()):
             dz, d = torch.zeros(rows, b).double(), torch.ones(rows, b + 2).double()
             targets = (None, d[:, :b]) if into_d else (dz, None)
-            found = backend.bn_relu_conv3_backward(
+            found = backend.convolve_backward(
                 strided(source), norm, weight, dout.clone(), shape, need_weight, *targets
             )
             backend.bn_relu_backward_apply(source, norm, dz, None)
@@ -162,12 +174,18 @@ def test_the_same_bits_every_time() -> None:
     backend = CpuBackend(torch.float32)
     rows, c, b = 3000, 100, 24
     x, weight = torch.randn(rows, c), torch.randn(b, c)
-    norm = Normalization(torch.randn(c), torch.rand(c), torch.randn(c), torch.randn(c))
+    norm, norm2 = (
+        Normalization(torch.randn(n), torch.rand(n), torch.randn(n), torch.randn(n), 1e-5)
+        for n in (c, b)
+    )
     dy = torch.randn(rows, b)
+    pending = PendingNorm(torch.randn(rows, b), norm2, None)
 
     def once() -> list[Tensor]:
         d = torch.zeros(rows, c)
-        dw, s, t = backend.bn_relu_conv1x1_backward(x, norm, weight, dy, d, True)
+        dw, s, t = backend.bn_relu_conv1x1_backward(
+            x, norm, weight, dy.clone(), d, True, pending, None, None
+        )
         assert dw is not None
         return [dw, s, t, d]
 
@@ -187,7 +205,8 @@ def test_nan_is_passed_on_as_by_torch() -> None:
 
 def test_variance_of_a_large_mean_keeps_its_accuracy() -> None:
     x = torch.randn(5000, 7) + 3000
-    mean, var = CpuBackend(torch.float32).statistics(x)
+    mean, var = found = Statistics(*torch.zeros(2, 7))
+    CpuBackend(torch.float32).statistics(x, found)
     assert_close(mean.double(), x.double().mean(0), 1e-6)
     assert_close(var.double(), x.double().var(0, unbiased=False), 1e-4)
 

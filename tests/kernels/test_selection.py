@@ -12,16 +12,17 @@ import pytest
 import torch
 
 from effdense.backends import select
-from effdense.backends.select import BACKENDS, get_backend, self_check
+from effdense.backends.select import BACKENDS, get_backend
+from effdense.backends.self_check import self_check
 from effdense.backends.torch_backend import TorchBackend
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 OPERATIONS = [
     *("statistics", "bn_relu", "bn_relu_backward_reduce", "bn_relu_backward_apply"),
-    *("bn_relu_backward_accumulate", "bn_relu_conv1x1", "bn_relu_conv1x1_backward"),
+    *("finish_gradient", "bn_relu_conv1x1", "bn_relu_conv1x1_backward"),
     *("bn_relu_conv3", "bn_relu_conv3_backward"),
-    *("bn_relu_avg_pool", "bn_relu_avg_pool_backward", "bn_relu_global_pool"),
-    *("bn_relu_global_pool_backward", "finish_gradient"),
+    *("bn_relu_avg_pool_conv1x1", "bn_relu_avg_pool_conv1x1_backward"),
+    *("bn_relu_global_pool", "bn_relu_global_pool_backward"),
 ]
 
 
@@ -47,10 +48,11 @@ class Broken(TorchBackend):
                 raise RuntimeError("no kernel image\nis available")
             result = right(*args)
             tensors = [t for t in (result or ()) if isinstance(t, torch.Tensor)]
-            # what it returns, or else what it writes: its last matrix
-            target = (tensors or [a for a in args if isinstance(a, torch.Tensor) and a.dim() == 2])[
-                -1
-            ]
+            # what it returns, or else what it writes: its last matrix, or before a mask
+            matrices = [a for a in args if isinstance(a, torch.Tensor) and a.dim() == 2]
+            if operation == "statistics":
+                matrices = [args[1].mean]
+            target = (tensors or matrices)[-2 if operation == "bn_relu_conv3" else -1]
             target[..., -1] = float("nan") if how == "nan" else target[..., -1] * 1.5 + 0.5
             return result
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from effdense.backends.base import Normalization
-from effdense.backends.select import self_check
+from effdense.backends.base import Normalization, Statistics
+from effdense.backends.self_check import self_check
 from effdense.backends.triton_backend import INTERPRETED, TritonBackend
 from effdense.kernels import bn_relu as bn_relu_kernels
 from effdense.kernels import bn_relu_conv1x1 as conv_kernels
@@ -19,7 +19,7 @@ from effdense.kernels import finish_gradient as finish_kernels
 from effdense.kernels import statistics as statistics_kernels
 from effdense.kernels import sum_partials as sum_kernels
 from effdense.kernels.launch import Launch
-from tests.helpers.kernel_arena import EPS32, Arena, assert_as_good, in_float64
+from tests.helpers.kernel_arena import EPS32, Arena, assert_as_good, in_float64, ones, unpending
 
 Tensor = torch.Tensor
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -77,7 +77,9 @@ def test_statistics(case: Case, dtype: torch.dtype) -> None:
     arena = Arena(0)
     values = arena.normal(case.rows, case.c) * 2 + 1
     x = arena.put(values, dtype, width=case.width, column=case.width - case.c)
-    mean, var = backend(case).statistics(x)
+    found = Statistics(*torch.full((2, x.shape[1]), float("nan")))
+    backend(case).statistics(x, found)
+    mean, var = found
     exact = statistics_kernels.statistics_reference(x.double())
     formula = statistics_kernels.statistics_reference(x.float())
     assert_as_good(mean, exact[0], formula[0])
@@ -89,7 +91,8 @@ def test_variance_survives_a_large_mean() -> None:
     # E[x^2] - E[x]^2 in float32 has no digit left here; a mean is rounded by 2e-4
     arena = Arena(0)
     x = arena.put(arena.normal(300, 5) + 4096, torch.float32)
-    mean, var = backend(CASES[2]).statistics(x)
+    mean, var = found = Statistics(*torch.full((2, x.shape[1]), float("nan")))
+    backend(CASES[2]).statistics(x, found)
     exact = statistics_kernels.statistics_reference(x.double())
     torch.testing.assert_close(mean.double(), exact[0], rtol=2 * EPS32, atol=0)
     torch.testing.assert_close(var.double(), exact[1], rtol=1e-4, atol=0)
@@ -121,7 +124,7 @@ def test_bn_relu(case: Case, dtype: torch.dtype, dense: bool) -> None:
 @each_dtype
 def test_nan_is_not_rectified_away(dtype: torch.dtype) -> None:
     x = torch.full((3, 2), float("nan"), dtype=dtype)
-    norm, out = Normalization(*torch.ones(4, 2)), torch.zeros(3, 2, dtype=dtype)
+    norm, out = ones(2), torch.zeros(3, 2, dtype=dtype)
     TritonBackend().bn_relu(x, norm, out)
     assert out.isnan().all()
 
@@ -191,19 +194,19 @@ def test_bn_relu_conv1x1(case: Case, dtype: torch.dtype) -> None:
     layer = Layer(case, dtype)
     weight = layer.arena.put(layer.arena.normal(case.b, case.c) / math.sqrt(case.c), dtype)
     out = layer.arena.out(case.rows, case.b, dtype)
-    found = backend(case).bn_relu_conv1x1(layer.x, layer.norm, weight, out, True)
+    found = layer.arena.statistics(case.b)
+    backend(case).bn_relu_conv1x1(layer.x, layer.norm, weight, out, found)
     reference = conv_kernels.bn_relu_conv1x1_reference
     exact = reference(layer.x64, layer.norm64, weight.double())
     assert_as_good(out, exact, reference(layer.x, layer.norm, weight))
     # the statistics are those of what was stored
-    assert found is not None
     stored = statistics_kernels.statistics_reference(out.double())
     formula = statistics_kernels.statistics_reference(out.float())
     for ours, *theirs in zip(found, stored, formula, strict=True):
         assert_as_good(ours, *theirs)
     layer.arena.check()
     again = layer.arena.out(case.rows, case.b, dtype)
-    assert backend(case).bn_relu_conv1x1(layer.x, layer.norm, weight, again, False) is None
+    backend(case).bn_relu_conv1x1(layer.x, layer.norm, weight, again, None)
     assert torch.equal(again, out)
 
 
@@ -216,9 +219,9 @@ def test_bn_relu_conv1x1_backward(case: Case, dtype: torch.dtype, need_weight: b
     weight = arena.put(arena.normal(case.b, case.c) / math.sqrt(case.c), dtype)
     dy = arena.put(arena.normal(case.rows, case.b), dtype)
     d = arena.put(arena.normal(case.rows, case.c), dtype, width=case.width + 2, output=True)
-    before = d.clone()
+    before, given = d.clone(), dy.clone()
     dw, *sums = backend(case).bn_relu_conv1x1_backward(
-        layer.x, layer.norm, weight, dy, d, need_weight
+        layer.x, layer.norm, weight, given, d, need_weight, unpending(dy), None, None
     )
     reference = conv_backward_kernels.bn_relu_conv1x1_backward_reference
     dz, *exact = reference(layer.x64, layer.norm64, weight.double(), dy.double())
@@ -260,8 +263,8 @@ def test_bn_relu_avg_pool(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     (exact_d,) = torch.autograd.grad(exact, x64, dpooled.double())
     # scale is a factor of d, so where it is zero S and T need the gradient of z itself
     z64 = bn_relu_kernels.bn_relu_reference(layer.x64, layer.norm64).requires_grad_()
-    identity = Normalization(*(torch.ones_like(v) for v in layer.norm64))
-    identity = identity._replace(shift=torch.zeros_like(identity.shift))
+    zero, one = torch.zeros_like(layer.norm64.mean), torch.ones_like(layer.norm64.mean)
+    identity = Normalization(zero, one, one, zero, 0.0)
     (dz,) = torch.autograd.grad(reference(z64, identity, shape), z64, dpooled.double())
     dz = dz * (z64 > 0)
     xhat = (layer.x64 - layer.norm64.mean) * layer.norm64.rstd
@@ -333,10 +336,13 @@ def test_two_runs_agree_bit_for_bit() -> None:
         dy = arena.put(arena.normal(case.rows, case.b), torch.float16)
         d = arena.put(arena.normal(case.rows, case.c), torch.float16, output=True)
         out = arena.out(case.rows, case.b, torch.float16)
-        found = backend(case).bn_relu_conv1x1(layer.x, layer.norm, weight, out, True)
-        assert found is not None
-        back = backend(case).bn_relu_conv1x1_backward(layer.x, layer.norm, weight, dy, d, True)
-        return [*found, *back, d, out, *backend(case).statistics(layer.x)]
+        found, of_x = arena.statistics(case.b), arena.statistics(case.c)
+        backend(case).bn_relu_conv1x1(layer.x, layer.norm, weight, out, found)
+        back = backend(case).bn_relu_conv1x1_backward(
+            layer.x, layer.norm, weight, dy, d, True, unpending(dy), None, None
+        )
+        backend(case).statistics(layer.x, of_x)
+        return [*found, *back, d, out, *of_x]
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
@@ -354,14 +360,18 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
     near, near_d = x.clone(), d.clone()
     weight, dy = arena.normal(3, 5).half(), arena.normal(18, 3).half()
     far = TritonBackend(lambda *shape: TILE)
-    torch.testing.assert_close(far.statistics(x), far.statistics(near), rtol=0, atol=0)
-    back = far.bn_relu_conv1x1_backward(x, norm, weight, dy, d, True)
-    expected = far.bn_relu_conv1x1_backward(near, norm, weight, dy, near_d, True)
+    there, here = (Statistics(*torch.zeros(2, 5)) for _ in range(2))
+    far.statistics(x, there)
+    far.statistics(near, here)
+    torch.testing.assert_close(there, here, rtol=0, atol=0)
+    rest = True, unpending(dy), None, None
+    back = far.bn_relu_conv1x1_backward(x, norm, weight, dy.clone(), d, *rest)
+    expected = far.bn_relu_conv1x1_backward(near, norm, weight, dy.clone(), near_d, *rest)
     torch.testing.assert_close(back, expected, rtol=0, atol=0)
     assert torch.equal(d, near_d)
     out, near_out = torch.zeros(2, 18, 3, dtype=torch.float16)
-    far.bn_relu_conv1x1(x, norm, weight, out, False)
-    far.bn_relu_conv1x1(near, norm, weight, near_out, False)
+    far.bn_relu_conv1x1(x, norm, weight, out, None)
+    far.bn_relu_conv1x1(near, norm, weight, near_out, None)
     assert torch.equal(out, near_out)
     far.bn_relu(near, norm, d)
     assert torch.equal(d, bn_relu_kernels.bn_relu_reference(near, norm))
@@ -372,27 +382,30 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
 
 
 def test_writes_are_known_to_autograd() -> None:
-    x, norm = torch.ones(4, 3), Normalization(*torch.ones(4, 3))
+    x, norm = torch.ones(4, 3), ones(3)
     out = torch.zeros(4, 3)
     version = out._version
     TritonBackend().bn_relu(x, norm, out)
     assert out._version > version
     dw, d = torch.zeros(2, 3), torch.zeros(4, 3)
     version = d._version
-    TritonBackend().bn_relu_conv1x1_backward(x, norm, dw, torch.ones(4, 2), d, True)
+    dy = torch.ones(4, 2)
+    TritonBackend().bn_relu_conv1x1_backward(x, norm, dw, dy, d, True, unpending(dy), None, None)
     assert d._version > version
 
 
 def test_inference_tensors_are_accepted() -> None:
     with torch.inference_mode():
         out = torch.zeros(4, 3)
-        TritonBackend().bn_relu(torch.ones(4, 3), Normalization(*torch.ones(4, 3)), out)
+        TritonBackend().bn_relu(torch.ones(4, 3), ones(3), out)
     assert (out == 2).all()
 
 
 def test_float64_is_refused() -> None:
     with pytest.raises(ValueError, match="float64"):
-        TritonBackend().statistics(torch.ones(4, 3, dtype=torch.float64))
+        TritonBackend().statistics(
+            torch.ones(4, 3, dtype=torch.float64), Statistics(*torch.zeros(2, 3))
+        )
 
 
 @each_dtype
@@ -401,13 +414,14 @@ def test_self_check_passes(dtype: torch.dtype) -> None:
 
 
 def test_empty_batch() -> None:
-    ours, norm = TritonBackend(), Normalization(*torch.ones(4, 3))
+    ours, norm = TritonBackend(), ones(3)
     x = torch.ones(0, 3)
-    for found in ours.statistics(x):
-        assert found.shape == (3,)
-        assert found.isnan().all()
+    found = Statistics(*torch.zeros(2, 3))
+    ours.statistics(x, found)
+    assert torch.stack(found).isnan().all()
+    dy = torch.ones(0, 2)
     dw, s, t = ours.bn_relu_conv1x1_backward(
-        x, norm, torch.ones(2, 3), torch.ones(0, 2), torch.ones(0, 3), True
+        x, norm, torch.ones(2, 3), dy, torch.ones(0, 3), True, unpending(dy), None, None
     )
     assert dw is not None
     assert not dw.any()
