@@ -25,17 +25,3 @@ def test_links_lead_somewhere(page: Path) -> None:
     own = [target for target in targets if "://" not in target]
     missing = [target for target in own if not (page.parent / target).exists()]
     assert not missing
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_options_of_the_training_script_exist(page: Path) -> None:
-    from effdense.engine.config import TrainConfig
-
-    lines = [line for line in page.read_text().splitlines() if "train_ddp.py" in line]
-    named = {
-        option
-        for line in lines
-        for option in re.findall(r"(?<!-)--([a-z][a-z-]+)", line.partition("train_ddp.py")[2])
-    }
-    known = {name.replace("_", "-") for name in TrainConfig.__dataclass_fields__} | {"help"}
-    assert named <= known
