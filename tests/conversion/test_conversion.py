@@ -25,6 +25,7 @@ from torch.nn.utils import parametrizations
 import effdense
 from effdense.__main__ import main
 from effdense.backends.dropout import dropout_mask
+from effdense.recognition import proving
 from tests.helpers.compare import (
     assert_close,
     assert_same_buffers,
@@ -250,7 +251,9 @@ def test_channel_dropout_equals_the_original() -> None:
     layer = iter(range(3))
 
     def dropout(new: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
-        mask = dropout_mask(seed, next(layer), new.shape[:2], p, new.dtype, new.device)
+        mask = dropout_mask(
+            seed, next(layer), (new.shape[0], new.shape[1]), p, new.dtype, new.device
+        )
         return new * mask.view(*new.shape[:2], 1, 1, 1)
 
     with mock.patch.object(F, "dropout3d", dropout):
@@ -446,7 +449,7 @@ def test_bad_arguments_raise_and_change_nothing(arguments: Any, message: str) ->
 
 def test_something_else_than_a_module_is_refused() -> None:
     with pytest.raises(ValueError, match="got str"):
-        effdense.convert("densenet121")  # type: ignore[call-overload]
+        effdense.convert("densenet121")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.complex128, torch.int64])
@@ -465,7 +468,7 @@ def test_input_that_is_not_real_gives_the_originals_error(dtype: torch.dtype) ->
 def test_proofs_leave_random_numbers_and_parameters_alone() -> None:
     model = FlatNet(AppendingBottleneck)
     before = copy.deepcopy(model.state_dict())
-    effdense.recognition.proving._proofs.clear()
+    proving._proofs.clear()
     torch.manual_seed(4)
     expected = torch.rand(3)
     torch.manual_seed(4)
@@ -650,7 +653,7 @@ def test_a_lightning_trainer_takes_a_step() -> None:
     ours, naive = _pair(_torchvision, torch.float32)
     x, target = images(4, 3, 33, 33, dtype=torch.float32), torch.arange(4)
 
-    class Task(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    class Task(lightning.LightningModule):  # type: ignore[name-defined]
         def __init__(self, model: nn.Module) -> None:
             super().__init__()
             self.model = model
@@ -676,7 +679,7 @@ def test_a_lightning_trainer_takes_a_step() -> None:
 def test_accelerate_style_wrapping_of_the_models_forward_works() -> None:
     ours, naive = _pair(_torchvision)
     forward = ours.forward
-    ours.forward = lambda x: forward(x).float().double()  # type: ignore[method-assign]
+    ours.forward = lambda x: forward(x).float().double()
     effdense.convert(ours)
     x = images(2, 3, 37, 33)
     assert_close(ours(x), naive(x), 1e-6)
@@ -684,7 +687,7 @@ def test_accelerate_style_wrapping_of_the_models_forward_works() -> None:
 
 
 def test_a_model_on_meta_is_converted() -> None:
-    effdense.recognition.proving._proofs.clear()
+    proving._proofs.clear()
     with torch.device("meta"):
         model = _torchvision()
     report = effdense.conversion_report(model)

@@ -147,7 +147,8 @@ def test_cifar_from_files_of_its_own_format(
     source: Any = datasets.CIFAR10 if ten else datasets.CIFAR100
     key = "labels" if ten else "fine_labels"
     generator = np.random.default_rng(0)
-    rows, labels = {}, {}
+    rows: dict[str, Any] = {}
+    labels: dict[str, Any] = {}
     for attribute in ("train_list", "test_list"):
         listed = []
         for file, _ in getattr(source, attribute):

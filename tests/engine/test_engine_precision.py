@@ -107,7 +107,7 @@ def test_bf16_learns_along_float32_s_curve(tmp_path: Path) -> None:
     curves = {}
     for amp in ("none", "bf16"):
         options: dict[str, Any] = {"amp": amp, "work_dir": tmp_path / amp, "epochs": 3}
-        small = {"data": "digits", "depth": 10, "growth_rate": 6, "threads": 1}
+        small: dict[str, Any] = {"data": "digits", "depth": 10, "growth_rate": 6, "threads": 1}
         run(TrainConfig(**small, **options))
         curves[amp] = read(tmp_path / amp / "train.csv")["loss"]
     assert curves["bf16"] != curves["none"]

@@ -70,7 +70,11 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
         write_atomically(path, half)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-    write_atomically(path, lambda partial: partial.write_text("new") and None)
+
+    def whole(partial: Path) -> None:
+        partial.write_text("new")
+
+    write_atomically(path, whole)
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -122,7 +122,7 @@ def test_the_first_block_says_what_the_stem_keeps() -> None:
     x = images(2, 3, 64, 64)
     kept = {}
     for save in ("features", "bottlenecks"):
-        ours.save = [save, "input"]  # type: ignore[list-item]
+        ours.save = [save, "input"]
         sizes: list[int] = []
 
         def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
@@ -149,7 +149,11 @@ def test_images_changed_before_backward_are_noticed(save: str) -> None:
 def test_a_second_backward_gives_the_same_gradients(save: str) -> None:
     ours, _ = twins(save, small_inputs=False)
     loss = ours(images(2, 3, 29, 26)).square().sum()
-    parameters = list(ours.features.conv0.parameters()) + list(ours.features.norm0.parameters())  # type: ignore[operator, union-attr]
+    parameters = [
+        parameter
+        for name in ("conv0", "norm0")
+        for parameter in ours.features.get_submodule(name).parameters()
+    ]
     first = torch.autograd.grad(loss, parameters, retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(loss, parameters)))
 

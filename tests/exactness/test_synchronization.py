@@ -61,6 +61,7 @@ def _networks(
     convert: Callable[[Any], Any] = TORCHS, backend: str = "auto", **arguments: Any
 ) -> Networks:
     ours, naive = twins(**arguments)
+    module: Any
     for module in ours.modules():
         if hasattr(module, "backend"):
             module.backend = backend
@@ -221,7 +222,7 @@ def _sgd(network: Any, called: Any, rank: int | None) -> dict[str, Tensor]:
 def _distributed_data_parallel(rank: int, **options: Any) -> dict[str, dict[str, Tensor]]:
     found = {}
     for wrapped_first in (False, True):
-        ours, _ = twins()
+        ours: Any = twins()[0]
         if not wrapped_first:
             ours = OURS(ours)
         parallel = DistributedDataParallel(ours, **options)
@@ -548,7 +549,8 @@ def test_a_norm_with_statistics_of_its_own(name: str, found: Found) -> None:
     """Against the naive network in the same processes."""
     for each in found("other groups"):
         *steps, said = each[name]
-        assert_same_step(*(Step(*result) for result in steps))
+        ours, naive = (Step(*result) for result in steps)
+        assert_same_step(ours, naive)
         # a reader of the block runs by itself then
         assert len(said) == ("denselayer" in name)
         reason = "denselayer1.norm1 and denselayer2.norm1 take their statistics over different"

@@ -137,7 +137,7 @@ def test_a_wrong_gradient_is_seen_there_alone(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_wrong_layer_is_named() -> None:
     pair = twins()
-    pair.ours.get_submodule("features.denseblock2.denselayer2.norm1").eps = 0.1  # type: ignore[union-attr,assignment]
+    pair.ours.get_submodule("features.denseblock2.denselayer2.norm1").eps = 0.1  # type: ignore[assignment]
     row = failures(pair)["new features of dense layers"]
     assert "worst features.denseblock2, layer 2" in row.compared or "layer 3" in row.compared
 

@@ -14,7 +14,6 @@ import argparse
 import csv
 import random
 import signal
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
@@ -137,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

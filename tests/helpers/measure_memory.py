@@ -83,8 +83,9 @@ def _model(job: dict[str, Any], depth: int) -> torch.nn.Module:
     if job.get("group_norm"):
         for layer in model.modules():
             if isinstance(layer, reference.DenseLayer):
-                layer.norm1 = torch.nn.GroupNorm(1, layer.norm1.num_features)
-                layer.norm2 = torch.nn.GroupNorm(1, layer.norm2.num_features)
+                for name in ("norm1", "norm2"):
+                    width: Any = layer.get_submodule(name).num_features
+                    setattr(layer, name, torch.nn.GroupNorm(1, width))
     if job["model"] == "converted":
         effdense.convert(model)
     return model

@@ -52,7 +52,7 @@ def _steps(world: World, *, frozen: bool = False, **options: Any) -> dict[str, T
             module.running_var.uniform_(0.5, 2)
             nn.init.normal_(module.weight)
     if options.get("sync_bn"):
-        network = effdense.SyncBatchNorm.convert_sync_batchnorm(network)
+        effdense.SyncBatchNorm.convert_sync_batchnorm(network)
     config = TrainConfig(
         data="fake",
         batch_size=BATCH_SIZE,
@@ -126,10 +126,10 @@ def defect_on_rank_1(world: World) -> dict[str, Tensor]:
     """A process that fails in the second epoch, while the others wait for its gradients."""
     step = Trainer.step
 
-    def failing(self: Trainer, *arguments: object, **options: object) -> tuple[Tensor, Tensor]:
+    def failing(self: Trainer, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor] | None:
         if world.rank == 1 and self.optimizer.state:
             raise RuntimeError("a defect on rank 1")
-        return step(self, *arguments, **options)  # type: ignore[arg-type]
+        return step(self, *arguments, **options)
 
     Trainer.step = failing  # type: ignore[method-assign]
     options = TrainConfig(data="fake", depth=10, image_size=8, threads=1)

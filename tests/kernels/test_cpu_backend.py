@@ -95,8 +95,8 @@ def test_matrix_operations_equal_torch(rows: int) -> None:
     for given in (correction, None):
         compare(*both("bn_relu_backward_apply", x, norm, normal(rows, c), given))
     s, t = normal(c), normal(c)
-    given = (normal(rows, c), x, norm.mean, s, t, float(rows), normal(rows, c))
-    compare(*both("finish_gradient", *given))
+    unfinished = (normal(rows, c), x, norm.mean, s, t, float(rows), normal(rows, c))
+    compare(*both("finish_gradient", *unfinished))
     for channels in (slice(None), None, torch.tensor([0, 4, 12])):
         ours, theirs = both(
             "bn_relu_backward_reduce", x, norm, normal(rows, c), None, None, channels
@@ -137,10 +137,11 @@ def test_products_equal_torch(rows: int, c: int, b: int, small_betas: bool) -> N
             pending = PendingNorm(own_y, pending_norm, correction if corrected else None)
             deferred = Deferred(*torch.ones(2, c, dtype=torch.float64))
             rebuild = Rebuild(*again, own_y) if with_rebuild else None
-            found = backend.bn_relu_conv1x1_backward(
+            dw, *sums = backend.bn_relu_conv1x1_backward(
                 x, norm, weight, dy.clone(), own_d[:, :c], True, pending, rebuild, deferred
             )
-            results.append([*found, own_d, own_y, *deferred])
+            assert dw is not None
+            results.append([dw, *sums, own_d, own_y, *deferred])
         compare(*results)
 
 

@@ -260,7 +260,7 @@ def test_the_chosen_mixture_is_the_fastest_that_fits(network: effdense.DenseNet)
     """Every mixture's peak by itself, against those that the plan composes."""
     modes = [(a, b, c) for a in CANDIDATES for b in CANDIDATES for c in CANDIDATES]
     rehearse = Rehearsal(network)
-    peaks = {save: rehearse(SHAPE, save).total for save in modes}
+    peaks: dict[Any, int] = {save: rehearse(SHAPE, save).total for save in modes}
     for limit in sorted(set(peaks.values()))[:: max(1, len(set(peaks.values())) // 4)]:
         chosen = effdense.plan(network, SHAPE, limit)
         assert peaks[chosen.save] == chosen.peak <= limit
@@ -319,7 +319,8 @@ def test_a_plan_for_a_converted_model(network: effdense.DenseNet) -> None:
         if group_norm:
             for layer in model.modules():
                 if isinstance(layer, reference.DenseLayer):
-                    layer.norm1 = nn.GroupNorm(1, layer.norm1.num_features)
+                    width: Any = layer.norm1.num_features
+                    layer.norm1 = nn.GroupNorm(1, width)
         effdense.convert(model)
         most = effdense.plan(model, SHAPE, "64GiB")
         assert most.slowdown == 1

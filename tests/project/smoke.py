@@ -13,6 +13,7 @@ import importlib.util
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,12 @@ import effdense
 from effdense import reference
 from effdense.backends.select import get_backend
 
-NETWORK = {"growth_rate": 4, "block_config": (2, 3), "num_init_features": 6, "num_classes": 5}
+NETWORK: dict[str, Any] = {
+    "growth_rate": 4,
+    "block_config": (2, 3),
+    "num_init_features": 6,
+    "num_classes": 5,
+}
 KERNELS = ("bn_relu", "bn_relu_conv1x1", "bn_relu_conv1x1_backward", "bn_relu_pool", "statistics")
 
 

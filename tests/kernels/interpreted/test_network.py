@@ -45,6 +45,7 @@ def train(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[
 
 def with_backend(model: torch.nn.Module, backend: str) -> torch.nn.Module:
     model = copy.deepcopy(model)
+    module: Any
     for module in model.modules():
         if hasattr(module, "backend"):
             module.backend = backend
@@ -111,6 +112,7 @@ def test_frozen_norms() -> None:
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
+                assert module.running_mean is not None
                 module.running_mean.normal_(std=0.1)
     assert_same_training(model, batches(1, 6, 6))
 

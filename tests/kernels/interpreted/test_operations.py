@@ -338,11 +338,12 @@ def test_two_runs_agree_bit_for_bit() -> None:
         out = arena.out(case.rows, case.b, torch.float16)
         found, of_x = arena.statistics(case.b), arena.statistics(case.c)
         backend(case).bn_relu_conv1x1(layer.x, layer.norm, weight, out, found)
-        back = backend(case).bn_relu_conv1x1_backward(
+        dw, *sums = backend(case).bn_relu_conv1x1_backward(
             layer.x, layer.norm, weight, dy, d, True, unpending(dy), None, None
         )
+        assert dw is not None
         backend(case).statistics(layer.x, of_x)
-        return [*found, *back, d, out, *of_x]
+        return [*found, dw, *sums, d, out, *of_x]
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
