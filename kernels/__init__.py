@@ -44,3 +44,13 @@ product's statistics 8 ceil(P / block_p) B; sums 8 r c; the product's backward
 4 r (B + 2) c, where r <= programs / ceil(c / block_c) bounds it by
 4 programs block_c (B + 2), twice the multiprocessors being ``programs``.
 """
+
+__all__ = [
+    "bn_relu",
+    "bn_relu_conv1x1",
+    "bn_relu_conv1x1_backward",
+    "bn_relu_pool",
+    "finish_gradient",
+    "launch",
+    "statistics",
+]

@@ -1,1 +1,3 @@
 """The dense block's arithmetic behind one interface: torch operations or Triton kernels."""
+
+__all__ = ["base", "cpu_backend", "cpu_library", "empty", "layout", "select", "self_check"]

@@ -10,3 +10,5 @@ import argparse
 from typing import TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+__all__ = ["convert_report", "env", "evaluate", "graph", "plan", "plot", "predict", "verify"]

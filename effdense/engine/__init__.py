@@ -6,3 +6,18 @@ processes work together. ``resumption`` is how it survives, by what ``checkpoint
 ``signals`` hears and whom ``watchdog`` accuses. ``progress``, ``tensorboard``, ``plots`` and
 ``report`` show it, ``records`` and ``lock`` keep its folder, ``export`` hands its weights on.
 """
+
+__all__ = [
+    "checkpoint",
+    "config",
+    "data",
+    "distributed",
+    "export",
+    "networks",
+    "plots",
+    "progress",
+    "records",
+    "telemetry",
+    "trainer",
+    "training",
+]

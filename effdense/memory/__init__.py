@@ -1,1 +1,3 @@
 """Memory of a training step: recorded, predicted, made to fit."""
+
+__all__ = ["estimation", "graphs", "planning", "timeline"]

@@ -1,1 +1,3 @@
 """Claims about a network, and the rules by which numbers are compared."""
+
+__all__ = ["claims"]

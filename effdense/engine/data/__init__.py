@@ -1,1 +1,3 @@
 """Images and their order."""
+
+__all__ = ["datasets", "order"]
