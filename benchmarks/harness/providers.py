@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 import effdense
 from effdense import reference
-from effdense.autocast import autocast, autocast_dtype
+from effdense.autocast import autocast_dtype
+from effdense.memory.meta import autocast
 from effdense.memory.timeline import Training
 
 from .case import Case, Parser

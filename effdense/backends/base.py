@@ -22,6 +22,9 @@ from .dropout import dropout_mask
 
 Piece = TypeVar("Piece")
 
+KERNEL_ROW_MULTIPLE = 16
+"""The kernels' :attr:`Backend.row_multiple`: what Triton proves of a stride, or nothing."""
+
 KERNEL_STEP_BYTES = 128 << 20
 """Bytes of a step's temporaries up to which the kernels' backend takes all images at once."""
 

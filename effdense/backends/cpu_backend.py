@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .base import Correction, Deferred, Normalization, PendingNorm, Rebuild, Statistics
-from .cpu_library import Library, load
+from .cpu_library import load
 from .norm_sums import ALL_CHANNELS, STABLE_RATIO, Channels
 from .torch_backend import TorchBackend
 
@@ -145,7 +145,7 @@ class _Scratch:
             starts.append(end)
             end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         self._memory = x.new_empty(end, dtype=torch.uint8)
-        base = 0 if x.is_meta else self._memory.data_ptr()
+        base = self._memory.data_ptr()
         self.areas = [base + start for start in starts]
         """The areas' addresses."""
 
@@ -163,31 +163,25 @@ class CpuBackend(TorchBackend):
         super().__init__("cpu")
         self._library = load(dtype)
 
-    def _loops(self, x: Tensor) -> Library | None:
-        """None on meta, where memory is taken as ever and nothing computed."""
-        return None if x.is_meta else self._library
-
     def statistics(self, x: Tensor, out: Statistics) -> None:
         rows, c = x.shape
         threads = torch.get_num_threads()
         scratch = _Scratch(x, [threads * 4 * c], [])
-        if loops := self._loops(x):
-            rest = (x.stride(0), _SUM_ROWS, *scratch.areas, *out)
-            loops.call("statistics", threads, rows, c, x, *rest)
+        rest = (x.stride(0), _SUM_ROWS, *scratch.areas, *out)
+        self._library.call("statistics", threads, rows, c, x, *rest)
 
     def bn_relu(self, x: Tensor, norm: Normalization, out: Tensor) -> None:
-        if loops := self._loops(x):
-            strides = x.stride(0), out.stride(0)
-            loops.call(
-                "bn_relu",
-                torch.get_num_threads(),
-                *x.shape,
-                x,
-                strides[0],
-                _Norm(norm),
-                out,
-                strides[1],
-            )
+        strides = x.stride(0), out.stride(0)
+        self._library.call(
+            "bn_relu",
+            torch.get_num_threads(),
+            *x.shape,
+            x,
+            strides[0],
+            _Norm(norm),
+            out,
+            strides[1],
+        )
 
     def bn_relu_backward_reduce(
         self,
@@ -222,29 +216,28 @@ class CpuBackend(TorchBackend):
         threads = torch.get_num_threads()
         direct, s, t = _sums(x, c, channels)
         scratch = _Scratch(x, [threads * 2 * c], [threads * 2 * c])
-        if loops := self._loops(x):
-            loops.call(
-                "bn_relu_backward_reduce",
-                threads,
-                rows,
-                c,
-                x,
-                x.stride(0),
-                _Norm(norm),
-                z,
-                z.stride(0),
-                dz,
-                dz.stride(0),
-                out,
-                out.stride(0),
-                d,
-                0 if d is None else d.stride(0),
-                direct,
-                _SUM_ROWS,
-                *scratch.areas,
-                s,
-                t,
-            )
+        self._library.call(
+            "bn_relu_backward_reduce",
+            threads,
+            rows,
+            c,
+            x,
+            x.stride(0),
+            _Norm(norm),
+            z,
+            z.stride(0),
+            dz,
+            dz.stride(0),
+            out,
+            out.stride(0),
+            d,
+            0 if d is None else d.stride(0),
+            direct,
+            _SUM_ROWS,
+            *scratch.areas,
+            s,
+            t,
+        )
         return s, t
 
     def bn_relu_backward_apply(
@@ -255,17 +248,16 @@ class CpuBackend(TorchBackend):
         correction: Correction | None,
     ) -> None:
         scratch = _Scratch(x, [], [2 * x.shape[1]])
-        if loops := self._loops(x):
-            loops.call(
-                "bn_relu_backward_apply",
-                torch.get_num_threads(),
-                *x.shape,
-                x,
-                x.stride(0),
-                _Correction(norm, correction, *scratch.areas),
-                dz,
-                dz.stride(0),
-            )
+        self._library.call(
+            "bn_relu_backward_apply",
+            torch.get_num_threads(),
+            *x.shape,
+            x,
+            x.stride(0),
+            _Correction(norm, correction, *scratch.areas),
+            dz,
+            dz.stride(0),
+        )
 
     def bn_relu_conv1x1(
         self,
@@ -283,18 +275,17 @@ class CpuBackend(TorchBackend):
             [threads * _GROUP_ROWS * _apart(x, c), c * _whole_lines(x, b)],
         )
         *areas, panels = scratch.areas
-        if loops := self._loops(x):
-            loops.call(
-                "bn_relu_conv1x1",
-                threads,
-                rows,
-                x,
-                x.stride(0),
-                _Product(norm, weight, out, panels),
-                _TILE_ROWS,
-                *areas,
-                *(statistics or (None, None)),
-            )
+        self._library.call(
+            "bn_relu_conv1x1",
+            threads,
+            rows,
+            x,
+            x.stride(0),
+            _Product(norm, weight, out, panels),
+            _TILE_ROWS,
+            *areas,
+            *(statistics or (None, None)),
+        )
 
     def bn_relu_conv1x1_backward(
         self,
@@ -328,26 +319,25 @@ class CpuBackend(TorchBackend):
         again = None
         if rebuild is not None:
             again = _Product(rebuild.norm, before, rebuild.out, panels_before)
-        if loops := self._loops(x):
-            loops.call(
-                "bn_relu_conv1x1_backward",
-                threads,
-                rows,
-                x,
-                x.stride(0),
-                _Product(norm, weight, None, panels),
-                dz,
-                _Pending(pending.y.data_ptr(), correction),
-                again,
-                d,
-                d.stride(0),
-                STABLE_RATIO,
-                _TILE_ROWS,
-                *areas,
-                dw,
-                s,
-                t,
-            )
+        self._library.call(
+            "bn_relu_conv1x1_backward",
+            threads,
+            rows,
+            x,
+            x.stride(0),
+            _Product(norm, weight, None, panels),
+            dz,
+            _Pending(pending.y.data_ptr(), correction),
+            again,
+            d,
+            d.stride(0),
+            STABLE_RATIO,
+            _TILE_ROWS,
+            *areas,
+            dw,
+            s,
+            t,
+        )
         if deferred is not None:
             deferred.add(norm, s, t)
         return (dw if need_weight else None), s, t
@@ -364,9 +354,8 @@ class CpuBackend(TorchBackend):
         lines, sizes = self._line_tiles(weight, shape, threads)
         scratch = _Scratch(source, [], sizes)
         u, *areas = scratch.areas
-        if loops := self._loops(source):
-            window = _Convolution(source, norm, weight, shape, u)
-            loops.call("bn_relu_conv3", threads, window, lines, *areas, out, out.stride(0))
+        window = _Convolution(source, norm, weight, shape, u)
+        self._library.call("bn_relu_conv3", threads, window, lines, *areas, out, out.stride(0))
 
     def convolve_backward(
         self,
@@ -390,23 +379,22 @@ class CpuBackend(TorchBackend):
         *areas, u = scratch.areas
         gradient = torch.empty_like(weight) if need_weight else None
         s, t = source.new_empty(b), source.new_empty(b)
-        if loops := self._loops(source):
-            loops.call(
-                "bn_relu_conv3_backward",
-                threads,
-                _Convolution(source, norm, weight, shape, u),
-                dout,
-                dz,
-                d,
-                0 if d is None else d.stride(0),
-                STABLE_RATIO,
-                lines,
-                *areas,
-                gradient,
-                None if gradient is None else _weight_strides(gradient),
-                s,
-                t,
-            )
+        self._library.call(
+            "bn_relu_conv3_backward",
+            threads,
+            _Convolution(source, norm, weight, shape, u),
+            dout,
+            dz,
+            d,
+            0 if d is None else d.stride(0),
+            STABLE_RATIO,
+            lines,
+            *areas,
+            gradient,
+            None if gradient is None else _weight_strides(gradient),
+            s,
+            t,
+        )
         return gradient, s, t
 
     def _line_tiles(
@@ -464,8 +452,9 @@ class CpuBackend(TorchBackend):
     ) -> None:
         threads, c = torch.get_num_threads(), x.shape[1]
         scratch = _Scratch(x, [threads * c], [threads * c])
-        if loops := self._loops(x):
-            loops.call("bn_relu_pool", threads, _Pool(x, norm, shape, window), *scratch.areas, out)
+        self._library.call(
+            "bn_relu_pool", threads, _Pool(x, norm, shape, window), *scratch.areas, out
+        )
 
     def _pool_backward(
         self,
@@ -481,20 +470,19 @@ class CpuBackend(TorchBackend):
         threads, c = torch.get_num_threads(), x.shape[1]
         direct, s, t = _sums(x, c, channels)
         scratch = _Scratch(x, [threads * 3 * c], [threads * 5 * c])
-        if loops := self._loops(x):
-            loops.call(
-                "bn_relu_pool_backward",
-                threads,
-                _Pool(x, norm, shape, window),
-                dpooled,
-                d,
-                d.stride(0),
-                pooled,
-                direct,
-                *scratch.areas,
-                s,
-                t,
-            )
+        self._library.call(
+            "bn_relu_pool_backward",
+            threads,
+            _Pool(x, norm, shape, window),
+            dpooled,
+            d,
+            d.stride(0),
+            pooled,
+            direct,
+            *scratch.areas,
+            s,
+            t,
+        )
         return s, t
 
     def finish_gradient(
@@ -508,23 +496,22 @@ class CpuBackend(TorchBackend):
         out: Tensor,
     ) -> None:
         scratch = _Scratch(x, [], [2 * x.shape[1]])
-        if loops := self._loops(x):
-            loops.call(
-                "finish_gradient",
-                torch.get_num_threads(),
-                *x.shape,
-                d,
-                d.stride(0),
-                x,
-                x.stride(0),
-                mean,
-                s,
-                t,
-                count,
-                *scratch.areas,
-                out,
-                out.stride(0),
-            )
+        self._library.call(
+            "finish_gradient",
+            torch.get_num_threads(),
+            *x.shape,
+            d,
+            d.stride(0),
+            x,
+            x.stride(0),
+            mean,
+            s,
+            t,
+            count,
+            *scratch.areas,
+            out,
+            out.stride(0),
+        )
 
 
 def _whole_lines(x: Tensor, values: int) -> int:

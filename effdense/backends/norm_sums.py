@@ -34,9 +34,6 @@ def zero_sums(norm: Normalization, channels: Channels) -> tuple[Tensor, Tensor]:
 
 def direct_channels(norm: Normalization) -> Channels:
     """The channels for which T from the product would lose accuracy."""
-    if norm.scale.is_meta:
-        # nothing to look at; None is what nearly every norm's channels come to
-        return None
     # |beta| >= ratio |gamma|, both times rstd
     beta = norm.shift.addcmul(norm.mean, norm.scale)
     unstable = beta.mul_(norm.rstd).abs_() >= norm.scale.abs() * STABLE_RATIO

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import get_args
 
 import torch
 
 from ..choices import BackendName
-from .base import KERNEL_STEP_BYTES, Backend
+from .base import Backend
 from .cpu_backend import CpuBackend
 from .cpu_library import DTYPES as LOOP_DTYPES
 from .cpu_library import CannotLoad
@@ -21,8 +22,19 @@ from .torch_backend import TorchBackend
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# The kind of device that meta tensors stand for: it decides how large temporaries are.
-meta_stands_for: ContextVar[str] = ContextVar("meta_stands_for", default="cpu")
+
+class _Shapes(TorchBackend):
+    """Torch operations on tensors without values."""
+
+    def sums_from_products(self, dtype: torch.dtype) -> bool:
+        # which channels is a matter of values
+        return False
+
+
+# What computes on meta; a simulation (memory/meta.py) has something else for each name.
+on_meta: ContextVar[Callable[[str, torch.dtype], Backend]] = ContextVar(
+    "on_meta", default=lambda name, dtype: _Shapes()
+)
 
 
 def get_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -42,7 +54,7 @@ def get_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         name = override
     check_backend(name)
     if device.type == "meta":
-        return _on_meta(name, dtype)
+        return on_meta.get()(name, dtype)
     if name == "torch":
         return TorchBackend(device)
     if name == "triton":
@@ -70,28 +82,6 @@ def get_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     if fault(device, dtype) is not None:
         return TorchBackend(device)
     return _compiled_backend(kind, dtype)
-
-
-def _on_meta(name: str, dtype: torch.dtype) -> Backend:
-    """What takes the memory, at least, that ``name`` takes on the device meta stands for."""
-    stands_for = meta_stands_for.get()
-    if name == "triton" or (name == "auto" and stands_for == "cuda"):
-        return _KernelShapes()
-    loops = name in ("auto", "cpu") and stands_for == "cpu" and dtype in LOOP_DTYPES
-    if loops and fault(torch.device("cpu"), dtype) is None:
-        return CpuBackend(dtype)
-    return TorchBackend(stands_for)
-
-
-class _KernelShapes(TorchBackend):
-    """The Triton backend on meta tensors: its kernels have no tiles in memory."""
-
-    def __init__(self) -> None:
-        super().__init__("cuda")
-        self._tile_bytes, self._step_bytes = 0, KERNEL_STEP_BYTES
-
-    def sums_from_products(self, dtype: torch.dtype) -> bool:
-        return False
 
 
 def check_backend(name: str, where: str = "backend") -> None:

@@ -310,10 +310,6 @@ def _convolution_backward(
     dh, dw, _ = torch.ops.aten.convolution_backward(
         grad, h, weight, None, *_geometry(weight, lifted), [True, need_weight, False]
     )
-    if h.is_meta:
-        # torch's rule of shapes forgets the layout, which would cost a copy that no device makes
-        del dh
-        dh = torch.empty_like(h)
     return dh.squeeze(2) if lifted else dh, None if dw is None else dw.view(shape)
 
 

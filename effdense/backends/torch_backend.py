@@ -7,7 +7,7 @@ rectified copy of the features exists one tile at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from .base import (
     Statistics,
     accumulate_dtype,
 )
-from .layout import channels_first, pieces
+from .layout import channels_first
 from .layout import rows as rows_of
 from .norm_sums import ALL_CHANNELS, Channels, second_sum
 from .stepwise import Stepwise
@@ -66,10 +66,6 @@ class TorchBackend(Stepwise):
     def _tiles(self, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The same row tiles of several matrices, sized for x, the widest."""
         step = self._tile_rows(x)
-        if x.is_meta:
-            # not even cut, for hundreds of views take their time
-            firsts = pieces(x, range(0, x.shape[0], step))
-            return iter([tuple(m[first : first + step] for m in (x, *others)) for first in firsts])
         return zip(x.split(step), *(other.split(step) for other in others), strict=True)
 
     def statistics(self, x: Tensor, out: Statistics) -> None:
@@ -162,7 +158,7 @@ class TorchBackend(Stepwise):
         channels = self.direct_channels(norm) if from_product else ALL_CHANNELS
         sums = _GradientSums(norm, step, -(-x.shape[0] // step), channels)
         apply = _ImmediateGradient(pending.norm, pending.correction, step)
-        again = None if rebuild is None else _Rebuilder(rebuild, step)
+        again = None if rebuild is None else _Rebuilder(rebuild, step, self.pieces)
         for i, (x_tile, d_tile, dy_tile, y_tile) in enumerate(self._tiles(x, d, dz, pending.y)):
             n = x_tile.shape[0]
             z, dx = (z_full, dx_full) if n == step else (z_full[:n], dx_full[:n])
@@ -217,7 +213,7 @@ class TorchBackend(Stepwise):
     def bn_relu_global_pool(self, x: Tensor, norm: Normalization, images: int, out: Tensor) -> None:
         positions = x.shape[0] // images
         total = torch.zeros(out.shape, dtype=norm.scale.dtype, device=x.device)
-        for group, rows in pieces(x, self._image_tiles(x, images)):
+        for group, rows in self.pieces(self._image_tiles(x, images)):
             z = torch.empty(x[rows].shape, dtype=x.dtype, device=x.device)
             _normalize_rectify(x[rows], norm, z)
             n = group.stop - group.start
@@ -230,7 +226,7 @@ class TorchBackend(Stepwise):
         positions = x.shape[0] // images
         tiles = list(self._image_tiles(x, images))
         sums = _GradientSums(norm, max(rows.stop - rows.start for _, rows in tiles), len(tiles))
-        for group, rows in pieces(x, tiles):
+        for group, rows in self.pieces(tiles):
             z = torch.empty(x[rows].shape, dtype=x.dtype, device=x.device)
             _normalize_rectify(x[rows], norm, z)
             n = group.stop - group.start
@@ -305,7 +301,7 @@ class _PartialStatistics:
             return
         counts = torch.tensor(self.counts, dtype=self.dtype, device=self.means.device)
         counts = counts.unsqueeze(1)
-        # on meta not every tile is there
+        # a simulation leaves tiles out
         means = self.means[: len(self.counts)]
         mean = (means * counts).sum(0) / self.rows
         between = (means - mean).square_().mul_(counts).sum(0)
@@ -345,11 +341,13 @@ class _ImmediateGradient:
 class _Rebuilder:
     """Another layer's product from the row tiles of this one's pass."""
 
-    def __init__(self, rebuild: Rebuild, tile_rows: int) -> None:
+    def __init__(
+        self, rebuild: Rebuild, tile_rows: int, pieces: Callable[[range], Iterable[int]]
+    ) -> None:
         self.norm, weight, out = rebuild
         self.width = weight.shape[1]
         self.weight_t = weight.to(out.dtype).t().contiguous()
-        firsts = pieces(out, range(0, out.shape[0], tile_rows))
+        firsts = pieces(range(0, out.shape[0], tile_rows))
         self.out = [out[first : first + tile_rows] for first in firsts]
         self.z = out.new_empty((tile_rows, self.width))
 
@@ -390,7 +388,6 @@ class _GradientSums:
 
     def result(self) -> tuple[Tensor, Tensor]:
         s = self.s.sum(0)
-        assert self.tiles == len(self.s) or s.is_meta
         return s, s.new_empty(0) if self.channels is None else self.t.sum(0) * self.rstd
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from effdense.backends.base import (
+    KERNEL_ROW_MULTIPLE,
     KERNEL_STEP_BYTES,
     Correction,
     Deferred,
@@ -51,6 +52,7 @@ class TritonBackend(Stepwise):
     """
 
     name = "triton"
+    row_multiple = KERNEL_ROW_MULTIPLE
 
     def __init__(
         self,

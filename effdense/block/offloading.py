@@ -17,10 +17,10 @@ and the choice of what goes out.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +59,19 @@ class _Layout(NamedTuple):
     device: torch.device
 
 
+class Holder(Protocol):
+    """Keeps a tensor's bytes, in the order of memory."""
+
+    def read(self, flat: Tensor) -> None:
+        """Put them into a tensor of as many elements."""
+        ...
+
+
 class _Away(NamedTuple):
-    """A tensor that is elsewhere: its bytes in the order of memory, and what they were."""
+    """A tensor that is elsewhere, and what it was."""
 
     layout: _Layout
-    held: Any
-    copied: torch.cuda.Event | None = None
+    holder: Holder
 
 
 class _File:
@@ -93,6 +100,30 @@ class _File:
             self._file.close()
 
 
+class _Pinned:
+    """A GPU tensor's bytes in pinned host memory."""
+
+    def __init__(self, flat: Tensor, folder: str | Path | None) -> None:
+        stream = _stream(flat.device)
+        self._held = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+        stream.wait_stream(torch.cuda.current_stream(flat.device))
+        with torch.cuda.stream(stream):
+            self._held.copy_(flat, non_blocking=True)
+            self._copied = stream.record_event()
+        flat.record_stream(stream)
+
+    def read(self, flat: Tensor) -> None:
+        torch.cuda.current_stream(flat.device).wait_event(self._copied)
+        flat.copy_(self._held, non_blocking=True)
+
+
+HOLDERS: dict[str, Callable[[Tensor, str | Path | None], Holder]] = {
+    "cpu": _File,
+    "cuda": _Pinned,
+}
+"""By kind of device; tensors on any other stay where they are."""
+
+
 def _goes_out(tensor: Tensor, min_bytes: int) -> bool:
     if isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
         return False
@@ -114,22 +145,11 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _send(tensor: Tensor, folder: str | Path | None) -> Any:
     tensor = tensor.detach()
-    layout = _Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-    flat = tensor.as_strided((tensor.numel(),), (1,))
-    if tensor.is_meta:
-        return _Away(layout, None)
-    if tensor.device.type == "cpu":
-        return _Away(layout, _File(flat, folder))
-    if tensor.device.type != "cuda":
+    holder = HOLDERS.get(tensor.device.type)
+    if holder is None:
         return tensor
-    stream = _stream(tensor.device)
-    held = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-    stream.wait_stream(torch.cuda.current_stream(tensor.device))
-    with torch.cuda.stream(stream):
-        held.copy_(flat, non_blocking=True)
-        copied = stream.record_event()
-    flat.record_stream(stream)
-    return _Away(layout, held, copied)
+    layout = _Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    return _Away(layout, holder(tensor.as_strided((tensor.numel(),), (1,)), folder))
 
 
 def _fetch(kept: Any) -> Any:
@@ -139,14 +159,7 @@ def _fetch(kept: Any) -> Any:
     tensor = torch.empty_strided(
         layout.size, layout.stride, dtype=layout.dtype, device=layout.device
     )
-    flat = tensor.as_strided((tensor.numel(),), (1,))
-    if layout.device.type == "cpu":
-        kept.held.read(flat)
-    elif layout.device.type == "cuda":
-        current = torch.cuda.current_stream(layout.device)
-        assert kept.copied is not None
-        current.wait_event(kept.copied)
-        flat.copy_(kept.held, non_blocking=True)
+    kept.holder.read(tensor.as_strided((tensor.numel(),), (1,)))
     return tensor
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..autocast import autocast_dtype
+from ..autocast import autocast, autocast_dtype
 from ..choices import Save
 from ..recognition.parts import Chain, layers_of
 
@@ -88,7 +88,7 @@ class Recomputed(torch.autograd.Function):
         if grad_output is None:
             return (None,) * len(ctx.needs_input_grad)
         kept, *parameters = ctx.saved_tensors
-        with _autocast(*ctx.autocast):
+        with autocast(*ctx.autocast):
             second = _SecondRun(ctx.run, ctx.notes, ctx.widths, ctx.input_dtype, parameters)
             grad_x, grads = second.backward(kept, grad_output, ctx.needs_input_grad[1:])
         return (None, grad_x, *grads)
@@ -287,14 +287,4 @@ def _random_state(notes: _Notes, device: torch.device) -> Iterator[None]:
         torch.set_rng_state(notes.random)
         if notes.device_random is not None:
             torch.cuda.set_rng_state(notes.device_random, device)
-        yield
-
-
-@contextlib.contextmanager
-def _autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast as it was in forward: backward runs outside of it."""
-    if device_type == "meta":
-        yield
-        return
-    with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):
         yield

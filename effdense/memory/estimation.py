@@ -4,8 +4,7 @@ NOTE [ how it is known ]
 A copy of the model whose tensors are on the meta device, which have shapes and no
 storage, takes one training step while every tensor it makes is recorded (timeline.py).
 Nothing is modelled a second time: the step runs the code that the real one will run,
-but for what leaves no trace: the first tile of a pass stands for all (layout.pieces), and in
-a deep block some layers' temporaries for their neighbours' (layout.neighbour_stands_for).
+but for what leaves no trace (meta.py, NOTE [ what a simulation leaves out ]).
 """
 
 from __future__ import annotations
@@ -13,19 +12,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backends.layout import every_shape
-from ..backends.select import meta_stands_for
 from ..block.forwards import BlockForward, dense_blocks, set_offload, set_save
 from ..norms.synchronization import process_groups
 from ..reference import DenseBlock
+from .meta import DeviceType, simulation
 from .timeline import Peak, Training, is_compiled_for, record_step
-
-DeviceType = Literal["cpu", "cuda"]
 
 # By name: the optimizers that estimate and train_ddp.py know.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -179,16 +175,13 @@ class Rehearsal:
         if offload is not None:
             set_offload(self._twin, offload)
         computes_in = self._amp or self._dtype
-        whole = every_shape.set(self._device == "cpu" and is_compiled_for(computes_in))
-        token = meta_stands_for.set(self._device)
+        every_shape = self._device == "cpu" and is_compiled_for(computes_in)
         try:
-            return record_step(lambda: self._training(shape), places=places)
+            with simulation(self._device, every_shape):
+                return record_step(lambda: self._training(shape), places=places)
         except (RuntimeError, IndexError, NotImplementedError) as error:
             line = str(error).splitlines()[0]
             raise ValueError(f"the model refuses input of shape {shape}: {line}") from error
-        finally:
-            meta_stands_for.reset(token)
-            every_shape.reset(whole)
 
     def _training(self, shape: tuple[int, ...]) -> Training:
         parameters = [p for p in self._twin.parameters() if p.requires_grad]
@@ -198,7 +191,6 @@ class Rehearsal:
             torch.empty(shape, dtype=self._dtype, device="meta"),
             None,
             self._amp,
-            self._device,
         )
 
 

@@ -1,5 +1,16 @@
-"""Short cuts for torch's rules of shapes, of the operations that a DenseNet's step is made of.
+"""A training step on the meta device, whose tensors have shapes and no storage.
 
+All that makes such a step stand for a real one is here: what computes, in which pieces, under
+which rules of autocast, and short cuts for torch's rules of shapes.
+
+NOTE [ what a simulation leaves out ]
+Work that leaves no trace in memory. Of a pass cut into pieces the first stands for all: none
+is larger, and each takes its memory after the one before has given it back; the last may be
+smaller, and is done too where a library keeps something for every shape. In a deep block some
+layers' temporaries stand for their neighbours', which are between theirs, up to the rounding
+of tiles; what those layers keep is made without computing it.
+
+NOTE [ rules of shapes ]
 On meta tensors torch works out every operation's result in Python, at up to milliseconds
 each. The rules here are the same results in microseconds; where one isn't certain, torch's
 is asked. Tests hold an estimate with them equal to one without.
@@ -7,12 +18,230 @@ is asked. Tests hold an estimate with them equal to one without.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from itertools import islice, pairwise
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..autocast import autocast as real_autocast
+from ..autocast import autocast_dtype, computing_in
+from ..backends.base import (
+    KERNEL_ROW_MULTIPLE,
+    KERNEL_STEP_BYTES,
+    Backend,
+    Normalization,
+    Piece,
+)
+from ..backends.cpu_backend import CpuBackend
+from ..backends.cpu_library import DTYPES as LOOP_DTYPES
+from ..backends.norm_sums import Channels
+from ..backends.select import fault, on_meta
+from ..backends.torch_backend import TorchBackend
+from ..block.offloading import HOLDERS
+from ..norms.synchronization import unsynchronised
+
+DeviceType = Literal["cpu", "cuda"]
+
+# The kind of device that meta tensors stand for: it decides how large temporaries are.
+_stands_for: ContextVar[DeviceType | None] = ContextVar("_stands_for", default=None)
+
+
+def stands_for() -> DeviceType:
+    """The kind of device that meta tensors stand for."""
+    return _stands_for.get() or "cpu"
+
+
+@contextmanager
+def simulation(device: DeviceType = "cpu", every_shape: bool = False) -> Iterator[None]:
+    """Inside, a step on meta tensors takes the memory of one on this kind of device.
+
+    ``every_shape``: it goes through operations of every shape there is, not only of the
+    largest. Norms take the statistics of this process alone.
+    """
+
+    def backend(name: str, dtype: torch.dtype) -> Backend:
+        if name == "triton" or (name == "auto" and device == "cuda"):
+            return _Kernels(every_shape)
+        loops = name in ("auto", "cpu") and device == "cpu" and dtype in LOOP_DTYPES
+        if loops and fault(torch.device("cpu"), dtype) is None:
+            return _Loops(every_shape)
+        return _Sampled(device, every_shape)
+
+    tokens = _stands_for.set(device), on_meta.set(backend)
+    try:
+        with unsynchronised():
+            yield
+    finally:
+        _stands_for.reset(tokens[0])
+        on_meta.reset(tokens[1])
+
+
+def simulation_of(x: Tensor) -> AbstractContextManager[None]:
+    """A simulation where x is on meta and there is none yet."""
+    return simulation() if x.is_meta and _stands_for.get() is None else nullcontext()
+
+
+class _Sampled(TorchBackend):
+    """A backend on tensors without values; see NOTE [ what a simulation leaves out ]."""
+
+    def __init__(self, device: str, every_shape: bool) -> None:
+        TorchBackend.__init__(self, device)
+        self._every_shape = every_shape
+
+    def pieces(self, cuts: Iterable[Piece]) -> Iterable[Piece]:
+        if not self._every_shape:
+            return islice(cuts, 1)
+        first, *rest = cuts
+        return [first, *rest[-1:]]
+
+    def layers(
+        self, indices: Iterable[int], total: int, leave_out: Callable[[int], None]
+    ) -> Iterator[int]:
+        for index in indices:
+            if self._every_shape or _stands_by_itself(index, total):
+                yield index
+            else:
+                leave_out(index)
+
+    def dropout_mask(
+        self,
+        seed: int,
+        layer: int,
+        shape: tuple[int, int],
+        p: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def direct_channels(self, norm: Normalization) -> Channels:
+        # nothing to look at; None is what nearly every norm's channels come to
+        return None
+
+    def _tiles(self, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        # not even cut, for hundreds of views take their time
+        step = self._tile_rows(x)
+        firsts = self.pieces(range(0, x.shape[0], step))
+        return iter([tuple(m[first : first + step] for m in (x, *others)) for first in firsts])
+
+
+def _stands_by_itself(layer: int, layers: int) -> bool:
+    return layers < 32 or not 2 <= layer < layers - 2 or layer % (layers // 8) == 0
+
+
+class _Loops(_Sampled, CpuBackend):
+    """The compiled loops: memory is taken as ever and nothing computed."""
+
+    def __init__(self, every_shape: bool) -> None:
+        super().__init__("cpu", every_shape)
+        self._library: Any = _Idle()
+
+
+class _Idle:
+    def call(self, *arguments: Any) -> None:
+        pass
+
+
+class _Kernels(_Sampled):
+    """The Triton backend: its kernels have no tiles in memory."""
+
+    row_multiple = KERNEL_ROW_MULTIPLE
+
+    def __init__(self, every_shape: bool) -> None:
+        super().__init__("cuda", every_shape)
+        self._tile_bytes, self._step_bytes = 0, KERNEL_STEP_BYTES
+
+    def sums_from_products(self, dtype: torch.dtype) -> bool:
+        return False
+
+
+class _Nothing:
+    """What went out of a device's memory."""
+
+    def __init__(self, flat: Tensor, folder: Any) -> None:
+        pass
+
+    def read(self, flat: Tensor) -> None:
+        pass
+
+
+HOLDERS["meta"] = _Nothing
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """``torch.autocast`` to ``dtype``, on meta too; None for no autocast.
+
+    On meta the rules are kept for the operations that a DenseNet, or another convolutional
+    network, is made of.
+    """
+    if device.type != "meta":
+        return real_autocast(device.type, dtype)
+    return nullcontext() if dtype is None else _Rules(dtype)
+
+
+_NARROW: set[Any] = {
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    F.linear,
+    torch.matmul,
+    torch.mm,
+    torch.addmm,
+}
+_WIDE: dict[str, set[Any]] = {"cpu": {F.avg_pool3d, F.cross_entropy}, "cuda": {F.cross_entropy}}
+
+
+class _Rules(TorchFunctionMode):
+    """Casts as torch.autocast does: parameters once per context, all else at every use."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype, self._wide = dtype, _WIDE[stands_for()]
+        self._cast: dict[nn.Parameter, Tensor] = {}
+        self._inside = ExitStack()
+
+    def __enter__(self) -> _Rules:
+        self._inside.enter_context(computing_in(self._dtype))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._inside.close()
+        self._cast.clear()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if autocast_dtype(_META) is not None:
+            target = self._dtype if func in _NARROW else None
+            target = torch.float32 if func in self._wide else target
+            if target is not None:
+                args = [self._to(value, target) for value in args]
+                kwargs = {name: self._to(value, target) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _to(self, value: Any, dtype: torch.dtype) -> Any:
+        # autocast leaves double alone
+        if not isinstance(value, Tensor) or value.dtype in (dtype, torch.float64):
+            return value
+        if not value.is_floating_point():
+            return value
+        if not isinstance(value, nn.Parameter) or not torch.is_grad_enabled():
+            return value.to(dtype)
+        if value not in self._cast:
+            self._cast[value] = value.to(dtype)
+        return self._cast[value]
+
+
+_META = torch.device("meta")
 
 Rule = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
@@ -97,7 +326,14 @@ def _batch_norm_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     )
 
 
+def _convolution_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # torch's rule forgets the input's layout, which would cost a copy that no device makes
+    found = _aten.convolution_backward.default(*args, **kwargs)
+    return (None if found[0] is None else torch.empty_like(args[1]), *found[1:])
+
+
 _RULES: dict[Any, Rule] = {
+    _aten.convolution_backward.default: _convolution_backward,
     _aten.native_batch_norm.default: _batch_norm,
     _aten.native_batch_norm_backward.default: _batch_norm_backward,
     _aten.new_empty.default: _new,

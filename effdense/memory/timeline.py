@@ -26,6 +26,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,11 +36,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..autocast import autocast
-from ..backends.select import meta_stands_for
 from ..block.dense_block import DenseStage
 from ..block.recomputation import Recomputed
-from .meta import meta_result
+from .meta import autocast, meta_result, simulation_of, stands_for
 
 ROLES = (
     "parameters",
@@ -73,8 +72,7 @@ class Training:
 
     ``target`` are classes, None for class 0 of every image, or of every position where the
     network classifies each; where it returns several tensors, their losses are added. ``amp``
-    is what autocast computes in, None for no autocast; tensors on meta stand for those of a
-    device of kind ``meta_stands_for``.
+    is what autocast computes in, None for no autocast.
     """
 
     model: nn.Module
@@ -82,7 +80,6 @@ class Training:
     x: Tensor
     target: Tensor | None
     amp: torch.dtype | None = None
-    meta_stands_for: str = "cpu"
 
     def make_optimizer_state(self) -> None:
         """Give the optimizer the state it has after a first step, by one with gradients of 0."""
@@ -94,7 +91,7 @@ class Training:
 
     def loss(self) -> Tensor:
         """Forward, to a scalar."""
-        with autocast(self.x.device, self.amp, self.meta_stands_for):
+        with autocast(self.x.device, self.amp):
             outputs = tree_leaves(self.model(self.x))
             losses = [self._cross_entropy(y) for y in outputs if isinstance(y, Tensor)]
             return losses[0] if len(losses) == 1 else sum(losses, self.x.new_zeros(()))
@@ -169,7 +166,7 @@ class Timeline(TorchDispatchMode):
         self._scratch: list[tuple[int, int]] = []
         # by what a product was compiled for: when
         self._compiled: dict[tuple[Any, ...], int] = {}
-        self._stands_for_cpu = meta_stands_for.get() == "cpu"
+        self._stands_for_cpu = stands_for() == "cpu"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -393,8 +390,9 @@ def _recorded(
     places: Callable[[nn.Module], Iterable[tuple[str, Tensor]]],
 ) -> Timeline:
     timeline = Timeline()
-    with timeline:
+    with timeline, ExitStack() as stack:
         job = build()
+        stack.enter_context(simulation_of(job.x))
         model, optimizer = job.model, job.optimizer
         timeline.assign("parameters", [*model.parameters(), *model.buffers()])
         timeline.assign("input", [job.x] if job.target is None else [job.x, job.target])

@@ -88,8 +88,6 @@ def process_group(norm: nn.Module) -> Any:
         return None
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    if any(parameter.is_meta for parameter in norm.parameters(recurse=False)):
-        return None
     group: Any = norm.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
 

@@ -365,7 +365,7 @@ def _step(
     amp: torch.dtype | None = None,
 ) -> Step:
     def call(x: Tensor) -> Tensor:
-        with autocast(x.device, amp):
+        with autocast(x.device.type, amp):
             return first_tensor(model(x))
 
     return step(model, x, call=call, loss=loss)

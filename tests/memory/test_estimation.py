@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import effdense
 from effdense import reference
-from effdense.block import dense_block
-from effdense.memory import timeline
+from effdense.memory import meta, timeline
 from effdense.memory.estimation import OPTIMIZERS, Rehearsal, places, reserved_bytes
 from effdense.memory.planning import CANDIDATES, BudgetError
 from effdense.memory.timeline import Peak, Training, record_step
@@ -131,7 +130,7 @@ def test_short_cuts_change_nothing(
     with torch.device("meta"):
         model = effdense.DenseNet(12, (32, 9), 24, bn_size, small_inputs=True, save=save)
     short = Rehearsal(model)((8, 3, 32, 32))
-    monkeypatch.setattr(dense_block, "neighbour_stands_for", lambda *_: False)
+    monkeypatch.setattr(meta, "_stands_by_itself", lambda *_: True)
     monkeypatch.setattr(timeline, "meta_result", lambda *_: NotImplemented)
     whole = Rehearsal(model)((8, 3, 32, 32))
     # tiles are rounded to 16 rows, of which some layers lose more than others
