@@ -102,6 +102,7 @@ def update_running_statistics(
     # See NOTE [ running statistics ].
     if torch._C._current_graph_task_id() != -1:
         return
+    counters: list[Tensor] = []
     by_factor: dict[float, list[int]] = {}
     for i, norm in enumerate(norms):
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
@@ -111,25 +112,28 @@ def update_running_statistics(
         factor = 0.0 if norm.momentum is None else norm.momentum
         tracked = buffers["num_batches_tracked"]
         if tracked is not None:
-            tracked.add_(1)
             if norm.momentum is None:
-                factor = 1.0 / float(tracked)
+                factor = 1.0 / float(tracked.add_(1))
+            else:
+                counters.append(tracked)
         if count:
             by_factor.setdefault(factor, []).append(i)
     unbias = count / (count - 1) if count > 1 else float("nan")
-    for factor, chosen in by_factor.items():
-        running: list[Tensor] = []
-        batch: list[Tensor] = []
-        for i in chosen:
-            buffers = norms[i]._buffers
-            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
-            assert running_mean is not None
-            assert running_var is not None
-            running += [running_mean, running_var]
-            batch += [
-                means[i].to(running_mean.dtype),
-                (variances[i] * unbias).to(running_var.dtype),
-            ]
-        with torch.no_grad():
-            torch._foreach_mul_(running, 1 - factor)
-            torch._foreach_add_(running, batch, alpha=factor)
+    # a few launches for all norms of a block
+    with torch.no_grad():
+        if counters:
+            torch._foreach_add_(counters, 1)
+        for factor, chosen in by_factor.items():
+            running_means = [_buffer(norms[i], "running_mean") for i in chosen]
+            running_vars = [_buffer(norms[i], "running_var") for i in chosen]
+            torch._foreach_mul_(running_means + running_vars, 1 - factor)
+            pairs = (running_means, means, factor), (running_vars, variances, factor * unbias)
+            for running, batch, alpha in pairs:
+                own = [batch[i].to(r.dtype) for i, r in zip(chosen, running, strict=True)]
+                torch._foreach_add_(running, own, alpha=alpha)
+
+
+def _buffer(norm: nn.Module, name: str) -> Tensor:
+    found = norm._buffers[name]
+    assert found is not None
+    return found
