@@ -1,0 +1,99 @@
+"""Launches, torch operations, bytes and host time of a training step, counted without a GPU.
+
+    python benchmarks/launches.py --depth 100 --growth-rate 12
+    python benchmarks/launches.py --arch densenet121 --save features
+
+The kernels' host code runs as on an H100, up to a driver that counts launches and makes none
+(see harness/launches.py), on CPU tensors. Counts are of a forward and a backward of the
+second step, without optimizer. Per layer: what a layer more in each block adds. Per block:
+what a block more adds beside its layers, its transition included. Host microseconds are of
+this machine's CPU, on 2 images of 8x8, where the naive network's operations cost little more
+than their calls; its own arithmetic is in them all the same. Bytes are those of the full-size
+case, by the table that the kernels' launchers declare.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from harness import launches, roofline
+from harness.case import Parser, add_case_arguments, case_of, positive_int
+from harness.report import Recorder, table
+
+import effdense
+from effdense.machine.environment import headline
+
+SAVES = tuple(save for save in effdense.SAVE_MODES if save != "all")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    case = case_of(parser, args)
+    torch.set_num_threads(args.threads)
+    arguments, images = case.network(), launches.images(case)
+    saves = ["naive", *([args.save] if args.save else SAVES)]
+    path = args.output or Path("results") / f"launches-{case.label()}.csv"
+    rows = []
+    with Recorder(path, "launches", "cpu", args.threads) as recorder:
+        print(headline(recorder.environment))
+        print(f"{case.describe()}; counted with {tuple(images.shape)} images\n")
+        seconds = launches.host_seconds(arguments, saves, images, args.rounds)
+        layers = sum(arguments["block_config"])
+        for save in saves:
+            found = launches.per_layer(save, arguments, images)
+            host = [s / layers * 1e6 for s in seconds[save]]
+            ratio = launches.median_ratio(seconds[save], seconds["naive"])
+            counted = {
+                "launches per layer": found.layer,
+                "launches per block": found.block,
+                "kernel launches": found.whole.launches.total(),
+                "torch operations": found.whole.operations.total(),
+            }
+            for metric, value in counted.items():
+                recorder.add(save, case, metric, value, "", kind="formula")
+            for i, value in enumerate(host):
+                recorder.add(save, case, "host time per layer", value, "us", sample=i)
+            cells = [f"{value:g}" for value in counted.values()]
+            rows.append([save, *cells, f"{statistics.median(host):.0f}", f"{ratio:.2f}"])
+            if save == saves[-1]:
+                shown = found.whole
+    header = ["", "per layer", "per block", "kernels", "torch", "host us/layer", "of naive"]
+    print(table(header, rows))
+    print(f"\n{saves[-1]}, one step, by name:")
+    for counter in shown:
+        print("  " + ", ".join(f"{name} {n}" for name, n in counter.most_common()))
+    print("\nGB moved in a step, by operation")
+    for provider in ("naive", f"effdense-{saves[-1]}"):
+        print(f"  {provider}: " + _moved(roofline.operations(provider, case)))
+    print(f"\n{path}")
+    return 0
+
+
+def _moved(operations: tuple[roofline.Operation, ...]) -> str:
+    total: dict[str, float] = {}
+    for operation in operations:
+        total[operation.name] = total.get(operation.name, 0.0) + operation.nbytes / 1e9
+    ordered = sorted(total.items(), key=lambda item: -item[1])
+    return f"{sum(total.values()):.1f}; " + ", ".join(f"{n} {b:.2f}" for n, b in ordered)
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    add_case_arguments(parser, depth=100, growth_rate=12, batch_size=64)
+    parser.add_argument("--save", choices=SAVES, help="default: all three beside naive")
+    parser.add_argument(
+        "--rounds", type=positive_int, default=9, help="timed steps of each (default 9)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="CSV", help="default results/launches-CASE.csv"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
