@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from effdense.backends.base import Normalization
+from effdense import reference
+from effdense.backends.base import Deferred, Normalization, PendingNorm, Statistics
 from effdense.kernels import (
     bn_relu,
     bn_relu_conv1x1,
@@ -41,7 +41,14 @@ from effdense.kernels import (
     finish_gradient,
     statistics,
 )
-from effdense.kernels.launch import Architecture, Launch, LaunchTable, interpreted
+from effdense.kernels.launch import (
+    PADDING,
+    Architecture,
+    Launcher,
+    LaunchTable,
+    cdiv,
+    interpreted,
+)
 
 KIB = 1024
 
@@ -57,10 +64,13 @@ class Device(NamedTuple):
 DEVICES = {
     "sm_80": Device(GPUTarget("cuda", 80, 32), 163 * KIB, Architecture("cuda", 80, 108)),
     "sm_86": Device(GPUTarget("cuda", 86, 32), 99 * KIB, Architecture("cuda", 86, 84)),
+    "sm_87": Device(GPUTarget("cuda", 87, 32), 163 * KIB, Architecture("cuda", 87, 16)),
     "sm_89": Device(GPUTarget("cuda", 89, 32), 99 * KIB, Architecture("cuda", 89, 128)),
     "sm_90": Device(GPUTarget("cuda", 90, 32), 227 * KIB, Architecture("cuda", 90, 132)),
     "sm_100": Device(GPUTarget("cuda", 100, 32), 227 * KIB, Architecture("cuda", 100, 148)),
+    "sm_103": Device(GPUTarget("cuda", 103, 32), 227 * KIB, Architecture("cuda", 103, 148)),
     "sm_120": Device(GPUTarget("cuda", 120, 32), 99 * KIB, Architecture("cuda", 120, 170)),
+    "sm_121": Device(GPUTarget("cuda", 121, 32), 99 * KIB, Architecture("cuda", 121, 48)),
     "gfx942": Device(GPUTarget("hip", "gfx942", 64), 64 * KIB, Architecture("hip", 0, 304)),
 }
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -68,25 +78,50 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Shape(NamedTuple):
-    """A layer of a block: rows, prefix width, buffer width, growth rate, bottleneck width."""
+    """A layer of a block: rows, prefix width, buffer width, growth rate, bottleneck width.
+
+    ``name`` is the network's, ``block`` which of its blocks; ``strict`` where every access must
+    be of 128 bits and every grid fill the device: the networks of the README.
+    """
 
     name: str
+    block: int
     rows: int
     c: int
     width: int
     k: int
     bottleneck: int
+    strict: bool = True
+
+
+def _layers(
+    name: str,
+    config: dict[str, Any],
+    images: int,
+    size: int,
+) -> Iterator[Shape]:
+    """The first and the last layer of each block of a network on ``images`` of ``size``^2."""
+    c, k = config["num_init_features"], config["growth_rate"]
+    for block, layers in enumerate(config["block_config"], 1):
+        width = c + layers * k
+        for prefix in (c, width - k):
+            rows = images * size * size
+            yield Shape(name, block, rows, prefix, width, k, config.get("bn_size", 4) * k)
+        c, size = width // 2, size // 2
 
 
 SHAPES = (
-    # DenseNet-BC, k 24, depth 250: widths are multiples of 8
-    Shape("k24", 32 * 32 * 64, 528, 1032, 24, 96),
-    # k 48: multiples of 16, and a bottleneck of more than one tile
-    Shape("k48", 14 * 14 * 64, 672, 2112, 48, 192),
-    # k 12, depth 100: multiples of 4, too few for 128 bits of a 16-bit type
-    Shape("k12", 32 * 32 * 64, 108, 216, 12, 48),
+    *_layers("k12", reference.densenet_bc_config(100, 12), 64, 32),
+    *_layers("k24", reference.densenet_bc_config(250, 24), 64, 32),
+    *_layers(
+        "121",
+        {"num_init_features": 64, "growth_rate": 32, "block_config": (6, 12, 24, 16)},
+        *(32, 56),
+    ),
+    # multiples of 16, and a bottleneck of more than one tile
+    Shape("k48", 3, 14 * 14 * 64, 672, 2112, 48, 192, strict=False),
     # nothing is a multiple of anything
-    Shape("odd", 7 * 7 * 13, 37, 101, 5, 17),
+    Shape("odd", 1, 7 * 7 * 13, 37, 101, 5, 17, strict=False),
 )
 
 
@@ -98,53 +133,73 @@ class Call(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     divisible: tuple[str, ...]
+    matrices: tuple[str, ...]
     options: dict[str, int]
 
     def key(self) -> str:
         return repr(tuple(self))
 
 
-@dataclass(frozen=True)
-class RecordingLaunch(Launch):
-    """A launch that notes calls instead of making them."""
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
-    calls: list[Call] = field(default_factory=list)
 
-    def start(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        options = self.options()
-        options |= {name: constants.pop(name) for name in tuple(options) if name in constants}
-        signature: dict[str, str] = {}
-        divisible = []
-        for name, value in zip(kernel.arg_names, args, strict=False):
-            if isinstance(value, Tensor):
-                signature[name] = POINTERS[value.dtype]
-                if value.storage_offset() * value.element_size() % 16 == 0:
-                    divisible.append(name)
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                signature[name] = "i32" if value < 2**31 else "i64"
-        signature |= dict.fromkeys(constants, "constexpr")
-        assert set(signature) == set(kernel.arg_names), (kernel.__name__, list(signature))
-        signature = {name: signature[name] for name in kernel.arg_names}
-        module = kernel.fn.__module__
-        call = Call(module, kernel.__name__, signature, constants, tuple(divisible), options)
-        self.calls.append(call)
+class RecordingLauncher(Launcher):
+    """A launcher that notes calls instead of making them, and how many programs each has."""
+
+    def __init__(self, table: LaunchTable, precision: str) -> None:
+        super().__init__(table, precision)
+        self.calls: list[tuple[Call, int]] = []
+
+    def start(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        integers: dict[str, int],
+        constants: dict[str, Any],
+    ) -> Callable[..., None]:
+        options = {name: constants[name] for name in OPTIONS if name in constants}
+        constants = {name: v for name, v in constants.items() if name not in OPTIONS}
+        names = kernel.arg_names
+
+        def start(tensors: tuple[Tensor, ...], floats: tuple[float, ...] = ()) -> None:
+            given = iter(tensors)
+            signature: dict[str, str] = {}
+            divisible = []
+            for name in names:
+                if name in constants:
+                    signature[name] = "constexpr"
+                elif name in integers:
+                    signature[name] = "i32" if integers[name] < 2**31 else "i64"
+                elif name.startswith("p_"):
+                    tensor = next(given)
+                    signature[name] = POINTERS[tensor.dtype]
+                    aligned = tensor.storage_offset() * tensor.element_size() % 16 == 0
+                    if aligned and (name in kernel.matrices or name.startswith("p_part")):
+                        divisible.append(name)
+                else:
+                    signature[name] = "fp32"
+            assert next(given, None) is None, (kernel.__name__, names)
+            call = Call(
+                *(kernel.fn.__module__, kernel.__name__, signature, constants),
+                *(tuple(divisible), tuple(sorted(kernel.matrices)), options),
+            )
+            self.calls.append((call, math.prod(grid)))
+
+        return start
 
 
 class Operation(NamedTuple):
-    """A launcher on a shape, its entry of the launch table, and its cost by formula.
+    """An operation on a shape, and its cost by formula.
 
     ``bytes`` and ``flops`` are per element of X's (P, c) operand; ``bytes`` takes the
-    element's size.
+    element's size. A ``tail`` is run once for each block, all others for a layer.
     """
 
     name: str
-    table: str
-    columns: Callable[[Shape], int]
     bytes: Callable[[Shape, int], float]
     flops: Callable[[Shape], float]
-    run: Callable[[Shape, torch.dtype, Launch], Any]
+    run: Callable[[Shape, torch.dtype, Launcher], Any]
+    tail: bool = False
 
 
 def _matrix(rows: int, columns: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -152,171 +207,168 @@ def _matrix(rows: int, columns: int, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def _norm(c: int) -> Normalization:
-    return Normalization(*torch.empty(4, c, device="meta"), eps=1e-5)
-
-
-def _prefix(s: Shape) -> int:
-    return s.c
-
-
-def _growth(s: Shape) -> int:
-    return s.k
+    return Normalization(*torch.empty(4, c, device="meta"), 1e-5)
 
 
 def _operations() -> list[Operation]:
-    """Every launcher in every mode the dense block uses."""
+    """Every operation in every mode the dense block uses."""
 
     def x(s: Shape, t: torch.dtype) -> Tensor:
-        return _matrix(s.rows, s.c, s.width, t)
+        width = cdiv(s.width, PADDING) * PADDING if s.strict else s.width
+        return _matrix(s.rows, s.c, width, t)
 
     def dense(s: Shape, t: torch.dtype, columns: int) -> Tensor:
         return _matrix(s.rows, columns, columns, t)
 
-    def new(s: Shape, t: torch.dtype) -> Tensor:
-        # the k columns a layer writes lie at any multiple of k
-        return torch.empty(s.rows, s.width, dtype=t, device="meta")[:, s.c - s.k : s.c]
+    def parameter(rows: int, columns: int) -> Tensor:
+        return _matrix(rows, columns, columns, torch.float32)
+
+    def pair(c: int) -> Tensor:
+        return torch.empty(2, c, device="meta")
 
     def image(s: Shape, dims: int) -> tuple[int, ...]:
-        return {1: (s.rows // 49, 49), 2: (s.rows // 49, 7, 7), 3: (s.rows // 49, 7, 7, 1)}[dims]
+        # even sizes as the networks have them, and odd ones
+        n = 8 if s.rows % 64 == 0 else 7
+        images = s.rows // n**2
+        return {1: (images, n * n), 2: (images, n, n), 3: (images, n, n, 1)}[dims]
 
     def pooled(s: Shape, t: torch.dtype, dims: int) -> Tensor:
         shape = image(s, dims)
         return dense(s._replace(rows=shape[0] * math.prod(n // 2 for n in shape[1:])), t, s.c)
 
-    def conv(s: Shape, t: torch.dtype, g: Launch, stats: bool) -> Any:
-        w = _matrix(s.bottleneck, s.c, s.c, t)
-        out = dense(s, t, s.bottleneck)
-        return bn_relu_conv1x1.bn_relu_conv1x1(x(s, t), _norm(s.c), w, out, stats, g)
+    def stats(s: Shape, t: torch.dtype, g: Launcher) -> Any:
+        return statistics.statistics(x(s, t), Statistics(*pair(s.c)), g)
 
-    def conv_backward(s: Shape, t: torch.dtype, g: Launch, need: bool) -> Any:
-        w = _matrix(s.bottleneck, s.c, s.c, t)
-        dy = dense(s, t, s.bottleneck)
+    def conv(s: Shape, t: torch.dtype, g: Launcher, take: bool) -> Any:
+        found = Statistics(*pair(s.bottleneck)) if take else None
+        args = parameter(s.bottleneck, s.c), dense(s, t, s.bottleneck), found
+        return bn_relu_conv1x1.bn_relu_conv1x1(x(s, t), _norm(s.c), *args, g)
+
+    def conv_backward(
+        s: Shape, t: torch.dtype, g: Launcher, need: bool = True, frozen: bool = False
+    ) -> Any:
+        dz, y = dense(s, t, s.bottleneck), dense(s, t, s.bottleneck)
+        correction = None if frozen else (*pair(s.bottleneck), 1.0)
+        pending = PendingNorm(y, _norm(s.bottleneck), correction)
+        deferred = None if frozen else Deferred(*pair(s.c))
+        args = parameter(s.bottleneck, s.c), dz, x(s, t), need, pending, deferred
         run = bn_relu_conv1x1_backward.bn_relu_conv1x1_backward
-        return run(x(s, t), _norm(s.c), w, dy, x(s, t), need, g)
+        return run(x(s, t), _norm(s.c), *args, g)
 
-    def finish(s: Shape, t: torch.dtype, g: Launch) -> Any:
-        v = torch.empty(3, s.k, device="meta")
-        d, out = new(s, t), dense(s, t, s.k)
-        return finish_gradient.finish_gradient(d, new(s, t), *v, 1.0, out, g)
+    def finish(s: Shape, t: torch.dtype, g: Launcher) -> Any:
+        v = torch.empty(3, s.c, device="meta")
+        return finish_gradient.finish_gradient(x(s, t), x(s, t), *v, 1.0, dense(s, t, s.c), g)
 
-    def apply(s: Shape, t: torch.dtype, g: Launch, correct: bool) -> Any:
-        v = torch.empty(2, s.bottleneck, device="meta")
+    def apply(s: Shape, t: torch.dtype, g: Launcher, correct: bool) -> Any:
         y, dz = dense(s, t, s.bottleneck), dense(s, t, s.bottleneck)
-        correction = (v[0], v[1], 1.0) if correct else None
+        correction = (*pair(s.bottleneck), 1.0) if correct else None
         return bn_relu.bn_relu_backward_apply(y, _norm(s.bottleneck), dz, correction, g)
 
-    def avg(s: Shape, t: torch.dtype, g: Launch, dims: int) -> Any:
+    def avg(s: Shape, t: torch.dtype, g: Launcher, dims: int) -> Any:
         shape, out = image(s, dims), pooled(s, t, dims)
         rows = s._replace(rows=math.prod(shape))
         return bn_relu_pool.bn_relu_avg_pool(x(rows, t), _norm(s.c), shape, out, g)
 
-    def avg_backward(s: Shape, t: torch.dtype, g: Launch, dims: int) -> Any:
+    def avg_backward(s: Shape, t: torch.dtype, g: Launcher, dims: int) -> Any:
         shape, out = image(s, dims), pooled(s, t, dims)
         rows = s._replace(rows=math.prod(shape))
         run = bn_relu_pool.bn_relu_avg_pool_backward
-        return run(x(rows, t), _norm(s.c), shape, out, dense(rows, t, s.c), out, g)
+        return run(x(rows, t), _norm(s.c), shape, out, x(rows, t), out, None, g)
 
-    def global_(s: Shape, t: torch.dtype, g: Launch) -> Any:
+    def global_(s: Shape, t: torch.dtype, g: Launcher) -> Any:
         out = _matrix(s.rows // 49, s.c, s.c, t)
         return bn_relu_pool.bn_relu_global_pool(x(s, t), _norm(s.c), s.rows // 49, out, g)
 
-    def global_backward(s: Shape, t: torch.dtype, g: Launch) -> Any:
+    def global_backward(s: Shape, t: torch.dtype, g: Launcher) -> Any:
         out = _matrix(s.rows // 49, s.c, s.c, t)
         run = bn_relu_pool.bn_relu_global_pool_backward
-        return run(x(s, t), _norm(s.c), s.rows // 49, out, dense(s, t, s.c), g)
+        return run(x(s, t), _norm(s.c), s.rows // 49, out, x(s, t), None, g)
 
-    def reduce(s: Shape, t: torch.dtype, g: Launch, accumulate: bool) -> Any:
-        d = x(s, t) if accumulate else None
-        run = bn_relu.bn_relu_backward_reduce
-        return run(x(s, t), _norm(s.c), dense(s, t, s.c), d, g)
+    def reduce(s: Shape, t: torch.dtype, g: Launcher, accumulate: bool) -> Any:
+        y, dz = dense(s, t, s.bottleneck), dense(s, t, s.bottleneck)
+        d = dense(s, t, s.bottleneck) if accumulate else None
+        return bn_relu.bn_relu_backward_reduce(y, _norm(s.bottleneck), dz, d, g)
 
-    def forward(s: Shape, t: torch.dtype, g: Launch) -> Any:
-        return bn_relu.bn_relu(x(s, t), _norm(s.c), dense(s, t, s.c), g)
+    def forward(s: Shape, t: torch.dtype, g: Launcher) -> Any:
+        out = dense(s, t, s.bottleneck)
+        return bn_relu.bn_relu(dense(s, t, s.bottleneck), _norm(s.bottleneck), out, g)
 
     def per(s: Shape) -> float:
         return s.bottleneck / s.c
 
     tiles = {dims: 1 / 2**dims for dims in (1, 2, 3)}
     found = [
+        Operation("statistics of a prefix", lambda s, e: e, lambda s: 6, stats, tail=True),
+        Operation("BN-ReLU", lambda s, e: 2 * e, lambda s: 3, forward),
         Operation(
-            *("statistics of new channels", "reduce", _growth, lambda s, e: e, lambda s: 6),
-            lambda s, t, g: statistics.statistics(new(s, t), g),
-        ),
-        Operation(
-            *("statistics of a prefix", "reduce", _prefix, lambda s, e: e, lambda s: 6),
-            lambda s, t, g: statistics.statistics(x(s, t), g),
-        ),
-        Operation("BN-ReLU", "map", _prefix, lambda s, e: 2 * e, lambda s: 3, forward),
-        Operation(
-            *("BN-ReLU sums", "reduce", _prefix, lambda s, e: 2 * e, lambda s: 8),
+            *("BN-ReLU sums", lambda s, e: 2 * e, lambda s: 8),
             partial(reduce, accumulate=False),
         ),
         Operation(
-            *("BN-ReLU accumulate", "reduce", _prefix, lambda s, e: 4 * e, lambda s: 10),
+            *("BN-ReLU accumulate", lambda s, e: 4 * e, lambda s: 10),
             partial(reduce, accumulate=True),
         ),
         *(
             Operation(
-                f"BN-ReLU input gradient{name}",
-                *("map", lambda s: s.bottleneck, lambda s, e: 3 * e),
+                *(f"BN-ReLU input gradient{name}", lambda s, e: 3 * e),
                 *(lambda s, cost=cost: cost, partial(apply, correct=correct)),
             )
             for name, correct, cost in (("", True, 9), (", frozen", False, 4))
         ),
-        Operation("finish gradient", "map", _growth, lambda s, e: 3 * e, lambda s: 6, finish),
-        Operation(
-            *("BN-ReLU-Conv1x1 + statistics", "product", _prefix),
-            lambda s, e: e * (1 + per(s)),
-            lambda s: 3 + 2 * s.bottleneck,
-            partial(conv, stats=True),
+        Operation("finish gradient", lambda s, e: 3 * e, lambda s: 6, finish, tail=True),
+        *(
+            Operation(
+                *(f"BN-ReLU-Conv1x1{name}", lambda s, e: e * (1 + per(s))),
+                *(lambda s: 3 + 2 * s.bottleneck, partial(conv, take=take)),
+            )
+            for name, take in ((" + statistics", True), ("", False))
         ),
-        Operation(
-            *("BN-ReLU-Conv1x1", "product", _prefix),
-            lambda s, e: e * (1 + per(s)),
-            lambda s: 3 + 2 * s.bottleneck,
-            partial(conv, stats=False),
+        *(
+            Operation(
+                f"BN-ReLU-Conv1x1 backward{name}",
+                # a bottleneck of several tiles reads X again for each tile of dW
+                lambda s, e: e * (3 + 2 * per(s) + (s.bottleneck > 128) * cdiv(s.bottleneck, 128)),
+                lambda s: 10 + 4 * s.bottleneck,
+                partial(conv_backward, **options),
+            )
+            for name, options in (
+                *(("", {}), (", no dW", {"need": False}), (", frozen", {"frozen": True})),
+            )
         ),
+        Operation(*("BN-ReLU-GlobalPool", lambda s, e: e, lambda s: 4, global_), tail=True),
         Operation(
-            *("BN-ReLU-Conv1x1 backward", "product_backward", _prefix),
-            # a bottleneck of several tiles reads X again for each tile of dW
-            lambda s, e: e * (3 + per(s) + (s.bottleneck > 128) * -(-s.bottleneck // 128)),
-            lambda s: 10 + 4 * s.bottleneck,
-            partial(conv_backward, need=True),
-        ),
-        Operation(
-            *("BN-ReLU-Conv1x1 backward, no dW", "product_backward", _prefix),
-            lambda s, e: e * (3 + per(s)),
-            lambda s: 10 + 2 * s.bottleneck,
-            partial(conv_backward, need=False),
-        ),
-        Operation("BN-ReLU-GlobalPool", "map", _prefix, lambda s, e: e, lambda s: 4, global_),
-        Operation(
-            *("BN-ReLU-GlobalPool backward", "reduce", _prefix, lambda s, e: 2 * e),
+            *("BN-ReLU-GlobalPool backward", lambda s, e: 2 * e),
             *(lambda s: 9, global_backward),
+            tail=True,
         ),
     ]
     for dims in (1, 2, 3):
         found.append(
             Operation(
-                *(f"BN-ReLU-AvgPool {dims}-D", "pool", _prefix),
+                f"BN-ReLU-AvgPool {dims}-D",
                 lambda s, e, dims=dims: e * (1 + tiles[dims]),
                 lambda s: 4,
                 partial(avg, dims=dims),
+                tail=True,
             )
         )
         found.append(
             Operation(
-                *(f"BN-ReLU-AvgPool {dims}-D backward", "pool_backward", _prefix),
+                f"BN-ReLU-AvgPool {dims}-D backward",
                 lambda s, e, dims=dims: e * (2 + 2 * tiles[dims]),
                 lambda s: 10,
                 partial(avg_backward, dims=dims),
+                tail=True,
             )
         )
     return found
 
 
 class Job(NamedTuple):
-    """A call to compile for a device, and what is expected of it."""
+    """A call to compile for a device, and what is expected of it.
+
+    ``fill`` is programs per multiprocessor, the least of all shapes that start it.
+    """
 
     device: str
     dtype: str
@@ -325,6 +377,8 @@ class Job(NamedTuple):
     call: Call
     bytes: float
     flops: float
+    fill: float
+    strict: bool
 
 
 class Finding(NamedTuple):
@@ -347,41 +401,39 @@ WRITES_MATRIX = re.compile(
 )
 
 
-def jobs(devices: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str]) -> Iterator[Job]:
+# passes over partial results, whose work does not grow with rows times columns
+SMALL = re.compile(r"sums|combine")
+
+
+def jobs(devices: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str]) -> list[Job]:
     """Every distinct compilation of the given devices, types and shapes."""
-    seen = set()
+    found: dict[tuple[str, str], Job] = {}
     for device in devices:
-        table = LaunchTable(DEVICES[device].architecture)
+        architecture = DEVICES[device].architecture
         for dtype in dtypes:
-            for shape in SHAPES:
-                if shape.name not in shapes:
-                    continue
-                for operation in _operations():
-                    # the switch that torch itself offers for float32 products
-                    for tf32 in (False, True) if dtype == "fp32" else (False,):
-                        columns = operation.columns(shape)
-                        like = _matrix(shape.rows, columns, shape.width, DTYPES[dtype])
-                        chosen = table(operation.table, like, columns, shape.bottleneck)
-                        launch = RecordingLaunch(**vars(chosen))
-                        _with_tf32(tf32, operation.run, shape, DTYPES[dtype], launch)
-                        for call in launch.calls:
-                            if (device, call.key()) in seen:
-                                continue
-                            seen.add((device, call.key()))
-                            cost = operation.bytes(shape, like.element_size())
-                            flops = operation.flops(shape)
-                            yield Job(
-                                *(device, dtype, shape.name, operation.name, call, cost, flops)
+            # the switch that torch itself offers for float32 products
+            for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
+                launcher = RecordingLauncher(LaunchTable(architecture), precision)
+                for shape in SHAPES:
+                    if shape.name not in shapes:
+                        continue
+                    for operation in _operations():
+                        whole = shape._replace(c=shape.width) if operation.tail else shape
+                        launcher.calls.clear()
+                        operation.run(whole, DTYPES[dtype], launcher)
+                        size = DTYPES[dtype].itemsize
+                        for call, programs in launcher.calls:
+                            fill = programs / architecture.multiprocessors
+                            job = Job(
+                                *(device, dtype, f"{shape.name}-{shape.block}", operation.name),
+                                *(call, operation.bytes(whole, size), operation.flops(whole)),
+                                *(fill, shape.strict),
                             )
-
-
-def _with_tf32(tf32: bool, run: Callable[..., Any], *args: Any) -> None:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    try:
-        run(*args)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+                            key = device, call.key()
+                            before = found.setdefault(key, job)
+                            if shape.strict and (not before.strict or fill < before.fill):
+                                found[key] = job
+    return list(found.values())
 
 
 def compile_call(call: Call, device: Device) -> Any:
@@ -416,6 +468,10 @@ def examine(job: Job) -> Finding:
     product = "DOT" in constants
     if product and job.dtype != "fp32" and not matrix:
         faults.append("no tensor cores")
+    if job.strict and job.fill < 1 and not SMALL.search(job.call.kernel):
+        faults.append("less than a wave")
+    if job.strict and not wide_accesses_expected(job):
+        faults.append("unaligned")
     if wide_accesses_expected(job):
         if not loads:
             faults.append("no 128-bit loads")
@@ -435,12 +491,11 @@ def _stores_from_mfma(job: Job) -> bool:
 
 
 def wide_accesses_expected(job: Job) -> bool:
-    """Whether strides and pointers of all matrices allow 128-bit accesses."""
+    """Whether strides and addresses of X, D, Y and their gradients allow 128-bit accesses."""
     size = 2 if any(t in ("*fp16", "*bf16") for t in job.call.signature.values()) else 4
     constants = job.call.constants
-    aligned = min(constants.get("ALIGN", 1), constants.get("ALIGN_B", 16)) * size >= 16
-    pointers = {name for name, t in job.call.signature.items() if t.startswith("*")}
-    return aligned and pointers == set(job.call.divisible)
+    aligned = min(constants.get(name, 16) for name in ("ALIGN", "ALIGN_B")) * size >= 16
+    return aligned and set(job.call.matrices) <= set(job.call.divisible)
 
 
 def _examine_cuda(cubin: bytes) -> tuple[int, int, int, str, int, int]:
@@ -491,7 +546,7 @@ def audit(work: Sequence[Job], processes: int = 2) -> Iterator[Finding]:
 
 COLUMNS = (
     *("kernel", "for", "type", "shape", "tile", "warps", "regs", "stack", "spills"),
-    *("shared/limit", "matrix", "ld128", "st128", "B/elem", "FLOP/elem", "verdict"),
+    *("shared/limit", "matrix", "ld128", "st128", "B/elem", "FLOP/elem", "fill", "verdict"),
 )
 
 
@@ -507,7 +562,8 @@ def row(finding: Finding) -> tuple[str, ...]:
         *(str(job.call.options["num_warps"]), str(finding.registers), str(finding.stack)),
         *(str(finding.spills), shared, finding.matrix or "-"),
         *(str(finding.loads or "-"), str(finding.stores or "-")),
-        *(f"{job.bytes:.3g}", f"{job.flops:.3g}", ", ".join(finding.faults) or _passed(finding)),
+        *(f"{job.bytes:.3g}", f"{job.flops:.3g}", f"{job.fill:.2g}"),
+        ", ".join(finding.faults) or _passed(finding),
     )
 
 
@@ -524,7 +580,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m effdense.kernels.audit", description=__doc__)
     parser.add_argument("--devices", nargs="+", choices=tuple(DEVICES), default=tuple(DEVICES))
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
-    names = tuple(shape.name for shape in SHAPES)
+    names = tuple(dict.fromkeys(shape.name for shape in SHAPES))
     parser.add_argument("--shapes", nargs="+", choices=names, default=names)
     parser.add_argument("--kernels", default="", help="regular expression that kernels match")
     parser.add_argument("--processes", type=int, default=2)
@@ -537,13 +593,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if re.search(options.kernels, job.call.kernel)
     ]
     form = "{:29} {:7} {:9} {:5} {:12} {:>5} {:>4} {:>5} {:>6} {:>13} {:>8}"
-    form += " {:>5} {:>5} {:>6} {:>9}  {}"
+    form += " {:>5} {:>5} {:>6} {:>9} {:>5}  {}"
     print(form.format(*COLUMNS))
     faulty = 0
     for finding in audit(work, options.processes):
         print(form.format(*row(finding)), flush=True)
         faulty += bool(finding.faults)
     print("B/elem, FLOP/elem: of the whole operation, per element of X, by formula")
+    print(
+        "fill: programs per multiprocessor, at the smallest of the shapes of the README's networks"
+    )
     print(f"{len(work)} compilations, {faulty} with faults")
     return int(faulty > 0)
 

@@ -1,9 +1,7 @@
 """BN-ReLU over a strided matrix: forward, the backward's sums, and its input gradient.
 
-The backward's input gradient comes in two forms. Immediate: all three terms at once, in
-place of dz, for a norm whose input has one reader (BN2). Deferred: only the term that
-differs from position to position, added to the gradient buffer, for a norm that reads a
-prefix of the features (BN1); :mod:`effdense.kernels.finish_gradient` applies the rest.
+A dense layer needs none of these where its 3x3 convolution is a kernel of ours, which has
+them as prologue and epilogue; they stand beside the vendor's convolution.
 
 Workspace of the sums: 8 * ranges * c bytes, ranges <= programs / tiles of channels.
 """
@@ -14,8 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from effdense.backends.base import Normalization
-from effdense.kernels.launch import Launch, alignment, cdiv, empty, jit, matrices, written
-from effdense.kernels.sum_partials import sum_partials
+from effdense.kernels.launch import Launcher, cdiv, empty, jit, layout, matrices, pad, written
+from effdense.kernels.sums import add_sums, prepare_sums
+from effdense.kernels.tiles import (
+    backward_terms,
+    columns_loaded,
+    normalization,
+    normalized,
+    rectified,
+    store_columns,
+    store_sums,
+)
 
 
 def bn_relu_reference(x: Tensor, norm: Normalization) -> Tensor:
@@ -32,50 +39,53 @@ def bn_relu_backward_reference(
     return masked, masked.sum(0), (masked * xhat).sum(0)
 
 
-@jit
+@jit(ALIGN=("s_x",), ALIGN_C=("C", "s_out"))
 def bn_relu_fwd_kernel(
     p_x,
-    s_x,
-    p_scale,
-    p_shift,
+    p_mean,
+    p_var,
+    p_gamma,
+    p_beta,
+    eps,
     p_out,
+    s_x,
     s_out,
     P,
     C,
     n_c,
+    PAD: tl.constexpr,
     ALIGN: tl.constexpr,
+    ALIGN_C: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    s_x, s_out, C = s_x * ALIGN, s_out * ALIGN, C * ALIGN
+    s_x, s_out, C = s_x * ALIGN, s_out * ALIGN_C, C * ALIGN_C
     # channel tiles of a row tile run next to each other: whole rows stream from memory
     i_p, i_c = tl.program_id(0) // n_c, tl.program_id(0) % n_c
     o_p = i_p.to(tl.int64) * BP + tl.arange(0, BP)
     o_c = i_c * BC + tl.arange(0, BC)
-    m_c = o_c < C
-    m_x = (o_p < P)[:, None] & m_c[None, :]
-    b_x = tl.load(p_x + o_p[:, None] * s_x + o_c[None, :], m_x, 0.0).to(tl.float32)  # [BP, BC]
-    b_scale = tl.load(p_scale + o_c, m_c, 0.0)
-    b_shift = tl.load(p_shift + o_c, m_c, 0.0)
-    b_y = b_x * b_scale[None, :] + b_shift[None, :]
-    # written so that a NaN stays one, as in torch
-    b_z = tl.where(b_y <= 0, 0.0, b_y)
-    tl.store(p_out + o_p[:, None] * s_out + o_c[None, :], b_z.to(p_out.dtype.element_ty), m_x)
+    m_p = o_p < P
+    _, _, b_scale, b_shift = normalization(p_mean, p_var, p_gamma, p_beta, eps, o_c, o_c < C)
+    m_x = m_p[:, None] & columns_loaded(o_c, C, PAD)[None, :]
+    b_x = tl.load(p_x + o_p[:, None] * s_x + o_c[None, :], m_x, 0.0)  # [BP, BC]
+    b_z = rectified(normalized(b_x, b_scale, b_shift))
+    store_columns(p_out + o_p[:, None] * s_out + o_c[None, :], b_z, m_p, o_c, C)
 
 
-@jit
+@jit(ALIGN=("s_x", "s_dz", "s_d", "C"))
 def bn_relu_bwd_reduce_kernel(
     p_x,
-    s_x,
     p_mean,
-    p_rstd,
-    p_scale,
-    p_shift,
+    p_var,
+    p_gamma,
+    p_beta,
+    eps,
     p_dz,
-    s_dz,
     p_d,
+    p_part,
+    s_x,
+    s_dz,
     s_d,
-    p_sums,
     P,
     C,
     rows,
@@ -89,10 +99,7 @@ def bn_relu_bwd_reduce_kernel(
     i_s = tl.program_id(1).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
-    b_mean = tl.load(p_mean + o_c, m_c, 0.0)
-    b_rstd = tl.load(p_rstd + o_c, m_c, 0.0)
-    b_scale = tl.load(p_scale + o_c, m_c, 0.0)
-    b_shift = tl.load(p_shift + o_c, m_c, 0.0)
+    b_mean, b_rstd, b_scale, b_shift = normalization(p_mean, p_var, p_gamma, p_beta, eps, o_c, m_c)
     # summed over lanes once, after the loop
     b_s = tl.full([BP, BC], 0.0, tl.float32)
     b_t = tl.full([BP, BC], 0.0, tl.float32)
@@ -101,34 +108,32 @@ def bn_relu_bwd_reduce_kernel(
     for start in range(first, last, BP):
         o_p = (start + tl.arange(0, BP)).to(tl.int64)
         m_x = (o_p < last)[:, None] & m_c[None, :]
-        b_x = tl.load(p_x + o_p[:, None] * s_x + o_c[None, :], m_x, 0.0).to(tl.float32)  # [BP, BC]
+        b_x = tl.load(p_x + o_p[:, None] * s_x + o_c[None, :], m_x, 0.0)  # [BP, BC]
         b_dz = tl.load(p_dz + o_p[:, None] * s_dz + o_c[None, :], m_x, 0.0).to(tl.float32)
-        b_y = b_x * b_scale[None, :] + b_shift[None, :]
-        b_g = tl.where(b_y <= 0, 0.0, b_dz)
+        b_g, b_gx = backward_terms(b_x, b_dz, b_mean, b_rstd, b_scale, b_shift)
         b_s += b_g
-        b_t += b_g * ((b_x - b_mean[None, :]) * b_rstd[None, :])
+        b_t += b_gx
         if ACCUMULATE:
             p_tile = p_d + o_p[:, None] * s_d + o_c[None, :]
             b_d = tl.load(p_tile, m_x, 0.0).to(tl.float32) + b_scale[None, :] * b_g
             tl.store(p_tile, b_d.to(p_d.dtype.element_ty), m_x)
-    p_sums += 2 * i_s * C
-    tl.store(p_sums + o_c, tl.sum(b_s, 0), m_c)
-    tl.store(p_sums + C + o_c, tl.sum(b_t, 0), m_c)
+    store_sums(p_part, i_s, C, o_c, m_c, tl.sum(b_s, 0), tl.sum(b_t, 0))
 
 
-@jit
+@jit(ALIGN=("s_x", "s_dz", "C"))
 def bn_relu_bwd_apply_kernel(
     p_x,
-    s_x,
     p_mean,
-    p_rstd,
-    p_scale,
-    p_shift,
+    p_var,
+    p_gamma,
+    p_beta,
+    eps,
     p_dz,
-    s_dz,
     p_s,
     p_t,
     per_count,
+    s_x,
+    s_dz,
     P,
     C,
     n_c,
@@ -143,65 +148,72 @@ def bn_relu_bwd_apply_kernel(
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
     m_x = (o_p < P)[:, None] & m_c[None, :]
+    b_mean, b_rstd, b_scale, b_shift = normalization(p_mean, p_var, p_gamma, p_beta, eps, o_c, m_c)
     b_x = tl.load(p_x + o_p[:, None] * s_x + o_c[None, :], m_x, 0.0).to(tl.float32)  # [BP, BC]
     p_tile = p_dz + o_p[:, None] * s_dz + o_c[None, :]
     b_dz = tl.load(p_tile, m_x, 0.0).to(tl.float32)
-    b_scale = tl.load(p_scale + o_c, m_c, 0.0)
-    b_shift = tl.load(p_shift + o_c, m_c, 0.0)
-    b_y = b_x * b_scale[None, :] + b_shift[None, :]
-    b_g = tl.where(b_y <= 0, 0.0, b_dz)
+    b_g = tl.where(normalized(b_x, b_scale, b_shift) <= 0, 0.0, b_dz)
     if CORRECT:
-        b_mean = tl.load(p_mean + o_c, m_c, 0.0)
-        b_rstd = tl.load(p_rstd + o_c, m_c, 0.0)
         b_s = tl.load(p_s + o_c, m_c, 0.0) * per_count
         b_t = tl.load(p_t + o_c, m_c, 0.0) * per_count
-        b_xhat = (b_x - b_mean[None, :]) * b_rstd[None, :]
-        b_g -= b_s[None, :] + b_t[None, :] * b_xhat
+        b_g -= b_s[None, :] + b_t[None, :] * ((b_x - b_mean[None, :]) * b_rstd[None, :])
     tl.store(p_tile, (b_scale[None, :] * b_g).to(p_dz.dtype.element_ty), m_x)
 
 
-def bn_relu(x: Tensor, norm: Normalization, out: Tensor, launch: Launch) -> None:
-    """Out = relu(scale * x + shift); x, out (P, c) of any row stride and storage type.
+def bn_relu(x: Tensor, norm: Normalization, out: Tensor, launcher: Launcher) -> None:
+    """Out = relu(norm(x)); x, out (P, c) of any row stride and storage type.
 
     Reads P c elements, writes P c.
     """
-    matrices(x, out)
-    P, C = x.shape
-    n_c = cdiv(C, launch.block_c)
-    align = alignment(x.stride(0), out.stride(0), C)
-    args = (x, x.stride(0) // align, norm.scale, norm.shift, out, out.stride(0) // align)
-    tile = {"BP": launch.block_p, "BC": launch.block_c}
-    grid = (cdiv(P, launch.block_p) * n_c,)
-    launch.start(bn_relu_fwd_kernel, grid, *args, P, C // align, n_c, ALIGN=align, **tile)
+    mean, var, gamma, beta, eps = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps
+    key = bn_relu, layout(x), layout(out), gamma.dtype, beta.dtype
+    start = launcher.prepared.get(key)
+    if start is None:
+        matrices(x, out)
+        P, C = x.shape
+        launch = launcher.table("map", x, C)
+        n_c = cdiv(C, launch.block_c)
+        sizes = {"P": P, "C": C, "n_c": n_c, "s_x": x.stride(0), "s_out": out.stride(0)}
+        grid = (cdiv(P, launch.block_p) * n_c,)
+        start = launcher.prepare(bn_relu_fwd_kernel, launch, grid, sizes, PAD=pad(x))
+        launcher.prepared[key] = start
+    start((x, mean, var, gamma, beta, out), (eps,))
     written(out)
 
 
 def bn_relu_backward_reduce(
-    x: Tensor, norm: Normalization, dz: Tensor, d: Tensor | None, launch: Launch
+    x: Tensor, norm: Normalization, dz: Tensor, d: Tensor | None, launcher: Launcher
 ) -> tuple[Tensor, Tensor]:
-    """S = sum dz [z > 0] and T = sum dz [z > 0] xhat, each (c,) float32.
+    """S = sum dz [z > 0] and T = sum dz [z > 0] xhat, each (c,) float32; x, dz (P, c).
 
-    With ``d`` (P, c), also ``d += scale * dz [z > 0]``. Reads 2 P c elements (x, dz);
-    with d reads 3 P c and writes P c.
+    With ``d`` (P, c), also ``d += scale * dz [z > 0]``. Reads 2 P c elements; with d reads
+    3 P c and writes P c.
     """
-    into = dz if d is None else d
-    matrices(x, dz, into)
-    P, C = x.shape
-    if P == 0:
-        return empty(x, C).zero_(), empty(x, C).zero_()
-    n_c = cdiv(C, launch.block_c)
-    rows, splits = launch.split_rows(P, n_c)
-    parts = empty(x, splits, 2, C)
-    align = alignment(x.stride(0), dz.stride(0), into.stride(0), C)
-    args = (x, x.stride(0) // align, *norm, dz, dz.stride(0) // align, into)
-    args += (into.stride(0) // align, parts, P, C // align, rows)
-    tile = {"BP": launch.block_p, "BC": launch.block_c}
-    flags = {"ACCUMULATE": d is not None, "ALIGN": align}
-    launch.start(bn_relu_bwd_reduce_kernel, (n_c, splits), *args, **flags, **tile)
+    mean, var, gamma, beta, eps = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps
+    accumulate, into = d is not None, dz if d is None else d
+    key = (
+        *(bn_relu_backward_reduce, layout(x), layout(dz), layout(into)),
+        *(gamma.dtype, beta.dtype, accumulate),
+    )
+    found = launcher.prepared.get(key)
+    if found is None:
+        matrices(x, dz, into)
+        P, C = x.shape
+        launch = launcher.table("reduce", x, C)
+        n_c = cdiv(C, launch.block_c)
+        rows, ranges = launch.split_rows(P, n_c)
+        sizes = {"P": P, "C": C, "rows": rows}
+        sizes |= {"s_x": x.stride(0), "s_dz": dz.stride(0), "s_d": into.stride(0)}
+        kernel, grid = bn_relu_bwd_reduce_kernel, (n_c, ranges)
+        start = launcher.prepare(kernel, launch, grid, sizes, ACCUMULATE=accumulate)
+        found = start, (ranges, 2, C), prepare_sums(launcher, ranges, 0, C, False)
+        launcher.prepared[key] = found
+    start, shape, sums = found
+    part = empty(x, *shape)
+    start((x, mean, var, gamma, beta, dz, into, part), (eps,))
     if d is not None:
         written(d)
-    s, t = sum_partials(parts, launch)
-    return s, t
+    return add_sums(sums, part, norm, None)[1:]
 
 
 def bn_relu_backward_apply(
@@ -209,21 +221,25 @@ def bn_relu_backward_apply(
     norm: Normalization,
     dz: Tensor,
     correction: tuple[Tensor, Tensor, float] | None,
-    launch: Launch,
+    launcher: Launcher,
 ) -> None:
     """``dz <- scale * (dz [z > 0] - (S + T xhat) / count)``, in place; (S, T, count) or None.
 
     Reads 2 P c elements, writes P c.
     """
-    matrices(x, dz)
-    P, C = x.shape
-    s, t, count = correction if correction is not None else (norm.mean, norm.mean, 1.0)
-    n_c = cdiv(C, launch.block_c)
-    align = alignment(x.stride(0), dz.stride(0), C)
-    args = (x, x.stride(0) // align, *norm, dz, dz.stride(0) // align)
-    args += (s, t, 1.0 / count, P, C // align, n_c)
-    tile = {"BP": launch.block_p, "BC": launch.block_c}
-    flags = {"CORRECT": correction is not None, "ALIGN": align}
-    grid = (cdiv(P, launch.block_p) * n_c,)
-    launch.start(bn_relu_bwd_apply_kernel, grid, *args, **flags, **tile)
+    mean, var, gamma, beta, eps = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps
+    correct = correction is not None
+    s, t, count = (mean, mean, 1.0) if correction is None else correction
+    key = bn_relu_backward_apply, layout(x), layout(dz), gamma.dtype, beta.dtype, correct
+    start = launcher.prepared.get(key)
+    if start is None:
+        matrices(x, dz)
+        P, C = x.shape
+        launch = launcher.table("map", x, C)
+        n_c = cdiv(C, launch.block_c)
+        sizes = {"P": P, "C": C, "n_c": n_c, "s_x": x.stride(0), "s_dz": dz.stride(0)}
+        grid = (cdiv(P, launch.block_p) * n_c,)
+        start = launcher.prepare(bn_relu_bwd_apply_kernel, launch, grid, sizes, CORRECT=correct)
+        launcher.prepared[key] = start
+    start((x, mean, var, gamma, beta, dz, s, t), (eps, 1.0 / count))
     written(dz)

@@ -1,10 +1,11 @@
 """Normalise, rectify and multiply: the dense layer's first convolution, forward.
 
 The normalised features Z never exist in memory: each tile of X becomes its tile of Z in
-registers, on its way into the product. One program owns a tile of rows and, up to 256
-columns, the whole width of the bottleneck, so the prefix of X is read once. The
-statistics of the product (the next norm's) are taken from the accumulator before it
-leaves, on values rounded as they are stored.
+registers, on its way into the product. One program owns a tile of rows and, where there are
+rows enough for every multiprocessor, the whole width of the bottleneck, so the prefix of X is
+read once. The statistics of the product (the next norm's) are taken from the accumulator
+before it leaves, on values rounded as they are stored. The weight is the parameter itself, of
+any float type: the kernel casts it.
 
 Workspace with statistics: 8 * ceil(P / block_p) * B bytes, 1/32 of a 16-bit output at
 block_p = 128.
@@ -18,54 +19,59 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from effdense.backends.base import Normalization
+from effdense.backends.base import Normalization, Statistics
 from effdense.kernels.bn_relu import bn_relu_reference
 from effdense.kernels.launch import (
-    Launch,
-    alignment,
+    Launcher,
     cdiv,
     empty,
     interpreted,
     jit,
+    layout,
     matrices,
+    pad,
     written,
 )
-from effdense.kernels.statistics import combine_statistics
+from effdense.kernels.statistics import prepare_combination
+from effdense.kernels.tiles import (
+    column_statistics,
+    columns_loaded,
+    normalization,
+    normalized,
+    rectified,
+)
 
 
 def bn_relu_conv1x1_reference(x: Tensor, norm: Normalization, weight: Tensor) -> Tensor:
     """relu(norm(x)) @ weight^T; x (P, c), weight (B, c)."""
-    return bn_relu_reference(x, norm) @ weight.t()
+    return bn_relu_reference(x, norm) @ weight.to(x.dtype).t()
 
 
-def product_constants(kernel: Any, x: Tensor) -> dict[str, Any]:
-    """Type and precision of a product's operands.
+def operand_type(kernel: Any, x: Tensor) -> Any:
+    """The type of a product's operands.
 
-    Operands are rounded to the storage type, which is what tensor cores take; the sum is
-    float32 always. float32 operands follow torch's own switch between TF32 and exact
-    products. The interpreter multiplies bfloat16 as if it were an integer, so it gets
-    float32 operands.
+    They are rounded to the storage type, which is what tensor cores take; the sum is float32
+    always. The interpreter multiplies bfloat16 as if it were an integer, so it gets float32.
     """
     types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     dot = types[x.dtype]
-    if interpreted(kernel) and dot == tl.bfloat16:
-        dot = tl.float32
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    return {"DOT": dot, "PRECISION": precision}
+    return tl.float32 if interpreted(kernel) and dot == tl.bfloat16 else dot
 
 
-@jit
+@jit(ALIGN=("s_x",), ALIGN_W=("s_w", "C"), ALIGN_B=("s_out", "B"))
 def bn_relu_conv1x1_fwd_kernel(
     p_x,
-    s_x,
-    p_scale,
-    p_shift,
-    p_w,
-    s_w,
-    p_out,
-    s_out,
     p_mean,
-    p_m2,
+    p_var,
+    p_gamma,
+    p_beta,
+    eps,
+    p_w,
+    p_out,
+    p_part,
+    s_x,
+    s_w,
+    s_out,
     P,
     C,
     B,
@@ -73,13 +79,15 @@ def bn_relu_conv1x1_fwd_kernel(
     STATISTICS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAD: tl.constexpr,
     ALIGN: tl.constexpr,
+    ALIGN_W: tl.constexpr,
     ALIGN_B: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
     BB: tl.constexpr,
 ):
-    s_x, s_w, C = s_x * ALIGN, s_w * ALIGN, C * ALIGN
+    s_x, s_w, C = s_x * ALIGN, s_w * ALIGN_W, C * ALIGN_W
     s_out, B = s_out * ALIGN_B, B * ALIGN_B
     i_p = (tl.program_id(0) // n_b).to(tl.int64)
     i_b = tl.program_id(0) % n_b
@@ -91,13 +99,13 @@ def bn_relu_conv1x1_fwd_kernel(
     for start in range(0, C, BC):
         o_c = start + tl.arange(0, BC)
         m_c = o_c < C
-        p_tile = p_x + o_p[:, None] * s_x + o_c[None, :]
-        b_x = tl.load(p_tile, m_p[:, None] & m_c[None, :], 0.0).to(tl.float32)  # [BP, BC]
-        # masked channels normalise to zero and add nothing
-        b_scale = tl.load(p_scale + o_c, m_c, 0.0)
-        b_shift = tl.load(p_shift + o_c, m_c, 0.0)
-        b_y = b_x * b_scale[None, :] + b_shift[None, :]
-        b_z = tl.where(b_y <= 0, 0.0, b_y)
+        m_x = m_p[:, None] & columns_loaded(o_c, C, PAD)[None, :]
+        b_x = tl.load(p_x + o_p[:, None] * s_x + o_c[None, :], m_x, 0.0)  # [BP, BC]
+        _, _, b_scale, b_shift = normalization(p_mean, p_var, p_gamma, p_beta, eps, o_c, m_c)
+        b_z = rectified(normalized(b_x, b_scale, b_shift))
+        if PAD > 1:
+            # of columns that are not this layer's even a NaN must not survive
+            b_z = tl.where(m_c[None, :], b_z, 0.0)
         p_wt = p_w + o_b.to(tl.int64)[None, :] * s_w + o_c[:, None]
         b_wt = tl.load(p_wt, m_c[:, None] & m_b[None, :], 0.0)  # [BC, BB]
         if b_wt.dtype != DOT:
@@ -108,39 +116,49 @@ def bn_relu_conv1x1_fwd_kernel(
     tl.store(p_out + o_p[:, None] * s_out + o_b[None, :], b_out, m_out)
     if STATISTICS:
         n_rows = tl.minimum(P - i_p * BP, BP).to(tl.float32)
-        b_out = b_out.to(tl.float32)
-        b_mean = tl.sum(tl.where(m_out, b_out, 0.0), 0) / n_rows  # [BB]
-        b_dev = tl.where(m_out, b_out - b_mean[None, :], 0.0)
-        tl.store(p_mean + i_p * B + o_b, b_mean, m_b)
-        tl.store(p_m2 + i_p * B + o_b, tl.sum(b_dev * b_dev, 0), m_b)
+        b_mean, b_m2 = column_statistics(b_out, m_out, n_rows)
+        n_p = (P + (BP - 1)) // BP
+        tl.store(p_part + i_p * B + o_b, b_mean, m_b)
+        tl.store(p_part + (n_p + i_p) * B + o_b, b_m2, m_b)
 
 
 def bn_relu_conv1x1(
-    x: Tensor, norm: Normalization, weight: Tensor, out: Tensor, statistics: bool, launch: Launch
-) -> tuple[Tensor, Tensor] | None:
-    """Out = relu(norm(x)) @ weight^T; x (P, c), weight (B, c), out (P, B).
+    x: Tensor,
+    norm: Normalization,
+    weight: Tensor,
+    out: Tensor,
+    statistics: Statistics | None,
+    launcher: Launcher,
+) -> None:
+    """Out = relu(norm(x)) @ weight^T, its mean and biased variance into ``statistics``.
 
-    Returns out's mean and biased variance, each (B,) float32, when ``statistics``.
+    x (P, c), weight (B, c) of any float type, out (P, B); statistics (B,) float32 each.
     Reads P c elements of x once per ``block_b`` columns of the product, and weight once
     per ``block_p`` rows; writes P B. 2 P c B floating-point operations.
     """
-    matrices(x, weight, out)
-    P, C = x.shape
-    B = weight.shape[0]
-    if P == 0:
-        nothing = empty(x, B).fill_(float("nan"))
-        return (nothing, nothing.clone()) if statistics else None
-    n_p, n_b = cdiv(P, launch.block_p), cdiv(B, launch.block_b)
-    mean = m2 = norm.scale
-    if statistics:
-        mean, m2 = empty(x, n_p, B), empty(x, n_p, B)
-    align = alignment(x.stride(0), weight.stride(0), C)
-    align_b = alignment(out.stride(0), B)
-    args = (x, x.stride(0) // align, norm.scale, norm.shift, weight, weight.stride(0) // align)
-    args += (out, out.stride(0) // align_b, mean, m2, P, C // align, B // align_b, n_b)
-    constants = product_constants(bn_relu_conv1x1_fwd_kernel, x)
-    constants |= {"STATISTICS": statistics, "ALIGN": align, "ALIGN_B": align_b}
-    tile = {"BP": launch.block_p, "BC": launch.block_c, "BB": launch.block_b}
-    launch.start(bn_relu_conv1x1_fwd_kernel, (n_p * n_b,), *args, **constants, **tile)
+    mean, var, gamma, beta, eps = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps
+    take = statistics is not None
+    key = bn_relu_conv1x1, layout(x), layout(weight), layout(out), gamma.dtype, beta.dtype, take
+    found = launcher.prepared.get(key)
+    if found is None:
+        found = launcher.prepared[key] = _prepare(x, weight, out, take, launcher)
+    start, shape, combine = found
+    part = empty(x, *shape) if take else mean
+    start((x, mean, var, gamma, beta, weight, out, part), (eps,))
     written(out)
-    return combine_statistics(mean, m2, P, launch.block_p, launch) if statistics else None
+    if statistics is not None:
+        combine((part, *statistics))
+
+
+def _prepare(x: Tensor, weight: Tensor, out: Tensor, take: bool, launcher: Launcher) -> Any:
+    matrices(x, weight, out)
+    (P, C), B = x.shape, weight.shape[0]
+    launch = launcher.table("product", x, C, B)
+    n_p, n_b = cdiv(P, launch.block_p), cdiv(B, launch.block_b)
+    sizes = {"P": P, "C": C, "B": B, "n_b": n_b}
+    sizes |= {"s_x": x.stride(0), "s_w": weight.stride(0), "s_out": out.stride(0)}
+    kernel = bn_relu_conv1x1_fwd_kernel
+    constants = {"STATISTICS": take, "DOT": operand_type(kernel, x), "PAD": pad(x)}
+    start = launcher.prepare(kernel, launch, (n_p * n_b,), sizes, **constants)
+    combine = prepare_combination(launcher, n_p, B, P, launch.block_p) if take else None
+    return start, (2, n_p, B), combine

@@ -1,18 +1,28 @@
-"""How kernels are started: tile sizes, splits over rows, and the table that chooses them.
+"""How kernels are started: tile sizes, splits over rows, and what is kept between launches.
 
-A launcher never looks a configuration up: it is handed a :class:`Launch`. That is what
-lets the tests shrink tiles until every edge is hit, and the audit compile what a real
-device would run on a machine without one.
+A launcher of an operation looks a :class:`Start` up by the layout of its matrices; where there
+is none yet, it has the :class:`Launcher` prepare one, which derives integers, alignment,
+constants and tile from the kernel's declaration and the launch table. So a launch that was
+made before costs the host a look-up and Triton's compiled launcher, and nothing else: no
+strings, no binding of arguments, no context of a device that already is the current one.
+
+The tests inject tables that shrink tiles until every edge is hit, and the audit a launcher
+that notes what a real device would be asked to run.
 
 NOTE [ Aligned integers ]
 Triton vectorises a memory access only as far as it can prove the alignment of every
-stride and bound in it, and it proves divisibility by 16 or nothing. Prefixes of a
-feature buffer are C0 + l k channels wide: with k = 24 a multiple of 8, never of 16, and
-every 16-bit access would shrink to a single element. Launchers therefore pass each
-integer divided by the largest power of two (up to 16) that divides all integers of its
+stride and bound in it, and it proves divisibility by 16 or nothing. Launchers therefore pass
+each integer divided by the largest power of two (up to 16) that divides all integers of its
 group, and that power as the compile-time constant ALIGN; the kernel multiplies them
 back, and the divisor is known to the compiler. Integers are excluded from Triton's own
 specialisation, so that the layers of a block, each of another width, share one binary.
+
+Prefixes of a feature buffer are C0 + l k channels wide: 516 or 750 or 108, multiples of 2 or
+4. The rows of X and D are therefore padded to a multiple of PADDING elements, and kernels
+load up to the multiple behind the prefix (it is in the row) and put zeros behind c by a
+select: what lies there are other layers' channels, or nothing, and a NaN must not survive.
+Alignment is then that of the row stride alone, PAD the constant that says so. A matrix that
+does not begin at such a multiple, or whose rows are not padded, is loaded up to c.
 """
 
 from __future__ import annotations
@@ -32,19 +42,45 @@ import torch
 import triton
 import triton.testing
 from torch import Tensor
+from triton.runtime import driver
 
 STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-INTEGERS = [
-    *("P", "C", "B", "n_c", "n_b", "n_parts", "rows", "positions", "n_w", "M"),
-    *("S0", "S1", "S2", "s_x", "s_w", "s_d", "s_dz", "s_dy", "s_out", "s_pooled"),
-]
-"""Integer parameters of the kernels: none is specialised (see the note above)."""
+PADDING = 16
+"""Elements that the row strides of X and D are a multiple of; see NOTE [ Aligned integers ]."""
 
 
-def jit(function: Callable[..., None]) -> Any:
-    """``triton.jit`` without value specialisation of the integers that the function takes."""
-    taken = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(do_not_specialize=[name for name in INTEGERS if name in taken])(function)
+def _direct_launches() -> bool:
+    """Whether a compiled kernel is called as this module knows how to: Triton 3.4 and newer."""
+    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    return found is not None and (int(found[1]), int(found[2])) >= (3, 4)
+
+
+DIRECT = _direct_launches()
+
+
+def jit(function: Callable[..., None] | None = None, /, **groups: tuple[str, ...]) -> Any:
+    """``triton.jit`` for a kernel whose launches are prepared by a :class:`Launcher`.
+
+    Args:
+        groups: by the name of a constant (ALIGN), the integers that are passed divided by
+            their common power of two, which is that constant. See NOTE [ Aligned integers ].
+
+    Pointers are called ``p_*``. Those of matrices, which have a row stride ``s_*``, and of
+    partial results (``p_part*``) are specialised for 16-byte alignment; vectors are not, since
+    slices of the block's vectors begin anywhere. No integer is specialised.
+    """
+    if function is None:
+        return partial(jit, **groups)
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    runtime = [name for name in names if name not in function.__annotations__]
+    strides = [name for name in runtime if name.startswith("s_")]
+    pointers = [name for name in runtime if name.startswith("p_")]
+    matrices = {n for n in pointers if any(s.startswith("s_" + n[2:]) for s in strides)}
+    aligned = matrices | {name for name in pointers if name.startswith("p_part")}
+    kernel = triton.jit(do_not_specialize=[n for n in runtime if n not in aligned])(function)
+    kernel.groups = groups
+    kernel.matrices = matrices
+    return kernel
 
 
 def interpreted(kernel: Any) -> bool:
@@ -97,15 +133,6 @@ class Launch:
     programs: int = 256
     registers: int | None = None
 
-    def start(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        """Run ``kernel`` on the device of its first tensor; an empty grid is nothing to do."""
-        if 0 in grid:
-            return
-        device = next(a for a in args if isinstance(a, Tensor)).device
-        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with on_device:
-            kernel[grid](*args, **(self.options() | constants))
-
     def options(self) -> dict[str, int]:
         """What the compiler is told beside the kernel's own constants."""
         found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -123,6 +150,169 @@ class Launch:
         return steps * self.block_p, cdiv(rows, steps * self.block_p)
 
 
+class Start:
+    """One kernel on matrices of one layout, ready to run.
+
+    Called with the tensors and the floating-point numbers of a call, each in the order of the
+    kernel's arguments. The first call goes through Triton's binder, which compiles. Later ones
+    hand what it found, and addresses in place of tensors, to the compiled kernel's own
+    launcher.
+    """
+
+    __slots__ = ("_constants", "_floats", "_matrices", "_runs", "_template", "_tensors", "grid")
+    __slots__ += ("kernel",)  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        integers: dict[str, int],
+        constants: dict[str, Any],
+    ) -> None:
+        self.kernel, self.grid = kernel, (*grid, 1, 1)[:3]
+        names = kernel.arg_names
+        self._tensors = [i for i, name in enumerate(names) if name.startswith("p_")]
+        self._floats = [
+            i
+            for i, name in enumerate(names)
+            if not (name in integers or name in constants or name.startswith("p_"))
+        ]
+        self._matrices = [
+            place for place, i in enumerate(self._tensors) if names[i] in kernel.matrices
+        ]
+        assert integers.keys() <= set(names), (kernel, integers.keys() - set(names))
+        self._template = [integers.get(name, constants.get(name)) for name in names]
+        self._constants = constants
+        # by device and by the last bits of the matrices' addresses
+        self._runs: dict[tuple[int, int], tuple[Any, Any, Any]] = {}
+
+    def __call__(self, tensors: tuple[Tensor, ...], floats: tuple[float, ...] = ()) -> None:
+        device, active = tensors[0].get_device(), driver.active
+        current = active.get_current_device()
+        # a CPU tensor has device -1, under a driver that only counts
+        if device not in (current, -1):
+            with torch.cuda.device(device):
+                self(tensors, floats)
+            return
+        addresses = [t.data_ptr() for t in tensors]
+        pattern = 0
+        for place in self._matrices:
+            pattern = pattern << 4 | addresses[place] & 15
+        found = self._runs.get((current, pattern))
+        if found is None or _hooked():
+            compiled = self.bind(tensors, floats)
+            if DIRECT and compiled is not None:
+                found = compiled.run, compiled.function, compiled.packed_metadata
+                self._runs[current, pattern] = found
+            return
+        run, function, metadata = found
+        args = self._template.copy()
+        for i, address in zip(self._tensors, addresses):  # noqa: B905 - checked when bound
+            args[i] = address
+        for i, value in zip(self._floats, floats):  # noqa: B905
+            args[i] = value
+        stream = active.get_current_stream(current)
+        run(*self.grid, stream, function, metadata, None, None, None, *args)
+
+    def bind(self, tensors: tuple[Tensor, ...], floats: tuple[float, ...]) -> Any:
+        """Run by way of Triton's binder (or its interpreter); the compiled kernel."""
+        return self.kernel[self.grid](*self.arguments(tensors, floats), **self._constants)
+
+    def arguments(self, tensors: tuple[Tensor, ...], floats: tuple[float, ...]) -> list[Any]:
+        """All arguments but constants, which come last, in the kernel's order."""
+        args = self._template.copy()
+        for i, value in zip(self._tensors + self._floats, (*tensors, *floats), strict=True):
+            args[i] = value
+        return [a for a, name in zip(args, self.kernel.arg_names, strict=True) if self._given(name)]
+
+    def _given(self, name: str) -> bool:
+        return name not in self._constants
+
+
+class InterpretedStart(Start):
+    """In Triton's interpreter, on any device."""
+
+    def __call__(self, tensors: tuple[Tensor, ...], floats: tuple[float, ...] = ()) -> None:
+        self.bind(tensors, floats)
+
+
+def _nothing(tensors: tuple[Tensor, ...], floats: tuple[float, ...] = ()) -> None:
+    """The start of an empty grid."""
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to know of launches; Triton's own way of starting tells it."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+class Launcher:
+    """Prepares kernels for the layouts that they meet, and keeps what it prepared.
+
+    Args:
+        table: chooses tiles, as :class:`LaunchTable` does.
+        precision: of float32 products, "tf32" or "ieee".
+
+    ``prepared`` is for the operations' own use: by operation and layout of their matrices,
+    whatever they need to start their kernels again.
+    """
+
+    def __init__(self, table: Callable[..., Launch], precision: str = "ieee") -> None:
+        self.table, self.precision = table, precision
+        self.prepared: dict[tuple[Any, ...], Any] = {}
+
+    def prepare(
+        self,
+        kernel: Any,
+        launch: Launch,
+        grid: tuple[int, ...],
+        integers: dict[str, int],
+        **constants: Any,
+    ) -> Callable[..., None]:
+        """A :class:`Start` of ``kernel``: arguments, alignment and tile from its declaration.
+
+        Args:
+            integers: by the name of the argument, undivided.
+            constants: all but the alignments and those of the tile, BP, BC and BB.
+        """
+        if 0 in grid:
+            return _nothing
+        passed = dict(integers)
+        for constant, members in kernel.groups.items():
+            constants[constant] = alignment(*(integers[name] for name in members))
+            for name in members:
+                passed[name] = integers[name] // constants[constant]
+        tile = {"BP": launch.block_p, "BC": launch.block_c, "BB": launch.block_b}
+        for name, size in tile.items():
+            if name in kernel.arg_names:
+                constants.setdefault(name, size)
+        if "DOT" in kernel.arg_names:
+            constants["PRECISION"] = self.precision
+        return self.start(kernel, grid, passed, constants | launch.options())
+
+    def start(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        integers: dict[str, int],
+        constants: dict[str, Any],
+    ) -> Callable[..., None]:
+        kind = InterpretedStart if interpreted(kernel) else Start
+        return kind(kernel, grid, integers, constants)
+
+
+def layout(x: Tensor) -> tuple[Any, ...]:
+    """All of a matrix that a prepared launch depends on, but the alignment of its address."""
+    return x.shape, x.stride(), x.storage_offset() % PADDING, x.dtype
+
+
+def pad(x: Tensor) -> int:
+    """The constant PAD of a matrix; see NOTE [ Aligned integers ]."""
+    padded = x.stride(0) % PADDING == 0 and x.storage_offset() % PADDING == 0
+    return PADDING if padded else 1
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -138,7 +328,7 @@ def alignment(*integers: int) -> int:
 
 
 def matrices(*tensors: Tensor) -> None:
-    """Check what every launcher asks of its (P, c) arguments.
+    """Check what every operation asks of its (P, c) arguments when it is prepared.
 
     Raises:
         ValueError: for a type without kernels.
@@ -155,15 +345,47 @@ def matrices(*tensors: Tensor) -> None:
 
 def written(*tensors: Tensor) -> None:
     """Tell autograd that a kernel wrote ``tensors``: Triton's stores are invisible to it."""
-    for t in tensors:
-        if not t.is_inference():
-            torch.autograd.graph.increment_version(t)
+    if not tensors[0].is_inference():
+        torch.autograd.graph.increment_version(tensors)
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:
     """A float32 workspace or result on the device of ``like``."""
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
+
+class Family(NamedTuple):
+    """What devices have in common that launches depend on.
+
+    Args:
+        product_rows: of a tile that the widest tensor-core instruction takes, at least.
+        registers: the limit a thread's registers are given in products, where the assembler,
+            left alone, would spill a few bytes to fit one more program; None elsewhere, where
+            it would spill for being given one.
+        compact: at most 100 KiB of shared memory for a program.
+        lanes: threads of a warp.
+        pipelined: loads of coming iterations wait in shared memory. AMD's compiler keeps them
+            in registers, so its backward gets one stage.
+    """
+
+    product_rows: int = 16
+    registers: int | None = None
+    compact: bool = False
+    lanes: int = 32
+    pipelined: bool = True
+
+
+AMPERE = Family()
+COMPACT = Family(registers=255, compact=True)
+HOPPER = Family(product_rows=64)
+BLACKWELL = Family(product_rows=64, registers=255)
+CDNA = Family(lanes=64, pipelined=False)
+FAMILIES = {
+    **dict.fromkeys((80, 87), AMPERE),
+    **dict.fromkeys((86, 89, 120, 121), COMPACT),
+    90: HOPPER,
+    **dict.fromkeys((100, 103), BLACKWELL),
+}
 
 # Elements of a tile. Pooling keeps several positions of each window in flight.
 _ELEMENTS = {"map": 4096, "reduce": 2048, "pool": 2048, "pool_backward": 1024}
@@ -176,64 +398,98 @@ class LaunchTable:
     in the machine code: elementwise tiles hold 16 or 32 elements a thread, enough loads
     in flight and no more; products keep a bottleneck of up to 128 columns in one tile, so
     that X is read once; of the tiles that then spill no registers, the largest that
-    leaves room for two programs on a multiprocessor. AMD's compiler keeps pipelined
-    loads in registers, so its backward gets one stage.
+    leaves room for two programs on a multiprocessor. Where rows are few, tiles shrink until
+    every multiprocessor has a program: a product then reads X more than once, from the L2
+    cache, which holds all of it (7 MB at 4,096 rows of 900 channels).
     """
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
+        self.family = FAMILIES.get(architecture.number, AMPERE)
+        if architecture.kind == "hip":
+            self.family = CDNA
 
     def __call__(self, operation: str, like: Tensor, channels: int, bottleneck: int = 0) -> Launch:
         """The configuration of ``operation`` on matrices like ``like`` (P, channels).
 
         ``operation`` is "map" (elementwise), "reduce" (elementwise with column sums),
-        "pool", "pool_backward", "product" or "product_backward".
+        "pool", "pool_backward", "global_pool" (``like`` its result), "product" or
+        "product_backward".
         """
         if self.architecture.kind == "interpreter":
             return self._interpreter(channels, bottleneck)
-        wide = like.dtype == torch.float32
-        hip = self.architecture.kind == "hip"
         # where accesses are narrower than 128 bits, more addresses are in flight
-        aligned = alignment(like.stride(0), channels) * like.element_size() >= 16
-        programs = 2 * self.architecture.multiprocessors
+        align = pad(like) if pad(like) > 1 else alignment(like.stride(0), channels)
+        aligned = align * like.element_size() >= 16
+        wide = like.dtype == torch.float32
+        rows = like.shape[0]
+        if operation == "global_pool":
+            return self._global_pool(rows, channels, wide)
         if operation in _ELEMENTS:
-            # 128 bits a thread along the channels; thin column ranges (the k new ones)
-            # get more rows instead
-            block_c = power_of_two(channels, 16, 64 if wide else 128)
-            elements = _ELEMENTS[operation] if aligned else max(512, _ELEMENTS[operation] // 4)
-            if hip:
-                # its warps have 64 lanes: 8 elements for each, so that a 16-bit type
-                # still moves 128 bits
-                elements = max(elements, 2048)
-            # a range's loop is serial: hide latency with programs
-            return Launch(elements // block_c, block_c, 16, 4, 1, 2 * programs)
+            return self._elementwise(operation, rows, channels, wide, aligned)
         block_b = power_of_two(bottleneck, 16, 128)
-        # Left alone, NVIDIA's assembler for these devices spills a few bytes of products to fit
-        # one more program; given a limit for others, it spills where it would not.
-        number = 0 if hip else self.architecture.number
-        small = number in (86, 89, 120)
-        registers = 255 if small or number == 100 else None
         if operation == "product":
-            if wide:
-                warps = 8 if block_b == 128 else 4
-                return Launch(64, 16, block_b, warps, 2, registers=registers)
-            if hip:
-                return Launch(64, 32, block_b, 8, 2)
-            warps = 8 if block_b == 128 else 4
-            return Launch(128, 32, block_b, warps, 3, registers=registers)
+            return self._product(rows, block_b, cdiv(bottleneck, block_b), wide)
         if operation == "product_backward":
-            if wide or hip:
-                if small:
-                    # only the two launches of a bottleneck wider than a tile want the limit
-                    registers = registers if bottleneck > 128 else None
-                    return Launch(16, 64, block_b, 8, 1, programs, registers)
-                return Launch(16 if wide else 64, 32, block_b, 4, 1, programs)
-            if aligned and 90 <= self.architecture.number < 120:
-                # their tensor cores take at least 64 rows
-                return Launch(64, 64, block_b, 8, 2, programs)
-            block_c = 64 if aligned else 32
-            return Launch(32, block_c, block_b, 8 if block_b == 128 else 4, 2, programs)
+            return self._product_backward(bottleneck, block_b, wide, aligned)
         raise AssertionError(operation)
+
+    def _elementwise(
+        self, operation: str, rows: int, channels: int, wide: bool, aligned: bool
+    ) -> Launch:
+        # 128 bits a thread along the channels; thin column ranges get more rows instead
+        block_c = power_of_two(channels, 16, 64 if wide else 128)
+        elements = _ELEMENTS[operation] if aligned else max(512, _ELEMENTS[operation] // 4)
+        # 8 elements for each lane, so that a 16-bit type still moves 128 bits
+        elements = max(elements, 32 * self.family.lanes if self.family.lanes > 32 else 0)
+        if operation.startswith("pool"):
+            # windows, of up to eight rows
+            rows = cdiv(rows, 8)
+        tiles = cdiv(channels, block_c)
+        least = 128 // block_c if block_c < 128 else 1
+        block_p = max(elements // block_c, 1)
+        while block_p > least and cdiv(rows, block_p) * tiles < self.architecture.multiprocessors:
+            block_p //= 2
+        # a range's loop is serial: hide latency with programs
+        return Launch(block_p, block_c, 16, 4, 1, 4 * self.architecture.multiprocessors)
+
+    def _global_pool(self, images: int, channels: int, wide: bool) -> Launch:
+        # a program for each image and tile of channels: 64 bytes of a row at the least
+        block_c = power_of_two(channels, 16, 64 if wide else 128)
+        while block_c > 32 and images * cdiv(channels, block_c) < self.architecture.multiprocessors:
+            block_c //= 2
+        return Launch(4096 // block_c, block_c, 16, 4, 1)
+
+    def _product(self, rows: int, block_b: int, parts: int, wide: bool) -> Launch:
+        hip = not self.family.pipelined
+        block_p = 64 if wide or hip else 128
+        tile = block_p * block_b
+        while cdiv(rows, block_p) * parts < self.architecture.multiprocessors and tile > 512:
+            if block_p > block_b or block_b == 16:
+                block_p //= 2
+            else:
+                block_b, parts = block_b // 2, 2 * parts
+            tile = block_p * block_b
+        warps = 8 if tile >= (64 if wide or hip else 128) * 128 else 4
+        registers = self.family.registers
+        if wide:
+            return Launch(block_p, 16, block_b, warps, 2, registers=registers)
+        if hip:
+            return Launch(block_p, 32, block_b, warps, 2)
+        return Launch(block_p, 32, block_b, warps, 3, registers=registers)
+
+    def _product_backward(self, bottleneck: int, block_b: int, wide: bool, aligned: bool) -> Launch:
+        programs = 2 * self.architecture.multiprocessors
+        if wide or not self.family.pipelined:
+            if self.family.compact:
+                # only the two launches of a bottleneck wider than a tile want the limit
+                registers = self.family.registers if bottleneck > 128 else None
+                return Launch(16, 64, block_b, 8, 1, programs, registers)
+            return Launch(16 if wide else 64, 32, block_b, 4, 1, programs)
+        if aligned and self.family.product_rows == 64:
+            return Launch(64, 64, block_b, 8, 2, programs)
+        block_c = 64 if aligned else 32
+        return Launch(32, block_c, block_b, 8 if block_b == 128 else 4, 2, programs)
 
     def _interpreter(self, channels: int, bottleneck: int) -> Launch:
         # its cost is per program and hardly per element

@@ -10,10 +10,17 @@ Workspace: 8 * ranges * c bytes, ranges <= programs / tiles of channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import triton.language as tl
 from torch import Tensor
 
-from effdense.kernels.launch import Launch, alignment, cdiv, empty, jit, matrices
+from effdense.backends.base import Statistics
+from effdense.kernels.launch import Launch, Launcher, cdiv, empty, jit, layout, matrices, pad
+from effdense.kernels.tiles import columns_loaded
+
+COLUMNS = 32
+COMBINE = Launch(num_warps=4, num_stages=1)
 
 
 def statistics_reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,17 +29,27 @@ def statistics_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - mean).square().mean(0)
 
 
-@jit
+@jit(ALIGN=("s_x",), ALIGN_C=("C",))
 def statistics_fwd_kernel(
-    p_x, s_x, p_mean, p_m2, P, C, rows, ALIGN: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr
+    p_x,
+    p_part,
+    s_x,
+    P,
+    C,
+    rows,
+    PAD: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ALIGN_C: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
 ):
-    s_x = s_x * ALIGN
-    C = C * ALIGN
+    s_x, C = s_x * ALIGN, C * ALIGN_C
     i_c = tl.program_id(0)
     i_s = tl.program_id(1).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC)
     o_r = tl.arange(0, BP)
     m_c = o_c < C
+    m_load = columns_loaded(o_c, C, PAD)
     # every lane keeps Welford's running mean and M2 of its own rows: nothing crosses
     # lanes until the range is done
     b_mean = tl.full([BP, BC], 0.0, tl.float32)
@@ -41,7 +58,7 @@ def statistics_fwd_kernel(
     last = tl.minimum(first + rows, P)
     for start in range(first, last, BP):
         o_p = (start + o_r).to(tl.int64)
-        m_x = (o_p < last)[:, None] & m_c[None, :]
+        m_x = (o_p < last)[:, None] & m_load[None, :]
         b_x = tl.load(p_x + o_p[:, None] * s_x + o_c[None, :], m_x, 0.0).to(tl.float32)  # [BP, BC]
         per_step = 1.0 / ((start - first) // BP + 1).to(tl.float32)
         b_delta = tl.where(m_x, b_x - b_mean, 0.0)
@@ -54,17 +71,17 @@ def statistics_fwd_kernel(
     b_first = tl.sum(tl.where((o_r == 0)[:, None], b_mean, 0.0), 0)  # [BC]
     b_all = b_first + tl.sum(b_n * (b_mean - b_first[None, :]), 0) / n_rows
     b_dev = b_mean - b_all[None, :]
-    o_part = i_s * C + o_c
-    tl.store(p_mean + o_part, b_all, m_c)
-    tl.store(p_m2 + o_part, tl.sum(b_m2 + b_n * b_dev * b_dev, 0), m_c)
+    p_part += i_s * C + o_c
+    tl.store(p_part, b_all, m_c)
+    n_s = tl.num_programs(1).to(tl.int64)
+    tl.store(p_part + n_s * C, tl.sum(b_m2 + b_n * b_dev * b_dev, 0), m_c)
 
 
-@jit
+@jit(ALIGN=("C",))
 def statistics_combine_kernel(
+    p_part,
     p_mean,
-    p_m2,
-    p_out_mean,
-    p_out_var,
+    p_var,
     P,
     C,
     n_parts,
@@ -83,8 +100,8 @@ def statistics_combine_kernel(
         o_t = start + tl.arange(0, BT)
         m_t = (o_t < n_parts)[:, None] & m_c[None, :]
         o_part = o_t.to(tl.int64)[:, None] * C + o_c[None, :]
-        b_means = tl.load(p_mean + o_part, m_t, 0.0)  # [BT, BC]
-        b_m2s = tl.load(p_m2 + o_part, m_t, 0.0)
+        b_means = tl.load(p_part + o_part, m_t, 0.0)  # [BT, BC]
+        b_m2s = tl.load(p_part + n_parts.to(tl.int64) * C + o_part, m_t, 0.0)
         # the rows that each range holds; the last may be short, those past it are empty
         n_rows = tl.minimum(P - o_t.to(tl.int64) * rows, rows)
         b_n = tl.where(m_t, tl.maximum(n_rows, 0).to(tl.float32)[:, None], 0.0)
@@ -100,38 +117,42 @@ def statistics_combine_kernel(
         b_m2 += tl.sum(b_m2s + b_n * b_dev * b_dev, 0)
         b_m2 += b_delta * b_delta * n_before * n_tile_share
         n_before += n_tile
-    tl.store(p_out_mean + o_c, b_mean, m_c)
-    tl.store(p_out_var + o_c, b_m2 / tl.maximum(n_before, 1.0), m_c)
+    tl.store(p_mean + o_c, b_mean, m_c)
+    tl.store(p_var + o_c, b_m2 / tl.maximum(n_before, 1.0), m_c)
 
 
-def statistics(x: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over the rows of x (P, c), each (c,) float32.
+def statistics(x: Tensor, out: Statistics, launcher: Launcher) -> None:
+    """Mean and biased variance over the rows of x (P, c), into ``out``, each (c,) float32.
 
     Reads P c elements of x once.
     """
-    matrices(x)
-    P, C = x.shape
-    if P == 0:
-        nothing = empty(x, C).fill_(float("nan"))
-        return nothing, nothing.clone()
-    n_c = cdiv(C, launch.block_c)
-    rows, splits = launch.split_rows(P, n_c)
-    mean, m2 = empty(x, splits, C), empty(x, splits, C)
-    align = alignment(x.stride(0), C)
-    args = (x, x.stride(0) // align, mean, m2, P, C // align, rows)
-    tile = {"BP": launch.block_p, "BC": launch.block_c}
-    launch.start(statistics_fwd_kernel, (n_c, splits), *args, ALIGN=align, **tile)
-    return combine_statistics(mean, m2, P, rows, launch)
+    key = statistics, layout(x)
+    found = launcher.prepared.get(key)
+    if found is None:
+        matrices(x)
+        P, C = x.shape
+        launch = launcher.table("reduce", x, C)
+        n_c = cdiv(C, launch.block_c)
+        rows, ranges = launch.split_rows(P, n_c)
+        sizes = {"P": P, "C": C, "rows": rows, "s_x": x.stride(0)}
+        grid = (n_c, ranges)
+        start = launcher.prepare(statistics_fwd_kernel, launch, grid, sizes, PAD=pad(x))
+        found = start, (2, ranges, C), prepare_combination(launcher, ranges, C, P, rows)
+        launcher.prepared[key] = found
+    start, shape, combine = found
+    part = empty(x, *shape)
+    start((x, part))
+    combine((part, *out))
 
 
-def combine_statistics(
-    means: Tensor, m2s: Tensor, count: int, rows: int, launch: Launch
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of all rows; means, m2s (ranges, c) are those of ``rows`` each."""
-    n_parts, C = means.shape
-    mean, var = empty(means, C), empty(means, C)
-    align = alignment(C)
-    args = (means, m2s, mean, var, count, C // align, n_parts, rows)
-    tile = {"BT": 64, "BC": 32, "num_warps": 4, "num_stages": 1}
-    launch.start(statistics_combine_kernel, (cdiv(C, 32),), *args, ALIGN=align, **tile)
-    return mean, var
+def prepare_combination(
+    launcher: Launcher, ranges: int, C: int, P: int, rows: int
+) -> Callable[..., None]:
+    """The launch that makes mean and variance of P rows of the partial results of ranges.
+
+    To be called with (part, mean, var): part (2, ranges, c) float32, the means and the sums of
+    squared deviations of ``rows`` each (the last range may be shorter), mean and var (c,).
+    """
+    sizes = {"P": P, "C": C, "n_parts": ranges, "rows": rows}
+    grid = (cdiv(C, COLUMNS),)
+    return launcher.prepare(statistics_combine_kernel, COMBINE, grid, sizes, BT=64, BC=COLUMNS)

@@ -1,7 +1,7 @@
 """What a training step must compute and move, operation by operation, on paper.
 
 The naive net's operations are counted as PyTorch runs them, on meta tensors; effdense's
-by the formulas of its kernels (shapes as in effdense/block/dense_block.py). Both count each
+by the table of its kernels (effdense.kernels.traffic). Both count each
 tensor an operation reads or writes once per pass over it, and nothing that a cache may
 keep between operations: a roofline time is a lower bound, without launch overheads.
 """
@@ -17,6 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from effdense.kernels import traffic
 
 from . import counts, providers
 from .case import Case
@@ -127,38 +129,30 @@ def effdense_operations(save: str, case: Case) -> tuple[Operation, ...]:
         p, b, k = block.positions, block.bottleneck, block.growth_rate
         add("input to buffer", 0, 3 * p * block.input_width)
         for layer in block.layers():
-            c = layer.width
-            product = 2 * p * c * b
-            convolution = 2 * taps * p * b * k
-
-            for _ in range(2 if save == "input" else 1):
-                add("bn_relu_conv1x1", product, p * (c + b) + c * b)
-                add("bn_relu", 0, 2 * p * b)
-                add("conv3x3", convolution, p * (b + k))
-                add("new features and their statistics", 0, 3 * p * k)
-            if save != "bottlenecks":
-                add("bn_relu_conv1x1 again", product, p * (c + b) + c * b)
-            add("finish_gradient", 0, 3 * p * k)
-            add("bn_relu again", 0, 2 * p * b)
-            add("conv3x3 backward, input", convolution, p * (b + k))
-            add("conv3x3 backward, weight", convolution, p * (b + k))
-            add("norm2 backward sums", 0, 3 * p * b)
-            add("norm2 backward", 0, 3 * p * b)
-            add("bn_relu_conv1x1 backward", 2 * product, p * (3 * c + b) + 2 * c * b)
+            passes = [*traffic.FORWARD, *traffic.BACKWARD]
+            passes += traffic.FORWARD if save == "input" else ()
+            passes += () if save == "bottlenecks" else (traffic.REBUILD,)
+            for row in passes:
+                product = 2 * p * layer.width * b * row.products
+                convolution = 2 * taps * p * b * k * row.convolutions
+                # the product's weight is as wide as what it reads
+                weights = layer.width * b * row.products
+                moved = p * row.moved.of(layer.width, b, k) + weights
+                add(row.name, product + convolution, moved)
         c, out = block.width, block.output_width
         if out:
             pooled = p / 2**case.spatial_dims
-            add("bn_relu_avg_pool", 0, (p + pooled) * c)
+            for row in traffic.transition(case.spatial_dims):
+                add(row.name, 0, p * row.moved.of(c, b, k))
             add("transition", 2 * pooled * c * out, pooled * (c + out))
             add("transition backward, input", 2 * pooled * c * out, pooled * (c + out))
-            add("bn_relu_avg_pool backward", 0, (2 * p + 2 * pooled) * c)
             add("transition backward, weight", 2 * pooled * c * out, pooled * (c + out))
         else:
-            add("bn_relu_global_pool", 0, p * c)
-            add("bn_relu_global_pool backward", 0, 2 * p * c)
+            for row in (traffic.POOL_FORWARD, traffic.POOL_BACKWARD):
+                add(row.name, 0, p * row.moved.of(c, b, k))
             classes = images * c * network.get("num_classes", 1000)
             add("classifier", 6 * classes, 0)
-        add("finish_gradient, input", 0, 3 * p * block.input_width)
+        add(traffic.INPUT.name, 0, p * traffic.INPUT.moved.of(block.input_width, b, k))
     state = counts.parameter_count(case) * case.parameter_size
     found.append(Operation("optimizer", 0, _OPTIMIZER_PASSES * state))
     return tuple(found)

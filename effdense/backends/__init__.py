@@ -1,3 +1,12 @@
 """The dense block's arithmetic behind one interface: torch operations or Triton kernels."""
 
-__all__ = ["base", "cpu_backend", "cpu_library", "empty", "layout", "select", "self_check"]
+__all__ = [
+    "base",
+    "cpu_backend",
+    "cpu_library",
+    "empty",
+    "layout",
+    "precision",
+    "select",
+    "self_check",
+]

@@ -16,6 +16,7 @@ from .base import Backend
 from .cpu_backend import CpuBackend
 from .cpu_library import DTYPES as LOOP_DTYPES
 from .cpu_library import CannotLoad
+from .precision import tf32_convolutions
 from .self_check import describe, self_check
 from .torch_backend import TorchBackend
 
@@ -91,12 +92,17 @@ def check_backend(name: str, where: str = "backend") -> None:
         raise ValueError(f"{where} must be one of {valid}, got {name!r}")
 
 
-@functools.cache
 def _triton_backend() -> Backend:
+    # what backward rounds its operands to is settled with its forward
+    return _triton_backend_in(tf32_convolutions())
+
+
+@functools.cache
+def _triton_backend_in(tf32: bool) -> Backend:
     # the only import of Triton in the library outside the kernels
     from .triton_backend import TritonBackend
 
-    return TritonBackend()
+    return TritonBackend(tf32=tf32)
 
 
 def _triton_for(device: torch.device) -> Backend:

@@ -28,6 +28,7 @@ from .base import (
     Unfinished,
     accumulate_dtype,
 )
+from .precision import tf32_convolutions
 from .torch_backend import TorchBackend
 
 # Largest accepted difference in units of the largest value: products of rounded
@@ -69,7 +70,7 @@ def operation_errors(
     of the largest value, or what it raised, and the largest difference accepted).
     """
     tolerance = _TOLERANCE[dtype]
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    if dtype == torch.float32 and tf32_convolutions():
         tolerance = _TF32_TOLERANCE
     exact = TorchBackend("cpu")
     found: list[tuple[str, float | Exception, float]] = []

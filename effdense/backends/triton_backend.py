@@ -24,6 +24,7 @@ from effdense.backends.base import (
     Rebuild,
     Statistics,
 )
+from effdense.backends.precision import tf32_convolutions
 from effdense.backends.stepwise import Stepwise
 from effdense.kernels import (
     bn_relu,
@@ -45,6 +46,8 @@ class TritonBackend(Stepwise):
     Args:
         table: chooses launch configurations; None for the hand-reasoned table of the
             device that each matrix lies on.
+        tf32: whether products of float32 may round their operands to TF32; None for what
+            torch's convolutions do now.
         search: time alternative configurations on the device, once per shape class, and
             keep the fastest in ``search_directory``. Off unless asked for: the
             environment variable EFFDENSE_LAUNCH_SEARCH=1 asks where the argument is None.
@@ -58,6 +61,7 @@ class TritonBackend(Stepwise):
         self,
         table: Callable[..., launch.Launch] | None = None,
         *,
+        tf32: bool | None = None,
         search: bool | None = None,
         search_directory: Path | None = None,
     ) -> None:
@@ -67,7 +71,9 @@ class TritonBackend(Stepwise):
         self._search_directory = search_directory or cache / "effdense" / "launch"
         self._search = search
         self._table = table
-        self._tables: dict[torch.device, Callable[..., launch.Launch]] = {}
+        self._precision = "tf32" if (tf32_convolutions() if tf32 is None else tf32) else "ieee"
+        # by the device's number, -1 for a CPU's tensors
+        self._launchers: dict[int, launch.Launcher] = {}
 
     def _run(
         self,
@@ -75,23 +81,37 @@ class TritonBackend(Stepwise):
         function: Callable[..., Any],
         x: Tensor,
         *args: Any,
+        like: Tensor | None = None,
         bottleneck: int = 0,
     ) -> Any:
-        """``function(x, *args)`` with the launch configuration of ``operation`` on ``x``."""
-        table = self._table or self._tables.get(x.device)
+        """``function(x, *args)`` with the launcher of ``x``'s device.
+
+        ``operation``, ``like`` (x by default) and ``bottleneck`` are what the function asks the
+        launch table with, for the search alone.
+        """
+        launcher = self._launchers.get(x.get_device()) or self._launcher(x.device)
+        if self._search and isinstance(launcher.table, launch.SearchedLaunchTable):
+
+            def run(chosen: launch.Launch) -> None:
+                function(x, *_scratch(args), launch.Launcher(lambda *_: chosen, self._precision))
+
+            like = x if like is None else like
+            launcher.table.search(operation, like, x.shape[1], bottleneck, run)
+        return function(x, *args, launcher)
+
+    def _launcher(self, device: torch.device) -> launch.Launcher:
+        table = self._table
         if table is None:
             architecture = launch.Architecture("interpreter")
             if not INTERPRETED:
-                architecture = launch.Architecture.of(x.device)
+                architecture = launch.Architecture.of(device)
             table = launch.LaunchTable(architecture)
             if self._search and architecture.kind != "interpreter":
-                name = torch.cuda.get_device_name(x.device)
+                name = torch.cuda.get_device_name(device)
                 table = launch.SearchedLaunchTable(architecture, name, self._search_directory)
-            self._tables[x.device] = table
-        shape = (operation, x, x.shape[1], bottleneck)
-        if isinstance(table, launch.SearchedLaunchTable):
-            table.search(*shape, lambda chosen: function(x, *_scratch(args), launch=chosen))
-        return function(x, *args, launch=table(*shape))
+        number = -1 if device.index is None else device.index
+        launcher = self._launchers[number] = launch.Launcher(table, self._precision)
+        return launcher
 
     def sums_from_products(self, dtype: torch.dtype) -> bool:
         # x is read for the mask anyway: T costs the kernels nothing
@@ -101,7 +121,7 @@ class TritonBackend(Stepwise):
         return max(1, min(images, KERNEL_STEP_BYTES // max(1, bytes_per_image)))
 
     def statistics(self, x: Tensor, out: Statistics) -> None:
-        _put(out, self._run("reduce", statistics.statistics, x))
+        self._run("reduce", statistics.statistics, x, out)
 
     def bn_relu(self, x: Tensor, norm: Normalization, out: Tensor) -> None:
         self._run("map", bn_relu.bn_relu, x, norm, out)
@@ -143,10 +163,8 @@ class TritonBackend(Stepwise):
         statistics: Statistics | None,
     ) -> None:
         function = bn_relu_conv1x1.bn_relu_conv1x1
-        args = (norm, weight.to(x.dtype), out, statistics is not None)
-        found = self._run("product", function, x, *args, bottleneck=weight.shape[0])
-        if statistics is not None:
-            _put(statistics, found)
+        args = (norm, weight, out, statistics)
+        self._run("product", function, x, *args, bottleneck=weight.shape[0])
 
     def bn_relu_conv1x1_backward(
         self,
@@ -160,16 +178,13 @@ class TritonBackend(Stepwise):
         rebuild: Rebuild | None,
         deferred: Deferred | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        self.bn_relu_backward_apply(pending.y, pending.norm, dz, pending.correction)
         function = bn_relu_conv1x1_backward.bn_relu_conv1x1_backward
-        args = (norm, weight.to(x.dtype), dz, d, need_weight)
-        dw, s, t = self._run("product_backward", function, x, *args, bottleneck=weight.shape[0])
-        if deferred is not None:
-            deferred.add(norm, s, t)
+        args = (norm, weight, dz, d, need_weight, pending, deferred)
+        sums = self._run("product_backward", function, x, *args, bottleneck=weight.shape[0])
         if rebuild is not None:
             c = rebuild.weight.shape[1]
             self.bn_relu_conv1x1(x[:, :c], rebuild.norm, rebuild.weight, rebuild.out, None)
-        return dw, s, t
+        return sums
 
     def bn_relu_avg_pool(
         self, x: Tensor, norm: Normalization, shape: tuple[int, ...], out: Tensor
@@ -187,16 +202,17 @@ class TritonBackend(Stepwise):
         channels: slice | Tensor | None = slice(None),
     ) -> tuple[Tensor, Tensor]:
         function = bn_relu_pool.bn_relu_avg_pool_backward
-        return self._run("pool_backward", function, x, norm, shape, dpooled, d, pooled)
+        return self._run("pool_backward", function, x, norm, shape, dpooled, d, pooled, None)
 
     def bn_relu_global_pool(self, x: Tensor, norm: Normalization, images: int, out: Tensor) -> None:
-        self._run("map", bn_relu_pool.bn_relu_global_pool, x, norm, images, out)
+        function = bn_relu_pool.bn_relu_global_pool
+        self._run("global_pool", function, x, norm, images, out, like=out)
 
     def bn_relu_global_pool_backward(
         self, x: Tensor, norm: Normalization, images: int, dpooled: Tensor, d: Tensor
     ) -> tuple[Tensor, Tensor]:
         function = bn_relu_pool.bn_relu_global_pool_backward
-        return self._run("reduce", function, x, norm, images, dpooled, d)
+        return self._run("reduce", function, x, norm, images, dpooled, d, None)
 
     def finish_gradient(
         self,
@@ -211,16 +227,15 @@ class TritonBackend(Stepwise):
         self._run("map", finish_gradient.finish_gradient, d, x, mean, s, t, count, out)
 
 
-def _put(out: Statistics, found: tuple[Tensor, Tensor]) -> None:
-    out.mean.copy_(found[0])
-    out.var.copy_(found[1])
-
-
 def _scratch(args: tuple[Any, ...]) -> list[Any]:
-    """``args`` with copies of the matrices, so that a timed operation writes into none of them."""
-    return [
-        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device).copy_(a)
-        if isinstance(a, Tensor) and a.dim() == 2
-        else a
-        for a in args
-    ]
+    """``args`` with copies of what a timed operation writes into: matrices and pairs of vectors."""
+    return [_copied(a) for a in args]
+
+
+def _copied(a: Any) -> Any:
+    if isinstance(a, Tensor) and a.dim() == 2:
+        empty = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device)
+        return empty.copy_(a)
+    if isinstance(a, (Statistics, Deferred)):
+        return type(a)(*(v.clone() for v in a))
+    return a

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..autocast import autocast
 from ..backends.layout import rows
+from ..backends.precision import exact_float32
 from ..backends.self_check import operation_errors
 from ..block.forwards import BlockForward
 from ..conversion import convert
@@ -449,19 +450,18 @@ def block_inputs(model: nn.Module, names: Iterable[str], x: Tensor) -> dict[str,
 @contextmanager
 def _reproducible() -> Iterator[None]:
     """Deterministic algorithms, whole float32 products, and new memory filled with NaN."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = torch.are_deterministic_algorithms_enabled()
-    settings = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    cudnn = torch.backends.cudnn
+    before, benchmark = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark
     torch.use_deterministic_algorithms(True, warn_only=True)
-    cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = False, False, False
+    cudnn.benchmark = False
     try:
-        with warnings.catch_warnings():
+        with exact_float32(), warnings.catch_warnings():
             # what has no deterministic algorithm shows as a difference, if it makes one
             warnings.filterwarnings("ignore", message=".*deterministic.*")
             yield
     finally:
         torch.use_deterministic_algorithms(before)
-        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = settings
+        cudnn.benchmark = benchmark
 
 
 def _name(dtype: torch.dtype) -> str:

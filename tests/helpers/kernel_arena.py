@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effdense.backends.base import Normalization, PendingNorm, Statistics
+from effdense.backends.base import Deferred, Normalization, PendingNorm, Statistics
 
 GUARD = 64
 # Around inputs NaN, so that what is read shows; around outputs a number, because a NaN
@@ -82,6 +82,11 @@ class Arena:
     def statistics(self, columns: int) -> Statistics:
         """A place for those of a product's columns, still to be written."""
         return Statistics(*(self.out(1, columns, torch.float32)[0] for _ in range(2)))
+
+    def deferred(self, columns: int) -> Deferred:
+        """A correction that other readers of the channels have begun."""
+        values = self.normal(2, 1, columns)
+        return Deferred(*(self.put(v, torch.float32, output=True)[0] for v in values))
 
     def check(self) -> None:
         """Nothing but the declared outputs has changed, bit for bit; outputs are all written."""

@@ -75,7 +75,9 @@ def test_the_audit_compiles_every_kernel() -> None:
     pytest.importorskip("triton")
     declared = set()
     for path in (ROOT / "kernels").glob("*.py"):
-        declared |= set(re.findall(r"^@jit\ndef (\w+)\(", path.read_text(), re.MULTILINE))
+        declared |= set(
+            re.findall(r"^@jit(?:\((?:.|\n)*?\))?\ndef (\w+)\(", path.read_text(), re.MULTILINE)
+        )
     code = (
         "from effdense.kernels import audit\n"
         "jobs = audit.jobs(['sm_80'], ['fp16'], ['k24', 'k48'])\n"

@@ -16,7 +16,8 @@ def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     allocated: list[torch.Tensor] = []
 
     def poisoned(*size: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
-        if not (dtype or torch.get_default_dtype()).is_floating_point:
+        on_meta = str(options.get("device", "")) == "meta"
+        if on_meta or not (dtype or torch.get_default_dtype()).is_floating_point:
             return real(*size, dtype=dtype, **options)
         shape = torch.Size(size[0] if size and not isinstance(size[0], int) else size)
         flat = real(shape.numel() + 2 * GUARD, dtype=dtype, **options).fill_(CANARY)

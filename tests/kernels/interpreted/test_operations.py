@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from effdense.backends.base import Normalization, Statistics
+from effdense.backends.base import Deferred, Normalization, PendingNorm, Statistics
 from effdense.backends.self_check import self_check
 from effdense.backends.triton_backend import INTERPRETED, TritonBackend
 from effdense.kernels import bn_relu as bn_relu_kernels
@@ -17,8 +17,8 @@ from effdense.kernels import bn_relu_conv1x1_backward as conv_backward_kernels
 from effdense.kernels import bn_relu_pool as pool_kernels
 from effdense.kernels import finish_gradient as finish_kernels
 from effdense.kernels import statistics as statistics_kernels
-from effdense.kernels import sum_partials as sum_kernels
-from effdense.kernels.launch import Launch
+from effdense.kernels import sums as sum_kernels
+from effdense.kernels.launch import Launch, Launcher, pad
 from tests.helpers.kernel_arena import EPS32, Arena, assert_as_good, in_float64, ones, unpending
 
 Tensor = torch.Tensor
@@ -41,6 +41,8 @@ CASES = [
     Case(2, 3, 7, 1),
     # primes, several tiles each way, two tiles of the bottleneck
     Case(71, 37, 53, 19),
+    # the same in padded rows, of which more is loaded than c
+    Case(71, 37, 48, 19),
     # whole tiles: nothing is masked
     Case(64, 32, 48, 32),
     # a whole bottleneck in one tile, one range of rows
@@ -98,13 +100,31 @@ def test_variance_survives_a_large_mean() -> None:
     torch.testing.assert_close(var.double(), exact[1], rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("parts", "m"), [(1, 5), (3, 1), (130, 33), (3, 9001)])
-def test_sum_partials(parts: int, m: int) -> None:
+@pytest.mark.parametrize("defer", [False, True])
+@pytest.mark.parametrize(
+    ("parts", "weights", "c"), [(1, 0, 5), (3, 1, 1), (130, 3, 33), (3, 40, 140)]
+)
+def test_sums(parts: int, weights: int, c: int, defer: bool) -> None:
     arena = Arena(parts)
-    values = arena.put(arena.normal(parts, m), torch.float32)
-    exact = sum_kernels.sum_partials_reference(values.double())
-    found = sum_kernels.sum_partials(values, TILE)
-    assert_as_good(found, exact, sum_kernels.sum_partials_reference(values))
+    part = arena.put(arena.normal(parts * (weights + 2), c), torch.float32)
+    part = part.view(parts, weights + 2, c)
+    norm = arena.norm(arena.normal(9, c))
+    deferred = deferred64 = None
+    if defer:
+        deferred = arena.deferred(c)
+        deferred64 = Deferred(*(v.double() for v in deferred))
+    launcher = Launcher(lambda *_: TILE)
+    sums = sum_kernels.prepare_sums(launcher, parts, weights, c, defer)
+    found = sum_kernels.add_sums(sums, part, norm, deferred)
+    exact = sum_kernels.sums_reference(part.double(), in_float64(norm), deferred64)
+    formula = sum_kernels.sums_reference(part, norm, None)
+    assert (found[0] is None) == (weights == 0)
+    for ours, *theirs in zip(found, exact, formula, strict=True):
+        if ours is not None:
+            assert_as_good(ours, *theirs)
+    if deferred is not None and deferred64 is not None:
+        for moved, expected in zip(deferred, deferred64, strict=True):
+            assert_as_good(moved, expected, expected.float())
     arena.check()
 
 
@@ -213,27 +233,59 @@ def test_bn_relu_conv1x1(case: Case, dtype: torch.dtype) -> None:
 @each_case
 @each_dtype
 @pytest.mark.parametrize("need_weight", [True, False])
-def test_bn_relu_conv1x1_backward(case: Case, dtype: torch.dtype, need_weight: bool) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_bn_relu_conv1x1_backward(
+    case: Case, dtype: torch.dtype, need_weight: bool, frozen: bool
+) -> None:
     layer = Layer(case, dtype)
     arena = layer.arena
-    weight = arena.put(arena.normal(case.b, case.c) / math.sqrt(case.c), dtype)
-    dy = arena.put(arena.normal(case.rows, case.b), dtype)
-    d = arena.put(arena.normal(case.rows, case.c), dtype, width=case.width + 2, output=True)
-    before, given = d.clone(), dy.clone()
-    dw, *sums = backend(case).bn_relu_conv1x1_backward(
-        layer.x, layer.norm, weight, given, d, need_weight, unpending(dy), None, None
-    )
+    # the parameter itself, whatever the matrices are stored in
+    weight = arena.put(arena.normal(case.b, case.c) / math.sqrt(case.c), torch.float32)
+    dz = arena.put(arena.normal(case.rows, case.b), dtype)
+    y = arena.put(arena.normal(case.rows, case.b) + 1, dtype)
+    d = arena.put(arena.normal(case.rows, case.c), dtype, width=case.width, output=True)
+    s2, t2 = (arena.vector(v) for v in arena.normal(2, case.b))
+    correction = None if frozen else (s2, t2, float(case.rows))
+    deferred = None if frozen else arena.deferred(case.c)
+    pending = PendingNorm(y, arena.norm(y), correction)
+    # before anything is overwritten
+    before, before64 = d.clone(), d.double()
+    deferred64 = None if deferred is None else Deferred(*(v.double() for v in deferred))
+    correction64 = None if frozen else (s2.double(), t2.double(), float(case.rows))
+    pending64 = PendingNorm(y.double(), in_float64(pending.norm), correction64)
     reference = conv_backward_kernels.bn_relu_conv1x1_backward_reference
-    dz, *exact = reference(layer.x64, layer.norm64, weight.double(), dy.double())
-    dz_formula, *formula = reference(layer.x, layer.norm, weight, dy)
+    exact_dx, *exact = reference(layer.x64, layer.norm64, weight.double(), dz.double(), pending64)
+    formula_dx, *formula = reference(layer.x, layer.norm, weight, dz, pending)
+    dw, *sums = backend(case).bn_relu_conv1x1_backward(
+        layer.x, layer.norm, weight, dz, d, need_weight, pending, None, deferred
+    )
     assert (dw is not None) == need_weight
     for ours, *theirs in zip((dw, *sums), exact, formula, strict=True):
         if ours is not None:
             assert ours.dtype == torch.float32
             assert_as_good(ours, *theirs)
-    formula_d = before + (layer.norm.scale * dz_formula).to(dtype)
-    assert_as_good(d, before.double() + layer.norm64.scale * dz, formula_d)
+    formula_d = before + (layer.norm.scale * formula_dx).to(dtype)
+    assert_as_good(d, before64 + layer.norm64.scale * exact_dx, formula_d)
+    if deferred is not None and deferred64 is not None:
+        deferred64.add(layer.norm64, *(v.double() for v in sums))
+        for moved, expected in zip(deferred, deferred64, strict=True):
+            assert_as_good(moved, expected, expected.float())
     arena.check()
+
+
+def test_padding_may_hold_anything() -> None:
+    # rows of 48: all 48 columns are loaded for the first 37, and what lies behind does not matter
+    case = Case(71, 37, 48, 19)
+    layer = Layer(case, torch.float32)
+    weight = layer.arena.put(layer.arena.normal(case.b, case.c), torch.float32)
+    dense = layer.x.clone()
+    assert layer.x.as_strided((71, 48), (48, 1), layer.x.storage_offset())[:, 37:].isnan().all()
+    for x in (layer.x, dense):
+        assert pad(x) == (16 if x is layer.x else 1)
+    found = [torch.zeros(71, 19) for _ in range(2)]
+    for x, out in zip((layer.x, dense), found, strict=True):
+        backend(case).bn_relu_conv1x1(x, layer.norm, weight, out, None)
+    assert torch.equal(*found)
 
 
 POOL_SHAPES = [(2, 5), (3, 2), (2, 5, 7), (1, 4, 6), (2, 1, 6), (2, 3, 4, 5)]
@@ -412,19 +464,3 @@ def test_float64_is_refused() -> None:
 @each_dtype
 def test_self_check_passes(dtype: torch.dtype) -> None:
     assert self_check(TritonBackend(), torch.device("cpu"), dtype) is None
-
-
-def test_empty_batch() -> None:
-    ours, norm = TritonBackend(), ones(3)
-    x = torch.ones(0, 3)
-    found = Statistics(*torch.zeros(2, 3))
-    ours.statistics(x, found)
-    assert torch.stack(found).isnan().all()
-    dy = torch.ones(0, 2)
-    dw, s, t = ours.bn_relu_conv1x1_backward(
-        x, norm, torch.ones(2, 3), dy, torch.ones(0, 3), True, unpending(dy), None, None
-    )
-    assert dw is not None
-    assert not dw.any()
-    assert not s.any()
-    assert not t.any()
