@@ -50,7 +50,7 @@ def test_every_data_set_has_a_recipe_and_is_described() -> None:
 
 
 def test_every_save_mode_is_explained() -> None:
-    for page in ("README.md", "docs/derivation.md"):
+    for page in ("README.md", "docs/memory.md", "docs/derivation.md"):
         text = (ROOT / page).read_text()
         assert all(f'| `"{mode}"`' in text for mode in effdense.SAVE_MODES), page
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,53 @@ def test_links_lead_somewhere(page: Path) -> None:
     own = [target for target in targets if "://" not in target]
     missing = [target for target in own if not (page.parent / target).exists()]
     assert not missing
+
+
+def test_the_readme_is_read_in_one_sitting() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_is_shown_whole(page: Path) -> None:
+    """What docs/site.css shows without wrapping in a window of 1280 pixels."""
+    code = re.findall(r"^```.*?^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert [line for block in code for line in block.splitlines() if len(line) > 90] == []
+
+
+def tracked() -> set[Path]:
+    """The repository's files, relative to its root."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    if not files:
+        pytest.skip("no clone of git's")
+    return {Path(path) for path in files.splitlines()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    """By their path in the repository or in the package, or by their name alone."""
+    paths = tracked()
+    known = {str(path) for path in paths} | {path.name for path in paths}
+    known |= {str(path.relative_to("effdense")) for path in paths if path.parts[0] == "effdense"}
+    named = re.findall(r"`((?:[a-z_]+/)*[a-z_0-9]+\.(?:py|c|h|png|svg))`", page.read_text())
+    # what commands write
+    written = {"loss.png", "error.png", "images-per-second.png", "memory.png", "graph.svg"}
+    assert set(named) <= known | written
+
+
+def test_every_fault_has_its_test() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    table = page[page.index("| fault |") :].partition("\n\n")[0].splitlines()[2:]
+    named = [name for row in table for name in re.findall(r"`(\w+)`", row.split("|")[3])]
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / "engine").glob("test_*.py"))
+    assert len(named) >= len(table) > 10
+    assert [name for name in named if not re.search(rf"^def test_\w*{name}", tests, re.M)] == []
+
+
+def test_the_names_in_contributing_are_in_the_code() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    code = " ".join(re.findall(r"`([^`]+)`", prose))
+    named = set(re.findall(r"\w+", re.sub(r"\S+\.(?:py|md)\b", "", code)))
+    sources = [path for path in tracked() if path.suffix in (".py", ".c", ".toml", "")]
+    known = set(re.findall(r"\w+", " ".join((ROOT / path).read_text() for path in sources)))
+    assert named - known <= {"NAME_reference", "Unreleased"}
