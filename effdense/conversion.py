@@ -2,7 +2,7 @@
 
 NOTE [ what conversion changes ]
 The class of a dense block, of a transition and of the nn.Sequential that holds them, and two
-attributes (save or plain, and backend); nothing else. The new class is a subclass of the old
+attributes (save and backend); nothing else. The new class is a subclass of the old
 one with the same name, so hooks, ``isinstance``, state-dict keys and every reference to the
 module or its parameters go on working, and ``revert`` is exact: the old class back, the
 attributes gone. Layers, norms and convolutions are never touched.
@@ -186,7 +186,7 @@ def revert(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, _Converted):
-            for name in ("save", "offload", "plain", "backend"):
+            for name in ("save", "offload", "backend"):
                 vars(module).pop(name, None)
             module.__class__ = module.original  # type: ignore[assignment]
     return model
@@ -312,7 +312,7 @@ def _convert_readers(model: nn.Module, found: ConversionReport) -> None:
             continue
         converted = isinstance(module, TransitionForward)
         if converted or _looks_like_transition(module):
-            objection = None if converted else _class_objection(module, ("plain", "backend"))
+            objection = None if converted else _class_objection(module, ("save", "backend"))
             original = module.original if converted else type(module)
             parts = read_transition(module, original) if objection is None else objection
             if isinstance(parts, str):
@@ -331,7 +331,7 @@ def _convert_readers(model: nn.Module, found: ConversionReport) -> None:
                 isinstance(child, BlockForward) and child.fused_layers
                 for child in module.children()
             )
-            and _class_objection(module, ("plain", "backend")) is None
+            and _class_objection(module, ("save", "backend")) is None
         ):
             if not converted:
                 _change_class(module, "sequence")

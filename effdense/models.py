@@ -175,7 +175,7 @@ class DenseNet(reference.DenseNet):
         features = self.features
         return (
             type(features) is not Features
-            or features.plain
+            or features.save == "all"
             or graph_is_recorded()
             or has_global_hooks()
             or has_hooks(features)

@@ -9,4 +9,5 @@ __all__ = [
     "precision",
     "select",
     "self_check",
+    "torch_backend",
 ]

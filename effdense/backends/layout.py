@@ -29,6 +29,14 @@ def channels_first(matrix: Tensor, images: int, spatial: list[int] | tuple[int, 
     return matrix.view(images, *spatial, matrix.shape[1]).movedim(-1, 1)
 
 
+def channels(start: int, stop: int, width: int, newest_first: bool) -> slice:
+    """Features ``start`` to ``stop``, in the order in which they were made, of ``width``.
+
+    ``newest_first``: each layer's stand before those it read, as after ``cat([new, x])``.
+    """
+    return slice(width - stop, width - start) if newest_first else slice(start, stop)
+
+
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple that is at least ``n``."""
     return -(-n // multiple) * multiple

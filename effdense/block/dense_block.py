@@ -70,7 +70,7 @@ from ..backends.base import (
     Unfinished,
     accumulate_dtype,
 )
-from ..backends.layout import channels_first, round_up
+from ..backends.layout import channels, channels_first, round_up
 from ..backends.layout import rows as rows_of
 from ..choices import SAVE_MODES, Save
 from ..norms.buffers import NormSpec
@@ -300,15 +300,15 @@ class _Stage:
 
     def _read(self, index: int) -> slice:
         """X's channels that layer ``index`` reads."""
-        width = self.c0 + index * self.k
-        return slice(self.width - width, self.width) if self.spec.newest_first else slice(0, width)
+        return self._made(0, self.c0 + index * self.k)
 
     def _written(self, index: int) -> slice:
         """X's channels that layer ``index`` writes."""
-        read = self._read(index)
-        if self.spec.newest_first:
-            return slice(read.start - self.k, read.start)
-        return slice(read.stop, read.stop + self.k)
+        read = self.c0 + index * self.k
+        return self._made(read, read + self.k)
+
+    def _made(self, start: int, stop: int) -> slice:
+        return channels(start, stop, self.width, self.spec.newest_first)
 
     def _statistics(self, channels: slice) -> Statistics | None:
         """Where those of some of X's channels belong; None where no norm asks for them."""

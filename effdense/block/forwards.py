@@ -12,34 +12,24 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, TypeGuard, TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
 from .. import reference
-from ..autocast import autocast_dtype
-from ..backends.empty import EmptyBackend
 from ..backends.layout import channels_last
-from ..backends.select import get_backend
 from ..choices import Save
-from ..norms.buffers import batch_of, differing_groups, read_norm, update_running_statistics
+from ..norms.buffers import differing_groups
 from ..norms.sync_batch_norm import refuse_torchs, sync_batch_norm
 from ..norms.synchronization import synchronises
 from ..recognition.objections import has_hooks, norm_objection, refuse_replica, warn_once
-from ..recognition.parts import BlockParts, TransitionParts
+from ..recognition.parts import TransitionParts
 from ..recognition.reading import read_block, read_chain, read_transition
 from ..tracing import graph_is_recorded, outside_graphs
-from .dense_block import (
-    DenseStage,
-    LayerSpec,
-    LayerTensors,
-    StageSpec,
-    TailTensors,
-    check_save,
-)
+from .dense_block import check_save
 from .offloading import offload
 from .recomputation import run_chain
+from .stage import run_stage
 from .stem import run_stem
 
 _Mixin = TypeVar("_Mixin")
@@ -64,7 +54,7 @@ class BlockForward:
     fused_layers: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) == 1 and not kwargs and _may_run(self, self.save == "all", args[0]):
+        if len(args) == 1 and not kwargs and _may_run(self, args[0]):
             output = run_block(self, args[0])
             if output is not None:
                 return output
@@ -76,13 +66,13 @@ class BlockForward:
 class TransitionForward:
     """BN-ReLU-Conv1x1-AvgPool that keeps only its input for backward."""
 
+    # "all" where all blocks of the network keep everything: plain autograd throughout
+    save: Save = "features"
     backend: str = "auto"
-    # save="all" of the network: plain autograd throughout
-    plain: bool = False
     original: ClassVar[type[nn.Module]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) == 1 and not kwargs and _may_run(self, self.plain, args[0]):
+        if len(args) == 1 and not kwargs and _may_run(self, args[0]):
             output = run_block(None, args[0], self)
             if output is not None:
                 return output
@@ -93,12 +83,13 @@ class TransitionForward:
 class SequentialForward:
     """Modules one after the other, a block and its transition as one stage."""
 
+    # as a transition's
+    save: Save = "features"
     backend: str = "auto"
-    plain: bool = False
     original: ClassVar[type[nn.Module]]
 
     def forward(self, input: Tensor) -> Tensor:
-        if _may_run(self, self.plain, input) and not has_global_hooks():
+        if _may_run(self, input) and not has_global_hooks():
             return self._by_stages(input, pool=False)
         refuse_torchs(self.children(), input)  # type: ignore[attr-defined]
         return super().forward(input)  # type: ignore[misc]
@@ -117,7 +108,7 @@ class SequentialForward:
             module, following = modules[i], modules[i + 1] if i + 1 < len(modules) else None
             output, used = None, 1
             if is_unchanged(module, BlockForward) and module.save != "all":
-                if is_unchanged(following, TransitionForward) and not following.plain:
+                if is_unchanged(following, TransitionForward) and following.save != "all":
                     output, used = run_block(module, x, following), 2
                 elif pool and i + 2 == len(modules) and norm_objection("", following) is None:
                     output = run_block(module, x, following)
@@ -195,10 +186,10 @@ def set_save(model: nn.Module, save: Save | Sequence[Save]) -> None:
         raise ValueError(f"expected a save mode for each of {len(blocks)} blocks, got {modes}")
     for block, mode in zip(blocks, [check_save(mode) for mode in modes], strict=True):
         block.save = mode
-    plain = all(mode == "all" for mode in modes)
+    everything = all(mode == "all" for mode in modes)
     for module in model.modules():
         if isinstance(module, (TransitionForward, SequentialForward)):
-            module.plain = plain
+            module.save = "all" if everything else "features"
 
 
 def set_offload(model: nn.Module, offload: bool | Sequence[bool]) -> None:
@@ -231,9 +222,14 @@ def has_global_hooks() -> bool:
     )
 
 
-def _may_run(module: Any, plain: bool, x: Any) -> bool:
+def _may_run(module: Any, x: Any) -> bool:
     """Whether anything but the plain path comes into question; else its result is torch's own."""
-    if plain or graph_is_recorded() or not isinstance(x, Tensor) or not x.is_floating_point():
+    if (
+        module.save == "all"
+        or graph_is_recorded()
+        or not isinstance(x, Tensor)
+        or not x.is_floating_point()
+    ):
         return False
     # a process without images still owes the others its part of their statistics
     return x.numel() > 0 or synchronises(module)
@@ -318,138 +314,3 @@ def _run_with_block(block: Any, x: Tensor, tail: Any, tail_parts: Any) -> Tensor
         parts = chain
     warn_once(block, parts)
     return None
-
-
-def run_stage(
-    x: Tensor,
-    block: BlockParts | None,
-    tail: TransitionParts | nn.Module | None,
-    save: Save,
-    backend: str,
-) -> Tensor:
-    """The fused stage of what was read: (N, C0, *spatial) to the tail's output or all features."""
-    layers = () if block is None else block.layers
-    tensors: list[Tensor | None] = []
-    specs = []
-    for layer in layers:
-        layer_spec, own = _read_layer(layer)
-        specs.append(layer_spec)
-        tensors += own
-
-    tail_norm = kind = last = None
-    if tail is not None:
-        kind = "transition" if isinstance(tail, TransitionParts) else "pool"
-        last = tail.norm if isinstance(tail, TransitionParts) else tail
-        tail_norm, (gamma, beta, frozen_mean, frozen_var) = read_norm(last)
-        tensors += TailTensors(
-            gamma=gamma,
-            beta=beta,
-            weight=tail.conv.weight if isinstance(tail, TransitionParts) else None,
-            frozen_mean=frozen_mean,
-            frozen_var=frozen_var,
-        )
-
-    first: Any = layers[0].norm1 if layers else last
-    dtype = _check_input(x, first, [t for t in tensors if t is not None])
-    used = [spec.norm1 for spec in specs] + [s.norm2 for s in specs if s.norm2 is not None]
-    used += [] if tail_norm is None else [tail_norm]
-    batch = batch_of(x, used)
-
-    dropping = any(spec.drop_rate > 0 for spec in specs)
-    newest_first = block is not None and block.newest_first
-    spec = StageSpec(
-        backend=get_backend(backend, x.device, dtype) if x.numel() else EmptyBackend(),
-        save=save,
-        layers=tuple(specs),
-        tail=kind,  # type: ignore[arg-type]
-        tail_norm=tail_norm,
-        compute_dtype=dtype,
-        batch=batch,
-        keep=torch.is_grad_enabled(),
-        seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if dropping else 0,
-        newest_first=newest_first,
-    )
-    output, mean, var, mean2, var2 = DenseStage.apply(spec, x, *tensors)
-    _move_buffers(layers, last, newest_first, batch.count, (mean, var, mean2, var2))
-    return output
-
-
-def _read_layer(layer: Any) -> tuple[LayerSpec, LayerTensors]:
-    norm1, (gamma, beta, frozen_mean, frozen_var) = read_norm(layer.norm1)
-    tensors = LayerTensors(
-        gamma1=gamma,
-        beta1=beta,
-        weight1=layer.conv1.weight,
-        frozen_mean1=frozen_mean,
-        frozen_var1=frozen_var,
-    )
-    norm2 = None
-    if layer.norm2 is not None:
-        norm2, (gamma, beta, frozen_mean, frozen_var) = read_norm(layer.norm2)
-        tensors = tensors._replace(
-            gamma2=gamma,
-            beta2=beta,
-            weight2=layer.conv2.weight,
-            frozen_mean2=frozen_mean,
-            frozen_var2=frozen_var,
-        )
-    return LayerSpec(norm1, norm2, layer.drop_rate, layer.drop_channels), tensors
-
-
-def _move_buffers(
-    layers: Sequence[Any],
-    last: Any,
-    newest_first: bool,
-    count: int,
-    statistics: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> None:
-    mean, var, mean2, var2 = statistics
-    norms: list[nn.Module] = []
-    means: list[Tensor] = []
-    variances: list[Tensor] = []
-    offset = 0
-    for layer in layers:
-        width = layer.norm1.num_features
-        read = slice(len(mean) - width, None) if newest_first else slice(width)
-        norms.append(layer.norm1)
-        means.append(mean[read])
-        variances.append(var[read])
-        if layer.norm2 is not None:
-            own = slice(offset, offset + layer.norm2.num_features)
-            offset = own.stop
-            norms.append(layer.norm2)
-            means.append(mean2[own])
-            variances.append(var2[own])
-    if last is not None:
-        norms.append(last)
-        means.append(mean)
-        variances.append(var)
-    update_running_statistics(norms, means, variances, count)
-
-
-def _check_input(x: Tensor, norm: nn.Module, tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype to compute in: autocast's where it is on, else x's, which must be the weights'."""
-    weights = [t for t in tensors if t.dim() > 1]
-    device = tensors[0].device
-    if x.device != device:
-        raise ValueError(f"input is on {x.device}, the parameters are on {device}")
-    if any(weight.dim() != x.dim() for weight in weights):
-        raise ValueError(
-            f"expected input (N, C, *spatial) of {weights[0].dim()} dimensions, "
-            f"got shape {tuple(x.shape)}"
-        )
-    if x.shape[1] != norm.num_features:
-        raise ValueError(
-            f"expected input with {norm.num_features} channels, got shape {tuple(x.shape)}"
-        )
-    autocast = autocast_dtype(x.device)
-    if autocast is not None:
-        # As torch's own operations: autocast leaves double alone.
-        return x.dtype if x.dtype == torch.float64 else autocast
-    for weight in weights:
-        if weight.dtype != x.dtype:
-            raise ValueError(
-                f"input is {x.dtype}, the weights are {weight.dtype}; convert one of them "
-                "or use torch.autocast"
-            )
-    return x.dtype

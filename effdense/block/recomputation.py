@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..autocast import autocast, autocast_dtype
+from ..backends.layout import channels
 from ..choices import Save
 from ..recognition.parts import Chain, layers_of
 
@@ -228,11 +229,6 @@ class _SecondRun:
 
     def _channels(self, start: int, stop: int) -> slice:
         return channels(start, stop, self.stops[-1], self.run.chain.newest_first)
-
-
-def channels(start: int, stop: int, width: int, newest_first: bool) -> slice:
-    """Features ``start`` to ``stop``, in the order in which they were made, of ``width``."""
-    return slice(width - stop, width - start) if newest_first else slice(start, stop)
 
 
 def dense_copy(x: Tensor, like: Tensor) -> Tensor:

@@ -40,7 +40,6 @@ from ..backends.base import (
 )
 from ..backends.cpu_backend import CpuBackend
 from ..backends.cpu_library import DTYPES as LOOP_DTYPES
-from ..backends.norm_sums import Channels
 from ..backends.select import fault, on_meta
 from ..backends.torch_backend import TorchBackend
 from ..block.offloading import HOLDERS
@@ -120,7 +119,7 @@ class _Sampled(TorchBackend):
     ) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def direct_channels(self, norm: Normalization) -> Channels:
+    def direct_channels(self, norm: Normalization) -> None:
         # nothing to look at; None is what nearly every norm's channels come to
         return None
 

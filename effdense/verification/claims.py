@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..autocast import autocast
-from ..backends.layout import rows
+from ..backends.layout import channels, rows
 from ..backends.precision import exact_float32
 from ..backends.self_check import operation_errors
 from ..block.forwards import BlockForward
@@ -420,7 +420,7 @@ def _hidden(twins: Twins, x: Tensor) -> Iterator[tuple[str, str, Tensor, Tensor]
         # the first layer reads the block's input
         starts = [0] + [first + i * growth for i in range(len(layers) + 1)]
         for i, (start, stop) in enumerate(itertools.pairwise(starts)):
-            own = slice(width - stop, width - start) if read.newest_first else slice(start, stop)
+            own = channels(start, stop, width, read.newest_first)
             kind = "new features of dense layers" if i else _INPUT
             where = f"{name}, layer {i}" if i else name
             yield kind, where, stage.features[:, own], expected[:, own]

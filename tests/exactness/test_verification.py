@@ -18,7 +18,7 @@ from effdense import reference
 from effdense.__main__ import main
 from effdense.backends.torch_backend import TorchBackend
 from effdense.block import dense_block
-from effdense.block import forwards as modules
+from effdense.block import stage
 from effdense.commands import verify
 from effdense.commands.measure import Job, measured
 from effdense.commands.network import Network
@@ -143,13 +143,13 @@ def test_a_wrong_layer_is_named() -> None:
 
 
 def test_running_statistics_that_move_twice_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = modules.update_running_statistics
+    original = stage.update_running_statistics
 
     def twice(*args: Any) -> None:
         original(*args)
         original(*args)
 
-    monkeypatch.setattr(modules, "update_running_statistics", twice)
+    monkeypatch.setattr(stage, "update_running_statistics", twice)
     found = failures()
     assert "num_batches_tracked" in found["buffers after a step"].compared
     assert "gradients of parameters" not in found

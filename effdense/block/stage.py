@@ -1,0 +1,152 @@
+"""One fused stage: from modules that were read to tensors and scalars, and their buffers moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..autocast import autocast_dtype
+from ..backends.empty import EmptyBackend
+from ..backends.layout import channels
+from ..backends.select import get_backend
+from ..choices import Save
+from ..norms.buffers import batch_of, read_norm, update_running_statistics
+from ..recognition.parts import BlockParts, TransitionParts
+from .dense_block import DenseStage, LayerSpec, LayerTensors, StageSpec, TailTensors
+
+
+def run_stage(
+    x: Tensor,
+    block: BlockParts | None,
+    tail: TransitionParts | nn.Module | None,
+    save: Save,
+    backend: str,
+) -> Tensor:
+    """The fused stage of what was read: (N, C0, *spatial) to the tail's output or all features."""
+    layers = () if block is None else block.layers
+    tensors: list[Tensor | None] = []
+    specs = []
+    for layer in layers:
+        layer_spec, own = _read_layer(layer)
+        specs.append(layer_spec)
+        tensors += own
+
+    tail_norm = kind = last = None
+    if tail is not None:
+        kind = "transition" if isinstance(tail, TransitionParts) else "pool"
+        last = tail.norm if isinstance(tail, TransitionParts) else tail
+        tail_norm, (gamma, beta, frozen_mean, frozen_var) = read_norm(last)
+        tensors += TailTensors(
+            gamma=gamma,
+            beta=beta,
+            weight=tail.conv.weight if isinstance(tail, TransitionParts) else None,
+            frozen_mean=frozen_mean,
+            frozen_var=frozen_var,
+        )
+
+    first: Any = layers[0].norm1 if layers else last
+    dtype = _check_input(x, first, [t for t in tensors if t is not None])
+    used = [spec.norm1 for spec in specs] + [s.norm2 for s in specs if s.norm2 is not None]
+    used += [] if tail_norm is None else [tail_norm]
+    batch = batch_of(x, used)
+
+    dropping = any(spec.drop_rate > 0 for spec in specs)
+    newest_first = block is not None and block.newest_first
+    spec = StageSpec(
+        backend=get_backend(backend, x.device, dtype) if x.numel() else EmptyBackend(),
+        save=save,
+        layers=tuple(specs),
+        tail=kind,  # type: ignore[arg-type]
+        tail_norm=tail_norm,
+        compute_dtype=dtype,
+        batch=batch,
+        keep=torch.is_grad_enabled(),
+        seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if dropping else 0,
+        newest_first=newest_first,
+    )
+    output, mean, var, mean2, var2 = DenseStage.apply(spec, x, *tensors)
+    _move_buffers(layers, last, newest_first, batch.count, (mean, var, mean2, var2))
+    return output
+
+
+def _read_layer(layer: Any) -> tuple[LayerSpec, LayerTensors]:
+    norm1, (gamma, beta, frozen_mean, frozen_var) = read_norm(layer.norm1)
+    tensors = LayerTensors(
+        gamma1=gamma,
+        beta1=beta,
+        weight1=layer.conv1.weight,
+        frozen_mean1=frozen_mean,
+        frozen_var1=frozen_var,
+    )
+    norm2 = None
+    if layer.norm2 is not None:
+        norm2, (gamma, beta, frozen_mean, frozen_var) = read_norm(layer.norm2)
+        tensors = tensors._replace(
+            gamma2=gamma,
+            beta2=beta,
+            weight2=layer.conv2.weight,
+            frozen_mean2=frozen_mean,
+            frozen_var2=frozen_var,
+        )
+    return LayerSpec(norm1, norm2, layer.drop_rate, layer.drop_channels), tensors
+
+
+def _move_buffers(
+    layers: Sequence[Any],
+    last: Any,
+    newest_first: bool,
+    count: int,
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    mean, var, mean2, var2 = statistics
+    norms: list[nn.Module] = []
+    means: list[Tensor] = []
+    variances: list[Tensor] = []
+    offset = 0
+    for layer in layers:
+        read = channels(0, layer.norm1.num_features, len(mean), newest_first)
+        norms.append(layer.norm1)
+        means.append(mean[read])
+        variances.append(var[read])
+        if layer.norm2 is not None:
+            own = slice(offset, offset + layer.norm2.num_features)
+            offset = own.stop
+            norms.append(layer.norm2)
+            means.append(mean2[own])
+            variances.append(var2[own])
+    if last is not None:
+        norms.append(last)
+        means.append(mean)
+        variances.append(var)
+    update_running_statistics(norms, means, variances, count)
+
+
+def _check_input(x: Tensor, norm: nn.Module, tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype to compute in: autocast's where it is on, else x's, which must be the weights'."""
+    weights = [t for t in tensors if t.dim() > 1]
+    device = tensors[0].device
+    if x.device != device:
+        raise ValueError(f"input is on {x.device}, the parameters are on {device}")
+    if any(weight.dim() != x.dim() for weight in weights):
+        raise ValueError(
+            f"expected input (N, C, *spatial) of {weights[0].dim()} dimensions, "
+            f"got shape {tuple(x.shape)}"
+        )
+    if x.shape[1] != norm.num_features:
+        raise ValueError(
+            f"expected input with {norm.num_features} channels, got shape {tuple(x.shape)}"
+        )
+    autocast = autocast_dtype(x.device)
+    if autocast is not None:
+        # As torch's own operations: autocast leaves double alone.
+        return x.dtype if x.dtype == torch.float64 else autocast
+    for weight in weights:
+        if weight.dtype != x.dtype:
+            raise ValueError(
+                f"input is {x.dtype}, the weights are {weight.dtype}; convert one of them "
+                "or use torch.autocast"
+            )
+    return x.dtype
