@@ -17,8 +17,7 @@ import effdense
 from effdense import reference
 from effdense.__main__ import main
 from effdense.backends.torch_backend import TorchBackend
-from effdense.block import dense_block
-from effdense.block import stage
+from effdense.block import dense_block, stage
 from effdense.commands import verify
 from effdense.commands.measure import Job, measured
 from effdense.commands.network import Network
@@ -120,7 +119,7 @@ def test_nothing_fails_where_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -
 def test_a_wrong_convolution_is_seen_in_the_features(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scaled("bn_relu_conv3", 1 + 1e-6, monkeypatch)
+    scaled("convolve", 1 + 1e-6, monkeypatch)
     assert status(*TINY) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
     assert any(line.startswith("FAILED      new features of dense layers") for line in failed)
