@@ -21,18 +21,22 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any, NamedTuple
 
-import draw
 import torch
-from harness.case import CIFAR_FAMILY, Case, Parser, positive_int
-from harness.report import Recorder, table
+from harness.case import CIFAR_FAMILY, Case
+from harness.case import Options as CommonOptions
+from harness.pictures import colour, picture, plain_numbers
+from harness.results import Recorder, Row
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from effdense import reference
+from effdense.choices import DtypeName
+from effdense.commands import front_end
 from effdense.engine.checkpoint import Position
 from effdense.engine.config import ResolvedConfig, TrainConfig
 from effdense.engine.data.datasets import load
@@ -42,9 +46,10 @@ from effdense.engine.networks import make_network
 from effdense.engine.progress import Progress
 from effdense.engine.trainer import Trainer
 from effdense.machine.environment import headline
+from effdense.machine.tables import table
 
 PROVIDERS = ("naive", "naive-channels-last", "effdense-features")
-DTYPES = ("float32", "float64")
+DTYPES: tuple[DtypeName, ...] = ("float32", "float64")
 
 
 class Epoch(NamedTuple):
@@ -55,48 +60,51 @@ class Epoch(NamedTuple):
     weights: Tensor
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    path = args.output or Path("results") / "convergence-digits.csv"
+@dataclass(frozen=True, kw_only=True)
+class Options(CommonOptions):
+    threads: int = 1
+    """CPU threads."""
+    seeds: int = 5
+    """Runs of each."""
+    epochs: int = 12
+    """Of a run."""
+    tolerance: float = 1e-9
+    """Relative difference of float64 weights at the end."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    front_end.main(
+        Options, run, program="benchmarks/convergence.py", arguments=arguments, description=__doc__
+    )
+
+
+def run(options: Options) -> int:
+    path = options.output or Path("results") / "convergence-digits.csv"
     with (
-        joined_world("cpu", args.threads) as world,
-        Recorder(path, "convergence", "cpu", args.threads) as recorder,
+        joined_world("cpu", options.threads) as world,
+        Recorder(path, "convergence", "cpu", options.threads) as recorder,
     ):
         print(headline(recorder.environment))
-        runs = [(dtype, seed) for dtype in DTYPES for seed in range(args.seeds)]
+        runs = [(dtype, seed) for dtype in DTYPES for seed in range(options.seeds)]
         found: dict[str, list[dict[str, Epoch]]] = {dtype: [] for dtype in DTYPES}
         for dtype, seed in tqdm(runs, desc="runs", file=sys.stderr, disable=None):
-            options = TrainConfig(
-                data="digits", epochs=args.epochs, seed=seed, device="cpu", threads=args.threads
+            config = TrainConfig(
+                data="digits",
+                epochs=options.epochs,
+                seed=seed,
+                device="cpu",
+                threads=options.threads,
             )
-            found[dtype].append(compare(options.resolved(), dtype, world, recorder))
+            found[dtype].append(compare(config.resolved(), dtype, world, recorder))
     print_errors(found["float32"])
-    agree = print_differences(found["float64"], args.tolerance)
-    draw.draw([path], path.with_suffix(".png"))
+    agree = print_differences(found["float64"], options.tolerance)
+    picture(draw, [path], path.with_suffix(".png"))
     print(f"\n{path}")
     return 0 if agree else 1
 
 
-def make_parser() -> Parser:
-    parser = Parser(__doc__)
-    parser.add_argument("--seeds", type=positive_int, default=5, help="runs each (default 5)")
-    parser.add_argument("--epochs", type=positive_int, default=12, help="of a run (default 12)")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-9,
-        help="relative difference of float64 weights at the end (default 1e-9)",
-    )
-    parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads (default 1)")
-    parser.add_argument(
-        "--output", type=Path, metavar="CSV", help="default: results/convergence-digits.csv"
-    )
-    return parser
-
-
 def compare(
-    config: ResolvedConfig, dtype: str, world: World, recorder: Recorder
+    config: ResolvedConfig, dtype: DtypeName, world: World, recorder: Recorder
 ) -> dict[str, Epoch]:
     """Train every provider, record each epoch, and return the last ones."""
     data = load(config, download=False)
@@ -183,5 +191,52 @@ def print_differences(runs: Sequence[dict[str, Epoch]], tolerance: float) -> boo
     return agree
 
 
+def draw(figure: Any, rows: list[Row]) -> None:
+    """Test errors, and beside them the distances of the weights."""
+    axes, beside = figure.subplots(1, 2)
+    styles = {"float32": "-", "float64": "--"}
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        own_colour = colour(provider)
+        own = [row for row in rows if row["provider"] == provider]
+        for dtype, style in styles.items():
+            mine = [row for row in own if row["dtype"] == dtype]
+            if dtype == "float32":
+                _band(axes, mine, "test error", mean, color=own_colour, label=provider)
+            if provider != "naive":
+                label = f"{provider}, {dtype}"
+                _band(
+                    beside,
+                    mine,
+                    "weight difference",
+                    median,
+                    color=own_colour,
+                    label=label,
+                    linestyle=style,
+                )
+    seeds = len({row["sample"] for row in rows})
+    axes.set_title(f"float32: mean and range of {seeds} seeds", fontsize=10)
+    axes.set_ylabel("test error, %")
+    beside.set_title("distance to the naive net's weights", fontsize=10)
+    beside.set_ylabel("|w - w naive| / |w naive|")
+    for each in (axes, beside):
+        each.set_yscale("log")
+        each.set_xlabel("training step")
+        each.grid(alpha=0.3)
+        each.legend(fontsize=8)
+    plain_numbers(axes.yaxis)
+
+
+def _band(axes: Any, rows: list[Row], metric: str, middle: Any, **style: Any) -> None:
+    """The middle of all samples over the steps, and their range as a band."""
+    samples: dict[int, list[float]] = {}
+    for row in rows:
+        if row["metric"] == metric:
+            samples.setdefault(int(row["steps"]), []).append(float(row["value"]))
+    steps = sorted(samples)
+    axes.plot(steps, [middle(samples[step]) for step in steps], **style)
+    low, high = ([of(samples[step]) for step in steps] for of in (min, max))
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,49 +14,58 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from harness import child, packages
-from harness.case import Parser, positive_int
-from harness.report import Recorder, mebibytes, quantiles, table
+from harness.case import Options as CommonOptions
+from harness.results import Recorder, mebibytes, quantiles
+from tyro.conf import arg
 
-from effdense.machine.environment import headline, usable_cores
+from effdense.commands import front_end
+from effdense.machine.environment import headline
 from effdense.machine.measurement import in_fresh_process
+from effdense.machine.tables import table
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    path = args.output or Path("results") / "conversion.csv"
+@dataclass(frozen=True, kw_only=True)
+class Options(CommonOptions):
+    models: Annotated[tuple[packages.ModelName, ...], arg(help_behavior_hint="(default: all)")] = ()
+    """Which are measured."""
+    batch_size: Annotated[
+        int | None, arg(metavar="IMAGES", help_behavior_hint="(default: 4 or 8, by model)")
+    ] = None
+    """At once."""
+    rounds: int = 5
+    """Timed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    front_end.main(
+        Options, run, program="benchmarks/conversion.py", arguments=arguments, description=__doc__
+    )
+
+
+def run(options: Options) -> None:
+    path = options.output or Path("results") / "conversion.csv"
     rows = []
-    with Recorder(path, "conversion", "cpu", args.threads) as recorder:
+    with Recorder(path, "conversion", "cpu", options.threads) as recorder:
         print(headline(recorder.environment))
-        for arch in args.models or packages.MODELS:
-            rows.append(measure(arch, args.batch_size, args.rounds, args.threads, recorder))
+        for arch in options.models or packages.MODELS:
+            rows.append(
+                measure(arch, options.batch_size, options.rounds, options.threads, recorder)
+            )
             print(f"{arch}: done", file=sys.stderr)
     header = ["model, input", "original", "converted", "ratio", "inference", "converted", "ratio"]
     header += ["s/step", "converted", "s/inference", "converted"]
     print("\nPeak MiB of a training step and of inference; seconds, medians\n")
     print(table(header, rows))
     print(f"\n{path}")
-    return 0
-
-
-def make_parser() -> Parser:
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--models", nargs="+", choices=sorted(packages.MODELS), metavar="NAME", help="default: all"
-    )
-    parser.add_argument("--batch-size", type=positive_int, help="default: by model, 4 or 8")
-    parser.add_argument("--rounds", type=positive_int, default=5, help="timed rounds (default 5)")
-    parser.add_argument(
-        "--threads", type=positive_int, default=usable_cores(), help="default %(default)s"
-    )
-    parser.add_argument("--output", type=Path, metavar="CSV", help="default results/conversion.csv")
-    return parser
 
 
 def measure(
-    arch: str, batch_size: int | None, rounds: int, threads: int, recorder: Recorder
+    arch: packages.ModelName, batch_size: int | None, rounds: int, threads: int, recorder: Recorder
 ) -> list[str]:
     """A row of the table; what can't be measured is blank and its reason a row of the CSV."""
     package, case = packages.MODELS[arch], packages.case(arch, batch_size)
@@ -92,4 +101,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,62 +12,74 @@ live tensors. Live bytes are to be within 3 % of the prediction, resident size w
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import draw
 from harness import child
-from harness.case import Parser, positive_int
+from harness.case import Options as CommonOptions
 from harness.grid import GRID, Configuration
-from harness.report import Recorder, mebibytes, table
+from harness.pictures import picture, plain_numbers
+from harness.results import Recorder, Row, mebibytes
+from tyro.conf import arg
 
 from effdense import Estimate
-from effdense.machine.environment import headline, usable_cores
+from effdense.commands import front_end
+from effdense.errors import UserError
+from effdense.machine.environment import headline
 from effdense.machine.measurement import in_fresh_process
+from effdense.machine.tables import table
 
 # Of live bytes; of resident size, or that many bytes where they are more.
 LIVE, RESIDENT, RESIDENT_BYTES = 0.03, 0.05, 30 << 20
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(__doc__)
-    parser.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="every N-th")
-    parser.add_argument("--threads", type=positive_int, default=usable_cores(), help="CPU threads")
-    parser.add_argument(
-        "--output", type=Path, metavar="CSV", help="default: results/estimates-I-of-N.csv"
+@dataclass(frozen=True, kw_only=True)
+class Options(CommonOptions):
+    part: Annotated[str, arg(metavar="I/N")] = "1/1"
+    """Every N-th configuration, from the I-th on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.which  # noqa: B018, checks it
+
+    @property
+    def which(self) -> tuple[int, int]:
+        first, _, second = self.part.partition("/")
+        if not (first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second)):
+            raise UserError(f"--part must be I/N with 1 <= I <= N, got {self.part!r}")
+        return int(first), int(second)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    front_end.main(
+        Options, run, program="benchmarks/estimates.py", arguments=arguments, description=__doc__
     )
-    args = parser.parse_args(argv)
-    index, parts = args.part
-    path = args.output or Path("results") / f"estimates-{index}-of-{parts}.csv"
+
+
+def run(options: Options) -> int:
+    index, parts = options.which
+    path = options.output or Path("results") / f"estimates-{index}-of-{parts}.csv"
     missed, rows = 0, []
-    with Recorder(path, "estimates", "cpu", args.threads) as recorder:
+    with Recorder(path, "estimates", "cpu", options.threads) as recorder:
         print(headline(recorder.environment))
         for each in GRID[index - 1 :: parts]:
-            cells, good = run(each, recorder, args.threads)
+            cells, good = compare(each, recorder, options.threads)
             rows.append(cells)
             missed += not good
             print(" ".join(cells), file=sys.stderr, flush=True)
     header = ["configuration", "live MiB: predicted", "measured", "error"]
     header += ["resident MiB: predicted", "measured", "error"]
     print(f"\n{table([*header, ''], rows)}")
-    draw.draw([path], path.with_suffix(".png"))
+    picture(draw, [path], path.with_suffix(".png"))
     print(f"\n{missed} of {len(rows)} missed\n{path}")
     return 1 if missed else 0
 
 
-def part(text: str) -> tuple[int, int]:
-    """An argparse type: "2/5"."""
-    first, _, second = text.partition("/")
-    if not (first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second)):
-        raise argparse.ArgumentTypeError(f"must be I/N with 1 <= I <= N, got {text!r}")
-    return int(first), int(second)
-
-
-def run(each: Configuration, recorder: Recorder, threads: int) -> tuple[list[str], bool]:
+def compare(each: Configuration, recorder: Recorder, threads: int) -> tuple[list[str], bool]:
     """A row of the table, and whether the prediction holds."""
     start = time.perf_counter()
     predicted = each.predicted()
@@ -103,5 +115,42 @@ def within(predicted: Estimate, live: int, resident: int) -> bool:
     return near and abs(predicted.peak - live) <= LIVE * live
 
 
+def draw(figure: Any, rows: list[Row]) -> None:
+    """Errors of predictions against the measured size."""
+    axes = figure.subplots()
+    sizes: list[float] = []
+    furthest = 10.0
+    for metric, marker, colour in (("peak", "s", "#E69F00"), ("live", "o", "#0072B2")):
+        predicted = {
+            r["arch"]: float(r["value"]) for r in rows if r["metric"] == f"predicted {metric}"
+        }
+        own = {r["arch"]: float(r["value"]) for r in rows if r["metric"] == metric and r["value"]}
+        errors = [100 * (predicted[arch] / value - 1) for arch, value in own.items()]
+        sizes += [value / 2**20 for value in own.values()]
+        furthest = max([furthest, *map(abs, errors)])
+        label = {"peak": "peak resident size", "live": "peak live tensor bytes"}[metric]
+        places = [value / 2**20 for value in own.values()]
+        axes.plot(places, errors, marker, color=colour, label=f"against {label}", markersize=5)
+    if not sizes:
+        raise ValueError("no measurement to draw")
+    low, high = min(sizes) / 1.2, max(sizes) * 1.2
+    line = [low * (high / low) ** (i / 200) for i in range(201)]
+    # what is asked for: within 3 % of live bytes, within 5 % or 30 MiB of resident size
+    for sign in (-1, 1):
+        axes.plot([low, high], [3 * sign] * 2, "--", color="#0072B2", linewidth=0.8)
+        allowed = [sign * max(5, 100 * 30 / size) for size in line]
+        axes.plot(line, allowed, "--", color="#E69F00", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    # every point, the misses above all
+    axes.set_ylim(-1.1 * furthest, 1.1 * furthest)
+    plain_numbers(axes.xaxis)
+    axes.set_xlabel("measured peak of a training step, MiB")
+    axes.set_ylabel("prediction's error, %")
+    axes.set_title(f"effdense.estimate over {len(predicted)} configurations")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

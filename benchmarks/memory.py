@@ -14,142 +14,155 @@ harness/counts.py. What would not fit is not run; its prediction is shown, label
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-import draw
 from harness import counts, providers
-from harness.case import (
-    Case,
-    Parser,
-    add_case_arguments,
-    byte_size,
-    case_of,
-    positive_int,
-)
+from harness.case import Case, CaseOptions, objection
 from harness.measure import Memory, memory, predicted_peak
-from harness.report import Recorder, mebibytes, table
+from harness.pictures import FLOOR_COLOUR, colour, describe, picture, plain_numbers
+from harness.results import Recorder, Row, mebibytes
 from tqdm import tqdm
+from tyro.conf import arg
 
+from effdense.commands import front_end
+from effdense.errors import UserError
 from effdense.machine.environment import headline
-from effdense.machine.memory import available_bytes
+from effdense.machine.memory import available_bytes, parse_size
+from effdense.machine.tables import table
 from effdense.memory.planning import largest
 from effdense.memory.timeline import ROLES
 
 SWEEPS = {
     "depth": (40, 64, 100, 160, 250),
-    "batch": (4, 8, 16, 32, 64),
+    "batch-size": (4, 8, 16, 32, 64),
     "growth-rate": (8, 12, 16, 24, 32, 48),
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    case = case_of(parser, args)
-    if (args.sweep in ("depth", "growth-rate") or args.max_depth_for) and not case.is_cifar:
-        parser.error("--sweep depth, --sweep growth-rate and --max-depth-for need a DenseNet-BC")
-    if args.points and not args.sweep:
-        parser.error("--points belongs to --sweep")
-    try:
-        cases = [case] if not args.sweep else sweep(case, args.sweep, args.points)
-    except ValueError as error:
-        parser.error(str(error))
-    names = providers.selected(parser, args.providers, providers.DEFAULT, case)
+@dataclass(frozen=True, kw_only=True)
+class Options(CaseOptions):
+    CIFAR_BATCH: ClassVar[int] = 32
 
-    path = args.output or Path("results") / f"{result_name(args, case)}.csv"
-    with Recorder(path, "memory", case.device, args.threads) as recorder:
+    depth: int = 250
+    """Layers of densenet_bc, 6 n + 4."""
+    growth_rate: int = 24
+    """Channels per layer of densenet_bc, the paper's k."""
+    providers: Annotated[tuple[str, ...], providers.argument(providers.DEFAULT)] = ()
+    """What is compared."""
+    steps: int = 1
+    """Of each measurement."""
+    live: Annotated[
+        Literal["yes", "no"] | None, arg(help_behavior_hint="(default: yes; in sweeps no)")
+    ] = None
+    """Also split live tensor bytes by role."""
+    sweep: Annotated[
+        Literal["depth", "batch-size", "growth-rate"] | None,
+        arg(help_behavior_hint="(default: none)"),
+    ] = None
+    """Measure along one dimension."""
+    points: Annotated[
+        tuple[int, ...], arg(metavar="N", help_behavior_hint="(default: five or six of them)")
+    ] = ()
+    """The sweep's values."""
+    max_depth_for: Annotated[
+        str | None, arg(metavar="SIZE", help_behavior_hint="(default: not asked)")
+    ] = None
+    """The deepest DenseNet-BC that trains in so much memory, such as 12GiB."""
+    force: bool = False
+    """Attempt what is predicted not to fit."""
+    memory_limit: Annotated[
+        str | None, arg(metavar="SIZE", help_behavior_hint="(default: none)")
+    ] = None
+    """Let a measurement take no more than this, as on a smaller machine (Linux, CPU)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.sweep in ("depth", "growth-rate") or self.max_depth_for) and (
+            not self.case.is_cifar
+        ):
+            raise UserError(
+                "--sweep depth, --sweep growth-rate and --max-depth-for need a DenseNet-BC"
+            )
+        if self.points and not self.sweep:
+            raise UserError("--points belongs to --sweep")
+        if self.sweep and self.max_depth_for:
+            raise UserError("--sweep and --max-depth-for are two benchmarks; choose one")
+        for option, size in (
+            ("--max-depth-for", self.max_depth_for),
+            ("--memory-limit", self.memory_limit),
+        ):
+            try:
+                parse_size(size or "1")
+            except ValueError as error:
+                raise UserError(f"{option} {error}") from None
+        self.names  # noqa: B018, checks them
+        self.cases  # noqa: B018
+
+    @property
+    def names(self) -> list[str]:
+        return providers.selected(self.providers, providers.DEFAULT, self.case)
+
+    @property
+    def cases(self) -> list[Case]:
+        """The case, or the case at each value of the swept dimension."""
+        if self.sweep is None:
+            return [self.case]
+        points = self.points or SWEEPS[self.sweep]
+        cases = [dataclasses.replace(self.case, **{self.swept: n}) for n in points]
+        for each in cases:
+            problem = objection(each)
+            if problem:
+                raise UserError(problem)
+        return cases
+
+    @property
+    def swept(self) -> str:
+        return (self.sweep or "").replace("-", "_")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    front_end.main(
+        Options, run, program="benchmarks/memory.py", arguments=arguments, description=__doc__
+    )
+
+
+def run(options: Options) -> None:
+    path = options.output or Path("results") / f"{result_name(options, options.case)}.csv"
+    with Recorder(path, "memory", options.case.device, options.threads) as recorder:
         print(headline(recorder.environment))
-        try:
-            if args.max_depth_for:
-                deepest(args, case, names, recorder)
-            elif args.sweep:
-                run_sweep(args, cases, names, recorder)
-            else:
-                run_case(args, case, names, recorder)
-        except KeyboardInterrupt:
-            print(f"\ninterrupted; the rows so far are in {path}", file=sys.stderr)
-            return 130
+        if options.max_depth_for:
+            deepest(options, options.case, options.names, recorder)
+        elif options.sweep:
+            run_sweep(options, options.cases, options.names, recorder)
+        else:
+            run_case(options, options.case, options.names, recorder)
+    if options.sweep:
+        picture(draw, [path], path.with_suffix(".png"))
+        print(f"\n{path.with_suffix('.png')}")
     print(f"\n{path}")
-    return 0
 
 
-def make_parser() -> Parser:
-    parser = Parser(__doc__)
-    add_case_arguments(parser, depth=250, growth_rate=24, batch_size=32)
-    parser.add_argument("--steps", type=positive_int, default=1, help="per measurement (default 1)")
-    parser.add_argument(
-        "--providers",
-        nargs="+",
-        type=providers.provider_name,
-        metavar="NAME",
-        help="default: "
-        + " ".join(providers.DEFAULT)
-        + "; also: "
-        # opt-in: they compile for minutes, or are the naive net once more
-        + " ".join(name for name in providers.PROVIDERS if name not in providers.DEFAULT),
-    )
-    parser.add_argument(
-        "--live",
-        action=argparse.BooleanOptionalAction,
-        help="also split live tensor bytes by role (default: yes; in sweeps no)",
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--sweep", choices=sorted(SWEEPS), help="measure along one dimension")
-    what.add_argument(
-        "--max-depth-for",
-        type=byte_size,
-        metavar="SIZE",
-        help='deepest DenseNet-BC that trains in so much memory, such as "12GiB"',
-    )
-    parser.add_argument(
-        "--points", nargs="+", type=positive_int, metavar="N", help="the sweep's values"
-    )
-    parser.add_argument("--force", action="store_true", help="attempt what is predicted not to fit")
-    parser.add_argument(
-        "--memory-limit",
-        type=byte_size,
-        metavar="SIZE",
-        help="let a measurement take no more than this, as on a smaller machine (Linux, CPU)",
-    )
-    parser.add_argument("--output", type=Path, metavar="CSV", help="default: results/memory-*.csv")
-    return parser
-
-
-def result_name(args: argparse.Namespace, case: Case) -> str:
+def result_name(options: Options, case: Case) -> str:
     name = f"memory-{case.label()}"
-    if args.sweep:
-        name += f"-sweep-{args.sweep}"
-    if args.max_depth_for:
-        name += f"-max-depth-{args.max_depth_for / 2**30:g}GiB"
+    if options.sweep:
+        name += f"-sweep-{options.sweep}"
+    if options.max_depth_for:
+        name += f"-max-depth-{options.max_depth_for.replace(' ', '')}"
     return name
 
 
-def sweep(case: Case, along: str, points: Sequence[int] | None) -> list[Case]:
-    """The case at each value of one dimension.
-
-    Raises:
-        ValueError: for a depth that no DenseNet-BC has.
-    """
-    field = {"depth": "depth", "batch": "batch_size", "growth-rate": "growth_rate"}[along]
-    cases = [dataclasses.replace(case, **{field: n}) for n in points or SWEEPS[along]]
-    for each in cases:
-        each.network()
-    return cases
-
-
-def run_case(
-    args: argparse.Namespace, case: Case, names: Sequence[str], recorder: Recorder
-) -> None:
-    live = True if args.live is None else args.live
+def run_case(options: Options, case: Case, names: Sequence[str], recorder: Recorder) -> None:
+    live = options.live != "no"
     floor = record_floor(recorder, case)
     results: dict[str, Memory] = {}
     for each, name in progress([(case, name) for name in names]):
-        results[name] = measured(args, each, name, live, recorder)
+        results[name] = measured(options, each, name, live, recorder)
 
     print(f"\n{case.describe()}: peak memory of a training step, MiB\n")
     header = ["provider", "peak", "x floor", "live", *ROLES]
@@ -182,16 +195,16 @@ def row(name: str, result: Memory, floor: counts.Floor, case: Case) -> list[str]
 
 
 def run_sweep(
-    args: argparse.Namespace, cases: Sequence[Case], names: Sequence[str], recorder: Recorder
+    options: Options, cases: Sequence[Case], names: Sequence[str], recorder: Recorder
 ) -> None:
-    field = {"depth": "depth", "batch": "batch_size", "growth-rate": "growth_rate"}[args.sweep]
+    field = options.swept
     floors = {case: record_floor(recorder, case) for case in cases}
     peaks: dict[str, dict[Case, Memory]] = {name: {} for name in names}
     # Smallest first: an interrupted sweep has whole points.
     for case, name in progress([(case, name) for case in cases for name in names]):
-        peaks[name][case] = measured(args, case, name, bool(args.live), recorder)
+        peaks[name][case] = measured(options, case, name, options.live == "yes", recorder)
 
-    print(f"\n{cases[0].describe()}, along {args.sweep}: peak MiB")
+    print(f"\n{cases[0].describe()}, along {options.sweep}: peak MiB")
     print("growth: exponent of the peak, parameters, gradients and momentum taken off\n")
     rows = [
         [
@@ -207,7 +220,7 @@ def run_sweep(
         known = [(case, m.peak) for case, m in found.items() if m.peak is not None]
         cells = [mebibytes(m.peak) if m.peak is not None else "-" for m in found.values()]
         notes += [
-            f"{name} at {args.sweep} {getattr(case, field)}: {m.status}: {m.detail}"
+            f"{name} at {options.sweep} {getattr(case, field)}: {m.status}: {m.detail}"
             for case, m in found.items()
             if m.status != "measured"
         ]
@@ -218,13 +231,10 @@ def run_sweep(
         rows.append([name, *cells, exponent])
         if exponent:
             recorder.add(
-                name, cases[0], f"growth exponent along {args.sweep}", float(exponent), "1"
+                name, cases[0], f"growth exponent along {options.sweep}", float(exponent), "1"
             )
     print(table(["provider", *(str(getattr(c, field)) for c in cases), "growth"], rows))
     print("\n".join(notes))
-    picture = recorder.path.with_suffix(".png")
-    draw.draw([recorder.path], picture)
-    print(f"\n{picture}")
 
 
 def growth(sizes: Sequence[float], values: Sequence[float]) -> str:
@@ -234,13 +244,13 @@ def growth(sizes: Sequence[float], values: Sequence[float]) -> str:
         return ""
 
 
-def deepest(args: argparse.Namespace, case: Case, names: Sequence[str], recorder: Recorder) -> None:
+def deepest(options: Options, case: Case, names: Sequence[str], recorder: Recorder) -> None:
     """The deepest net of each provider within a budget, by prediction; then the proof here.
 
     Where the budget is larger than what this machine can give, the proof is the deepest net
     that fits here, whose measured peak is to agree with its prediction.
     """
-    budget = args.max_depth_for
+    budget = parse_size(options.max_depth_for or "")
     here = min(budget, int(available_bytes(case.device) * 0.9))
     rows, notes = [], []
     for name in tqdm(names, desc="providers", file=sys.stderr, disable=None):
@@ -257,7 +267,7 @@ def deepest(args: argparse.Namespace, case: Case, names: Sequence[str], recorder
             rows.append([name, str(depth), mebibytes(predicted_peak(name, fitting)), "", ""])
             continue
         proof = dataclasses.replace(case, depth=provable)
-        result = measured(args, proof, name, False, recorder)
+        result = measured(options, proof, name, False, recorder)
         rows.append(
             [
                 name,
@@ -290,19 +300,17 @@ def max_depth(name: str, case: Case, budget: int) -> int | None:
     return 6 * largest(fits, 1) + 4
 
 
-def measured(
-    args: argparse.Namespace, case: Case, name: str, live: bool, recorder: Recorder
-) -> Memory:
+def measured(options: Options, case: Case, name: str, live: bool, recorder: Recorder) -> Memory:
     result = memory(
         name,
         case,
-        steps=args.steps,
-        threads=args.threads,
+        steps=options.steps,
+        threads=options.threads,
         live=live,
-        force=args.force,
-        memory_limit=args.memory_limit,
+        force=options.force,
+        memory_limit=parse_size(options.memory_limit) if options.memory_limit else None,
     )
-    common = {"steps": args.steps, "status": result.status, "detail": result.detail}
+    common = {"steps": options.steps, "status": result.status, "detail": result.detail}
     recorder.add(name, case, "peak", result.peak, "B", **common)
     values = {"baseline": result.baseline, "reserved": result.reserved, "process": result.process}
     values |= {f"live {role}": value for role, value in result.live.items()}
@@ -342,5 +350,77 @@ def progress(work: Sequence[tuple[Case, str]]) -> Iterator[tuple[Case, str]]:
             bar.update(costs[i])
 
 
+def draw(figure: Any, rows: list[Row]) -> None:
+    """Peaks of one case as bars, or along what varies."""
+    axes = figure.subplots()
+    dimension = _swept(rows)
+    if dimension is None:
+        _memory_bars(axes, rows)
+    else:
+        _memory_growth(axes, rows, dimension)
+
+
+def _swept(rows: list[Row]) -> str | None:
+    for dimension in ("depth", "batch_size", "growth_rate"):
+        if len({row[dimension] for row in rows}) > 1:
+            return dimension
+    return None
+
+
+def _memory_bars(axes: Any, rows: list[Row]) -> None:
+    peaks = {
+        row["provider"]: float(row["value"]) / 2**20
+        for row in rows
+        if row["metric"] == "peak" and row["value"]
+    }
+    if not peaks:
+        raise ValueError("no measured peak to draw")
+    names = list(peaks)[::-1]
+    bars = axes.barh(names, [peaks[name] for name in names], color=[colour(n) for n in names])
+    axes.bar_label(bars, labels=[f"{peaks[name]:,.0f}" for name in names], padding=3)
+    floors = [float(row["value"]) for row in rows if row["metric"] == "floor total"]
+    if floors:
+        axes.axvline(floors[0] / 2**20, color=FLOOR_COLOUR, linestyle="--", label="floor (formula)")
+        axes.legend(loc="lower right")
+    axes.set_xlabel("peak memory of a training step, MiB")
+    axes.set_title(describe(rows[0]))
+    axes.margins(x=0.12)
+
+
+def _memory_growth(axes: Any, rows: list[Row], dimension: str) -> None:
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        metric = "floor total" if provider == "floor" else "peak"
+        points = sorted(
+            (int(row[dimension]), float(row["value"]) / 2**20)
+            for row in rows
+            if row["provider"] == provider and row["metric"] == metric and row["value"]
+        )
+        if not points:
+            continue
+        style: dict[str, Any] = {"marker": "o", "color": colour(provider)}
+        if provider == "floor":
+            style = {"linestyle": "--", "color": FLOOR_COLOUR}
+        label = "floor (formula)" if provider == "floor" else provider
+        axes.loglog(*zip(*points, strict=True), label=label, **style)
+        axes.annotate(
+            f"{points[-1][1]:,.0f}",
+            points[-1],
+            xytext=(7, -3),
+            textcoords="offset points",
+            fontsize=8,
+            color=style["color"],
+        )
+    ticks = sorted({int(row[dimension]) for row in rows})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    plain_numbers(axes.yaxis)
+    axes.margins(x=0.07)
+    axes.set_xlabel(dimension.replace("_", " "))
+    axes.set_ylabel("peak memory of a training step, MiB")
+    axes.set_title(describe(rows[0], but=dimension))
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

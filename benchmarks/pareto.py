@@ -14,52 +14,68 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-import draw
 import torch
 from harness import child
-from harness.case import Parser, positive_int
+from harness.case import Options as CommonOptions
 from harness.grid import Configuration
-from harness.report import Recorder, mebibytes, table
+from harness.pictures import picture, plain_numbers
+from harness.results import Recorder, Row, mebibytes
 
 import effdense
-from effdense.machine.environment import headline, usable_cores
+from effdense.commands import front_end
+from effdense.errors import UserError
+from effdense.machine.environment import headline
 from effdense.machine.measurement import in_fresh_process
 from effdense.machine.memory import available_bytes
+from effdense.machine.tables import table
 from effdense.memory.planning import CANDIDATES, Choice, choices
 from effdense.reference import densenet_bc_config
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(__doc__)
-    parser.add_argument("--depth", type=int, default=250, help="6 n + 4 (default 250)")
-    parser.add_argument("--growth-rate", type=positive_int, default=24, help="default 24")
-    parser.add_argument("--batch-size", type=positive_int, default=16, help="default 16")
-    parser.add_argument("--image-size", type=positive_int, default=32, help="default 32")
-    parser.add_argument("--steps", type=positive_int, default=2, help="timed (default 2)")
-    parser.add_argument("--threads", type=positive_int, default=usable_cores(), help="CPU threads")
-    parser.add_argument("--output", type=Path, metavar="CSV", help="default: results/pareto-*.csv")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Options(CommonOptions):
+    depth: int = 250
+    """Layers of a DenseNet-BC, 6 n + 4."""
+    growth_rate: int = 24
+    """Channels per layer, the paper's k."""
+    batch_size: int = 16
+    """Images."""
+    image_size: int = 32
+    """Pixels along each dimension."""
+    steps: int = 2
+    """Timed, of each plan."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    front_end.main(
+        Options, run, program="benchmarks/pareto.py", arguments=arguments, description=__doc__
+    )
+
+
+def run(options: Options) -> None:
     try:
-        network = densenet_bc_config(args.depth, args.growth_rate)
+        network = densenet_bc_config(options.depth, options.growth_rate)
         with torch.device("meta"):
             model = effdense.DenseNet(**network)
-        shape = (args.batch_size, 3, args.image_size, args.image_size)
+        shape = (options.batch_size, 3, options.image_size, options.image_size)
         found = choices(model, shape)
     except ValueError as error:
-        parser.error(str(error))
-    family = f"DenseNet-BC ({args.depth}, k {args.growth_rate})"
-    name = f"pareto-bc{args.depth}-k{args.growth_rate}-b{args.batch_size}"
-    path = args.output or Path("results") / f"{name}.csv"
+        raise UserError(str(error)) from None
+    family = f"DenseNet-BC ({options.depth}, k {options.growth_rate})"
+    name = f"pareto-bc{options.depth}-k{options.growth_rate}-b{options.batch_size}"
+    path = options.output or Path("results") / f"{name}.csv"
 
     def configuration(save: str) -> Configuration:
         return Configuration(family, network, save, shape)
 
     predicted = {"+".join(each.save): each for each in found}
     rows = []
-    with Recorder(path, "pareto", "cpu", args.threads) as recorder:
+    with Recorder(path, "pareto", "cpu", options.threads) as recorder:
         print(headline(recorder.environment))
         for save, each in predicted.items():
             case = configuration(save)
@@ -75,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             answer = in_fresh_process(
                 child.configured,
-                args.threads,
+                options.threads,
                 configuration=configuration(save).request(),
-                samples=args.steps,
+                samples=options.steps,
             )
             if "error" in answer:
                 rows.append([*cells, answer["error"], "", ""])
@@ -91,9 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(" ".join(rows[-1]), file=sys.stderr, flush=True)
     header = ["save", "predicted MiB", "measured MiB", "predicted slowdown", "s per step"]
     print(f"\n{table(header, rows)}")
-    draw.draw([path], path.with_suffix(".png"))
+    picture(draw, [path], path.with_suffix(".png"))
     print(f"\n{path}")
-    return 0
 
 
 def chosen(found: Sequence[Choice]) -> list[str]:
@@ -108,5 +123,62 @@ def chosen(found: Sequence[Choice]) -> list[str]:
     return ["+".join(save) for save in dict.fromkeys([*best, *single])]
 
 
+def draw(figure: Any, rows: list[Row]) -> None:
+    """Seconds against memory of every plan."""
+    axes = figure.subplots()
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        if row["metric"] == "step time" and row["value"]:
+            times.setdefault(row["provider"], []).append(float(row["value"]))
+    if not times:
+        raise ValueError("no measured step time to draw")
+
+    def values(metric: str) -> dict[str, float]:
+        return {r["provider"]: float(r["value"]) for r in rows if r["metric"] == metric}
+
+    sizes, slowdowns, peaks = values("predicted peak"), values("predicted slowdown"), values("peak")
+    # the arithmetic knows ratios; the scale is the fastest plan's, measured
+    fastest = next(save for save, slowdown in slowdowns.items() if slowdown == 1)
+    second = median(times[fastest])
+    axes.plot(
+        [sizes[save] / 2**20 for save in slowdowns],
+        [second * slowdown for slowdown in slowdowns.values()],
+        "o",
+        color="#56B4E9",
+        markersize=4,
+        label="every plan, predicted",
+    )
+    for i, (save, samples) in enumerate(times.items()):
+        place = peaks[save] / 2**20, median(samples)
+        colour = "#000000" if save == "naive" else "#D55E00"
+        axes.plot(*place, "s", color=colour, markersize=6)
+        if save in slowdowns:
+            predicted = sizes[save] / 2**20, second * slowdowns[save]
+            axes.plot(*zip(predicted, place, strict=True), "-", color="#999999", linewidth=0.8)
+        modes = save.split("+")
+        # a mixture by its initials, block after block; neighbours on either side
+        name = modes[0] if len(set(modes)) == 1 else " ".join(mode[0] for mode in modes)
+        side = 1 if i % 2 == 0 else -1
+        axes.annotate(
+            name,
+            place,
+            xytext=(6 * side, -3),
+            textcoords="offset points",
+            ha="left" if side == 1 else "right",
+            fontsize=8,
+            color=colour,
+        )
+    axes.plot([], [], "s", color="#D55E00", label="measured: resident size, median step")
+    axes.set_xscale("log")
+    plain_numbers(axes.xaxis)
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.25)
+    axes.set_xlabel("peak memory of a training step, MiB")
+    axes.set_ylabel("seconds per step")
+    axes.set_title(rows[0]["arch"].replace(f", {rows[0]['provider']}", ""))
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,7 +1,7 @@
 """Training with several processes: efficiency, time outside compute, bytes communicated.
 
     python benchmarks/scaling.py --processes 1 2 4
-    python benchmarks/scaling.py --depth 250 --growth-rate 24 --project 8 64 --on h100
+    python benchmarks/scaling.py --depth 250 --growth-rate 24 --processes 8 64 --on h100
 
 Starts itself under torchrun once for each number of processes. Weak scaling keeps the
 batch of each process, strong scaling the batch of all together. "outside compute" is what
@@ -10,39 +10,39 @@ a step takes longer than the same step without any communication.
 On a CPU every process gets --threads threads whatever their number, so that one process
 doesn't compete with four by using four times the cores; more threads than cores is said.
 
---project is a model on paper from published bandwidths. Its figures are no measurements
+--on is a model on paper from published bandwidths. Its figures are no measurements
 and are kept in a file of their own.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from harness import counts, providers, roofline
-from harness.case import (
-    Case,
-    Parser,
-    add_case_arguments,
-    case_of,
-    positive_int,
-)
-from harness.devices import DEVICES, NETWORKS
+from harness.case import Case, CaseOptions
+from harness.devices import DEVICES, NETWORKS, DeviceName, LinkName
 from harness.measure import predicted_peak
-from harness.report import Recorder, table
+from harness.pictures import colour, describe
+from harness.results import Recorder, Row
 from tqdm import tqdm
+from tyro.conf import arg
 
+from effdense.commands import front_end
+from effdense.errors import UserError
 from effdense.machine.environment import headline, usable_cores
 from effdense.machine.measurement import process_environment
 from effdense.machine.memory import available_bytes
+from effdense.machine.tables import table
 
 DEFAULT = ("naive-channels-last", "effdense-bottlenecks", "effdense-features")
 # Backward's share of a step, with which the reduction of gradients overlaps.
@@ -53,97 +53,82 @@ class RunError(RuntimeError):
     """A run under torchrun failed; the message is what its processes said, or died of."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    case = case_of(parser, args)
-    args.providers = providers.selected(parser, args.providers, DEFAULT, case)
-    if args.on and not args.project:
-        parser.error("--on belongs to --project")
-    if args.project:
-        device = DEVICES[args.on or "h100"]
-        if case.dtype not in device.flops:
-            parser.error(f"no published {case.dtype} rate of {device.name}")
-        case = dataclasses.replace(case, device=args.on or "h100")
-    else:
-        problem = objection(args, case)
+@dataclass(frozen=True, kw_only=True)
+class Options(CaseOptions):
+    CIFAR_BATCH: ClassVar[int] = 16
+
+    threads: int = 1
+    """CPU threads of each process."""
+    processes: Annotated[tuple[int, ...], arg(metavar="N")] = (1, 2, 4)
+    """How many are compared; with --on, devices."""
+    providers: Annotated[tuple[str, ...], providers.argument(DEFAULT)] = ()
+    """What is compared."""
+    modes: tuple[Literal["weak", "strong"], ...] = ("weak", "strong")
+    """weak: the batch is that of each process; strong: of all together."""
+    rounds: int = 5
+    """Samples of each."""
+    steps: Annotated[int | None, arg(help_behavior_hint="(default: enough for --seconds)")] = None
+    """Of a sample."""
+    seconds: float = 0.5
+    """Shortest sample."""
+    sync_batch_norm: bool = False
+    """Synchronise batch norm over processes."""
+    on: Annotated[DeviceName | None, arg(help_behavior_hint="(default: here)")] = None
+    """A model on paper of so many of a device that isn't here; nothing is run."""
+    network: LinkName = "ndr400"
+    """Of --on, between machines."""
+    per_machine: int = 8
+    """Of --on, devices."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.names  # noqa: B018, checks them
+        if self.on is not None:
+            DEVICES[self.on].rate(self.dtype)
+            return
+        problem = unable(self, self.case)
         if problem:
-            parser.error(problem)
-    path = args.output or Path("results") / (
-        f"scaling{'-projection' if args.project else ''}-{case.label()}.csv"
+            raise UserError(problem)
+
+    @property
+    def names(self) -> list[str]:
+        return providers.selected(self.providers, DEFAULT, self.case)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    front_end.main(
+        Options, run, program="benchmarks/scaling.py", arguments=arguments, description=__doc__
     )
-    with Recorder(path, "scaling", args.device, args.threads) as recorder:
-        try:
-            if args.project:
-                project(args, case, recorder)
-            else:
-                print(headline(recorder.environment))
-                run(args, case, recorder)
-        except KeyboardInterrupt:
-            print(f"\ninterrupted; the rows so far are in {path}", file=sys.stderr)
-            return 130
+
+
+def run(options: Options) -> None:
+    case = options.case
+    if options.on is not None:
+        case = dataclasses.replace(case, device=options.on)
+    path = options.output or Path("results") / (
+        f"scaling{'-projection' if options.on else ''}-{case.label()}.csv"
+    )
+    with Recorder(path, "scaling", options.device, options.threads) as recorder:
+        if options.on is not None:
+            project(options, options.on, case, recorder)
+        else:
+            print(headline(recorder.environment))
+            measure(options, case, recorder)
     print(f"\n{path}")
-    return 0
 
 
-def make_parser() -> Parser:
-    parser = Parser(__doc__)
-    add_case_arguments(parser, depth=100, growth_rate=12, batch_size=16)
-    # Every number of processes runs with the threads of one.
-    parser.set_defaults(threads=1)
-    parser.add_argument(
-        "--processes",
-        nargs="+",
-        type=positive_int,
-        default=[1, 2, 4],
-        metavar="N",
-        help="default: 1 2 4",
-    )
-    parser.add_argument(
-        "--providers",
-        nargs="+",
-        type=providers.provider_name,
-        metavar="NAME",
-        help=f"default: {' '.join(DEFAULT)}",
-    )
-    parser.add_argument(
-        "--modes", nargs="+", choices=["weak", "strong"], default=["weak", "strong"]
-    )
-    parser.add_argument("--rounds", type=positive_int, default=5, help="default 5")
-    parser.add_argument("--steps", type=positive_int, help="per sample")
-    parser.add_argument("--seconds", type=float, default=0.5, help="shortest sample (default 0.5)")
-    parser.add_argument(
-        "--sync-batch-norm", action="store_true", help="synchronise batch norm over processes"
-    )
-    parser.add_argument(
-        "--project", nargs="+", type=positive_int, metavar="N", help="on paper, for N devices"
-    )
-    parser.add_argument("--on", choices=sorted(DEVICES), help="the projection's device (h100)")
-    parser.add_argument(
-        "--network",
-        choices=sorted(NETWORKS),
-        default="ndr400",
-        help="of the projection, between machines (default ndr400)",
-    )
-    parser.add_argument(
-        "--per-machine", type=positive_int, default=8, help="of the projection: devices (8)"
-    )
-    parser.add_argument("--output", type=Path, metavar="CSV", help="default: results/scaling-*")
-    return parser
-
-
-def objection(args: argparse.Namespace, case: Case) -> str | None:
+def unable(options: Options, case: Case) -> str | None:
     """Why these numbers of processes can't be run; None where they can."""
-    most = max(args.processes)
-    if "strong" in args.modes and any(case.batch_size % n for n in args.processes):
-        return f"--batch-size {case.batch_size} can't be divided over {args.processes} processes"
+    most = max(options.processes)
+    if "strong" in options.modes and any(case.batch_size % n for n in options.processes):
+        return f"--batch-size {case.batch_size} can't be divided over {options.processes} processes"
     if case.device != "cpu":
         import torch
 
         if most > torch.cuda.device_count():
             return f"{most} processes need as many GPUs, torch sees {torch.cuda.device_count()}"
         return None
-    weak = [predicted_peak(name, case) * most for name in args.providers]
+    weak = [predicted_peak(name, case) * most for name in options.names]
     free = available_bytes()
     if max(weak) > free:
         return (
@@ -153,16 +138,16 @@ def objection(args: argparse.Namespace, case: Case) -> str | None:
     return None
 
 
-def run(args: argparse.Namespace, case: Case, recorder: Recorder) -> None:
+def measure(options: Options, case: Case, recorder: Recorder) -> None:
     answers: dict[tuple[str, str, int], dict[str, Any]] = {}
     failures = []
-    work = [(m, name, n) for m in args.modes for name in args.providers for n in args.processes]
+    work = list(itertools.product(options.modes, options.names, options.processes))
     for mode, name, processes in tqdm(work, desc="runs", file=sys.stderr, disable=None):
         share = case.batch_size // (processes if mode == "strong" else 1)
         own = dataclasses.replace(case, batch_size=share)
         common = {"processes": processes}
         try:
-            answer = launch(args, own, name, processes)
+            answer = launch(options, own, name, processes)
         except RunError as error:
             failures.append(f"{name}, {processes} processes: {error}")
             recorder.add(
@@ -186,8 +171,8 @@ def run(args: argparse.Namespace, case: Case, recorder: Recorder) -> None:
         for kind, nbytes in answer["bytes"].items():
             recorder.add(name, own, f"communicated {kind}", nbytes, "B", **common)
 
-    for mode in args.modes:
-        print_mode(args, case, mode, answers)
+    for mode in options.modes:
+        print_mode(options, case, mode, answers)
     print("\n".join(failures))
     naive, shared = (counts.statistics_bytes(case, shared) for shared in (False, True))
     print(
@@ -197,17 +182,17 @@ def run(args: argparse.Namespace, case: Case, recorder: Recorder) -> None:
 
 
 def print_mode(
-    args: argparse.Namespace,
+    options: Options,
     case: Case,
     mode: str,
     answers: dict[tuple[str, str, int], dict[str, Any]],
 ) -> None:
     of = "per process" if mode == "weak" else "of all processes"
-    print(f"\n{mode} scaling, {case.describe()} {of}; {args.threads} threads per process\n")
+    print(f"\n{mode} scaling, {case.describe()} {of}; {options.threads} threads per process\n")
     rows = []
-    for name in args.providers:
+    for name in options.names:
         first: tuple[int, float] | None = None
-        for n in args.processes:
+        for n in options.processes:
             answer = answers.get((mode, name, n))
             if answer is None:
                 continue
@@ -217,7 +202,7 @@ def print_mode(
             # of as many processes as there are at least, usually one
             first = first or (n, rate)
             efficiency = rate / n / (first[1] / first[0])
-            crowded = case.device == "cpu" and n * args.threads > usable_cores()
+            crowded = case.device == "cpu" and n * options.threads > usable_cores()
             rows.append(
                 [
                     name,
@@ -234,7 +219,7 @@ def print_mode(
     print(table([*header, "gradients MB/step", "statistics kB/step"], rows))
 
 
-def launch(args: argparse.Namespace, case: Case, name: str, processes: int) -> dict[str, Any]:
+def launch(options: Options, case: Case, name: str, processes: int) -> dict[str, Any]:
     """Rank 0's answer of one run under torchrun.
 
     Raises:
@@ -245,15 +230,15 @@ def launch(args: argparse.Namespace, case: Case, name: str, processes: int) -> d
         request = {
             "provider": name,
             "case": case.columns(),
-            "threads": args.threads,
-            "rounds": args.rounds,
-            "steps": args.steps,
-            "seconds": args.seconds,
-            "synchronise": args.sync_batch_norm,
+            "threads": options.threads,
+            "rounds": options.rounds,
+            "steps": options.steps,
+            "seconds": options.seconds,
+            "synchronise": options.sync_batch_norm,
             "answer": str(answer),
         }
         # a process that dies of a signal says where it was
-        env = process_environment(args.threads) | {"PYTHONFAULTHANDLER": "1"}
+        env = process_environment(options.threads) | {"PYTHONFAULTHANDLER": "1"}
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         torchrun += [f"--nproc_per_node={processes}", "-m", "harness.rank", json.dumps(request)]
         done = subprocess.run(torchrun, env=env, capture_output=True, text=True)
@@ -277,30 +262,30 @@ def reason(stderr: str) -> str:
     return ""
 
 
-def project(args: argparse.Namespace, case: Case, recorder: Recorder) -> None:
+def project(options: Options, on: DeviceName, case: Case, recorder: Recorder) -> None:
     """Weak scaling on paper.
 
     Compute is the roofline of one device; gradients go once around a ring of all devices,
     2 (N - 1) / N of their bytes over the slowest link. Either all of it hides behind
     backward or none does: the truth lies between.
     """
-    device = DEVICES[args.on or "h100"]
-    network = NETWORKS[args.network]
+    device = DEVICES[on]
+    network = NETWORKS[options.network]
     print(f"PROJECTION, not a measurement: {case.describe()} per device, {device.name}")
     print(
-        f"{args.per_machine} devices a machine at {device.link / 1e9:g} GB/s per direction, "
-        f"machines at {network / 1e9:g} GB/s ({args.network}); {device.source}\n"
+        f"{options.per_machine} devices a machine at {device.link / 1e9:g} GB/s per direction, "
+        f"machines at {network / 1e9:g} GB/s ({options.network}); {device.source}\n"
     )
     rows = []
-    for name in args.providers:
+    for name in options.names:
         try:
             operations = roofline.operations(name, case)
         except ValueError as error:
             print(error)
             continue
-        compute = roofline.seconds(operations, device.flops[case.dtype], device.memory)
-        for n in args.project:
-            slowest = device.link if n <= args.per_machine else min(device.link, network)
+        compute = roofline.seconds(operations, device.rate(case.dtype), device.memory)
+        for n in options.processes:
+            slowest = device.link if n <= options.per_machine else min(device.link, network)
             reduction = 2 * (n - 1) / n * counts.gradient_bytes(case) / slowest
             hidden = compute + max(0.0, reduction - BACKWARD_SHARE * compute)
             low, high = compute / (compute + reduction), compute / hidden
@@ -327,10 +312,46 @@ def project(args: argparse.Namespace, case: Case, recorder: Recorder) -> None:
                     "s",
                     kind="projection",
                     processes=n,
-                    detail=f"{device.name}, {args.network}",
+                    detail=f"{device.name}, {options.network}",
                 )
     print(table(["provider", "devices", "compute ms", "reduction ms", "efficiency"], rows))
 
 
+def draw(figure: Any, rows: list[Row]) -> None:
+    """Efficiency against the number of processes."""
+    axes = figure.subplots()
+    rows = [row for row in rows if row["metric"].endswith("step time") and row["value"]]
+    if not rows:
+        raise ValueError("no measured step time to draw")
+    counts = sorted({int(row["processes"]) for row in rows})
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        for metric, marker in (("weak step time", "o"), ("strong step time", "s")):
+            own = [r for r in rows if r["provider"] == provider and r["metric"] == metric]
+            times = {
+                n: median([float(r["value"]) for r in own if int(r["processes"]) == n])
+                for n in counts
+                if any(int(r["processes"]) == n for r in own)
+            }
+            if not times:
+                continue
+            first = min(times)
+            ideal = {n: first / n if metric.startswith("strong") else 1.0 for n in times}
+            axes.plot(
+                list(times),
+                [100 * ideal[n] * times[first] / times[n] for n in times],
+                marker=marker,
+                color=colour(provider),
+                linestyle="-" if marker == "o" else "--",
+                label=f"{provider}, {metric.split()[0]}",
+            )
+    axes.set_xticks(counts)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("processes")
+    axes.set_ylabel("scaling efficiency, %")
+    axes.set_title(describe(rows[0]))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

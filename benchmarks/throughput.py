@@ -3,7 +3,7 @@
     python benchmarks/throughput.py --depth 100 --growth-rate 12 --batch-size 64
     python benchmarks/throughput.py --arch densenet121 --batch-size 8
     python benchmarks/throughput.py --depth 40 --spatial-dims 3 --batch-size 2
-    python benchmarks/throughput.py --depth 250 --growth-rate 24 --project h100
+    python benchmarks/throughput.py --depth 250 --growth-rate 24 --on h100
 
 Before anything is timed, loss and gradients of every provider are compared with the naive
 net's; one that disagrees gets no figure of speed. Then each provider takes one sample per
@@ -11,28 +11,33 @@ round, in a process of its own; an untimed step goes before each sample, since t
 one after the other processes' turns finds none of its data in the caches. A ratio is formed
 within each round, so that a slow moment of the machine touches both sides.
 
---project prints what published peak rates would allow on a device that isn't here. Its
+--on prints what published peak rates would allow on a device that isn't here. Its
 figures are no measurements and are kept in a file of their own.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 from harness import counts, providers, roofline
-from harness.case import Case, Parser, add_case_arguments, case_of, positive_int
-from harness.devices import DEVICES, Device
+from harness.case import Case, CaseOptions
+from harness.devices import DEVICES, Device, DeviceName
 from harness.measure import predicted_peak
-from harness.report import Recorder, quantiles, table
+from harness.pictures import colour, describe
+from harness.results import Recorder, Row, quantiles
 from harness.speed import Race, WorkerError, machine_peaks
 from tqdm import tqdm
+from tyro.conf import arg
 
+from effdense.commands import front_end
 from effdense.machine.environment import headline
 from effdense.machine.memory import available_bytes
+from effdense.machine.tables import table
 
 DEFAULT = (
     "naive",
@@ -46,89 +51,76 @@ PROJECTED = ("naive", "checkpoint", "effdense-bottlenecks", "effdense-features",
 BASELINES = ("naive", "naive-channels-last", "compile", "compile-channels-last")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    case = case_of(parser, args)
-    default = PROJECTED if args.project else DEFAULT
-    names = list(dict.fromkeys(providers.selected(parser, args.providers, default, case)))
-    if "naive" not in names:
-        # the gate's yardstick
-        names.insert(0, "naive")
-    if args.project:
-        device = DEVICES[args.project]
-        if case.dtype not in device.flops:
-            parser.error(f"no published {case.dtype} rate of {device.name}")
-        case = dataclasses.replace(case, device=args.project)
-    path = args.output or Path("results") / (
-        f"throughput{'-projection' if args.project else ''}-{case.label()}.csv"
+@dataclass(frozen=True, kw_only=True)
+class Options(CaseOptions):
+    providers: Annotated[tuple[str, ...], providers.argument(DEFAULT)] = ()
+    """What is compared."""
+    baselines: Annotated[
+        tuple[str, ...],
+        arg(metavar="NAME", help_behavior_hint=f"(default: {' '.join(BASELINES)}, where they run)"),
+    ] = ()
+    """What ratios are formed to."""
+    rounds: int = 7
+    """Samples of each provider."""
+    steps: Annotated[int | None, arg(help_behavior_hint="(default: enough for --seconds)")] = None
+    """Of a sample."""
+    seconds: float = 0.5
+    """Shortest sample; clocks of virtual machines tick in 20 ms."""
+    no_strict: bool = False
+    """Leave out the comparison of gradients in float64, of at most four images."""
+    force: bool = False
+    """Attempt what should not fit."""
+    on: Annotated[DeviceName | None, arg(help_behavior_hint="(default: here)")] = None
+    """A roofline projection onto a device that isn't here; nothing is run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.names  # noqa: B018, checks them
+        for name in self.baselines:
+            providers.find(name)
+        if self.on is not None:
+            DEVICES[self.on].rate(self.dtype)
+
+    @property
+    def names(self) -> list[str]:
+        default = PROJECTED if self.on else DEFAULT
+        names = dict.fromkeys(providers.selected(self.providers, default, self.case))
+        # the gate's yardstick comes first, where it isn't named
+        return list(names if "naive" in names else {"naive": None, **names})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    front_end.main(
+        Options, run, program="benchmarks/throughput.py", arguments=arguments, description=__doc__
     )
-    with Recorder(path, "throughput", args.device, args.threads) as recorder:
-        try:
-            if args.project:
-                project(device, case, names, recorder)
-                red = False
-            else:
-                print(headline(recorder.environment))
-                red = race(args, case, names, recorder)
-        except KeyboardInterrupt:
-            print(f"\ninterrupted; the rows so far are in {path}", file=sys.stderr)
-            return 130
-        except WorkerError as error:
-            print(f"the naive net failed, so nothing can be compared: {error}", file=sys.stderr)
-            return 1
+
+
+def run(options: Options) -> int:
+    case, names = options.case, options.names
+    if options.on is not None:
+        case = dataclasses.replace(case, device=options.on)
+    path = options.output or Path("results") / (
+        f"throughput{'-projection' if options.on else ''}-{case.label()}.csv"
+    )
+    with Recorder(path, "throughput", options.device, options.threads) as recorder:
+        if options.on is not None:
+            project(DEVICES[options.on], case, names, recorder)
+            red = False
+        else:
+            print(headline(recorder.environment))
+            try:
+                red = race(options, case, names, recorder)
+            except WorkerError as error:
+                print(f"the naive net failed, so nothing can be compared: {error}", file=sys.stderr)
+                return 1
     print(f"\n{path}")
     return 1 if red else 0
 
 
-def make_parser() -> Parser:
-    parser = Parser(__doc__)
-    add_case_arguments(parser, depth=100, growth_rate=12, batch_size=64)
-    parser.add_argument(
-        "--providers",
-        nargs="+",
-        type=providers.provider_name,
-        metavar="NAME",
-        help=f"default: {' '.join(DEFAULT)}; also: "
-        + " ".join(name for name in providers.PROVIDERS if name not in DEFAULT),
-    )
-    parser.add_argument(
-        "--baselines",
-        nargs="+",
-        type=providers.provider_name,
-        metavar="NAME",
-        help=f"what ratios are formed to (default: those of {', '.join(BASELINES)} that run)",
-    )
-    parser.add_argument(
-        "--rounds", type=positive_int, default=7, help="samples per provider (default 7)"
-    )
-    parser.add_argument(
-        "--steps", type=positive_int, help="per sample (default: enough for --seconds)"
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=0.5,
-        help="shortest sample; clocks of virtual machines tick in 20 ms (default 0.5)",
-    )
-    parser.add_argument(
-        "--strict",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also compare gradients in float64, <= 4 images (default: yes)",
-    )
-    parser.add_argument("--force", action="store_true", help="attempt what should not fit")
-    parser.add_argument(
-        "--project", choices=sorted(DEVICES), help="a roofline projection; nothing is run"
-    )
-    parser.add_argument("--output", type=Path, metavar="CSV", help="default: results/throughput-*")
-    return parser
-
-
-def race(args: argparse.Namespace, case: Case, names: Sequence[str], recorder: Recorder) -> bool:
+def race(options: Options, case: Case, names: Sequence[str], recorder: Recorder) -> bool:
     """Compare, then time, then print; whether the gate was red for anyone."""
     out: dict[str, str] = {}
-    if not args.force:
+    if not options.force:
         free = available_bytes(case.device)
         for name in names:
             needed = predicted_peak(name, case)
@@ -139,9 +131,9 @@ def race(args: argparse.Namespace, case: Case, names: Sequence[str], recorder: R
                 )
     red = False
     times: dict[str, list[float]] = {}
-    with Race([name for name in names if name not in out], case, args.threads) as racers:
+    with Race([name for name in names if name not in out], case, options.threads) as racers:
         gates = [("same dtype", racers.disagreements())]
-        if args.strict:
+        if not options.no_strict:
             gates.append(("float64", racers.disagreements(strict=True)))
         for gate, found in gates:
             for name, each in found.items():
@@ -159,11 +151,11 @@ def race(args: argparse.Namespace, case: Case, names: Sequence[str], recorder: R
                     racers.failures[name] = f"DISAGREES with the naive net: {each.describe()}"
         verdict = "RED" if red else "green"
         print(f"correctness gate: {verdict} ({', '.join(gate for gate, _ in gates)})")
-        minutes = racers.warm_up(args.seconds, args.steps) * args.rounds / 60
-        print(f"about {minutes:.1f} minutes for {args.rounds} rounds")
-        rounds = racers.rounds(args.rounds)
+        minutes = racers.warm_up(options.seconds, options.steps) * options.rounds / 60
+        print(f"about {minutes:.1f} minutes for {options.rounds} rounds")
+        rounds = racers.rounds(options.rounds)
         for i, found in enumerate(
-            tqdm(rounds, total=args.rounds, desc="rounds", file=sys.stderr, disable=None)
+            tqdm(rounds, total=options.rounds, desc="rounds", file=sys.stderr, disable=None)
         ):
             for name, seconds in found.items():
                 times.setdefault(name, []).append(seconds)
@@ -171,13 +163,13 @@ def race(args: argparse.Namespace, case: Case, names: Sequence[str], recorder: R
                     name, case, "step time", seconds, "s", sample=i, steps=racers.steps[name]
                 )
         out |= racers.failures
-    peaks = machine_peaks(case, args.threads, args.seconds)
+    peaks = machine_peaks(case, options.threads, options.seconds)
     recorder.add("machine", case, "matrix product", peaks["flops"], "FLOP/s")
     recorder.add("machine", case, "copy", peaks["bytes"], "B/s")
     for name, why in out.items():
         recorder.add(name, case, "step time", None, "s", status="failed", detail=why)
     times = {name: found for name, found in times.items() if name not in out}
-    print_race(case, times, args.baselines, red, peaks)
+    print_race(case, times, options.baselines, red, peaks)
     for name, why in out.items():
         print(f"{name}: {why}")
     return red
@@ -186,7 +178,7 @@ def race(args: argparse.Namespace, case: Case, names: Sequence[str], recorder: R
 def print_race(
     case: Case,
     times: dict[str, list[float]],
-    baselines: Sequence[str] | None,
+    baselines: Sequence[str],
     red: bool,
     peaks: dict[str, float],
 ) -> None:
@@ -264,5 +256,44 @@ def project(device: Device, case: Case, names: Sequence[str], recorder: Recorder
     print(table(["provider", "GFLOP", "GB", "ms/step >=", "images/s <=", "x naive"], rows))
 
 
+def draw(figure: Any, rows: list[Row]) -> None:
+    """Images per second, a panel for each case."""
+    rows = [row for row in rows if row["metric"] == "step time" and row["value"]]
+    if not rows:
+        raise ValueError("no measured step time to draw")
+    cases = list(dict.fromkeys(describe(row) for row in rows))
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    # each case has a scale of its own: between them speeds differ tenfold
+    figure.set_figheight(max(4.5, 0.4 + len(cases) * (0.6 + 0.24 * len(names))))
+    panels = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
+    for panel, case in zip(panels, cases, strict=True):
+        _speed_bars(panel, names, [row for row in rows if describe(row) == case])
+        panel.set_title(case, fontsize=9, loc="left")
+    panel.set_xlabel("images per second: median, 20 to 80 % quantiles")
+
+
+def _speed_bars(axes: Any, names: list[str], rows: list[Row]) -> None:
+    places = []
+    for name in names:
+        own = [float(row["value"]) for row in rows if row["provider"] == name]
+        if not own:
+            continue
+        images = int(rows[0]["batch_size"])
+        low, middle, high = quantiles([images / seconds for seconds in own])
+        places.append(name)
+        axes.barh(name, middle, 0.8, color=colour(name))
+        axes.errorbar(middle, name, xerr=[[middle - low], [high - middle]], color="#AA3377")
+        axes.annotate(
+            f"{middle:.1f}",
+            (high, name),
+            xytext=(4, -3),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set_ylim(len(places) - 0.4, -0.6)
+    axes.tick_params(labelsize=8)
+    axes.margins(x=0.1)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

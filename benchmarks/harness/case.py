@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
+from tyro.conf import arg
+
+from effdense.choices import DtypeName, NetworkName
+from effdense.errors import UserError
 from effdense.machine.environment import usable_cores
-from effdense.machine.memory import parse_size
 from effdense.models import TORCHVISION_VARIANTS as IMAGENET_FAMILY
 from effdense.reference import densenet_bc_config
 
-CIFAR_FAMILY = "densenet-bc"
+CIFAR_FAMILY = "densenet_bc"
 
 # bytes per element of what autocast computes in
-ELEMENT_SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+ELEMENT_SIZE: dict[DtypeName, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Case:
     """One network, one input, one device.
 
     ``depth`` and ``growth_rate`` are those of the CIFAR family and 0 where ``arch`` names
-    an ImageNet network. ``image_size`` in pixels along each of ``spatial_dims``. bfloat16
+    another network. ``image_size`` in pixels along each of ``spatial_dims``. bfloat16
     and float16 mean autocast over float32 parameters, the way people train; float64 and
     float32 mean everything.
     """
@@ -34,7 +37,7 @@ class Case:
     growth_rate: int
     batch_size: int
     image_size: int
-    dtype: str = "float32"
+    dtype: DtypeName = "float32"
     device: str = "cpu"
     spatial_dims: int = 2
 
@@ -58,7 +61,7 @@ class Case:
 
     def network(self) -> dict[str, Any]:
         """Arguments of ``effdense.reference.DenseNet`` and ``effdense.DenseNet``."""
-        dims = {"spatial_dims": self.spatial_dims}
+        dims: dict[str, Any] = {"spatial_dims": self.spatial_dims}
         if self.is_cifar:
             return densenet_bc_config(self.depth, self.growth_rate, **dims)
         return dict(IMAGENET_FAMILY[self.arch], bn_size=4, num_classes=1000, **dims)
@@ -81,90 +84,86 @@ class Case:
         return f"{name}-b{self.batch_size}-{self.image_size}px{dims}-{self.dtype}-{device}"
 
     def describe(self) -> str:
-        name = f"DenseNet-BC ({self.depth}, k={self.growth_rate})" if self.is_cifar else self.arch
+        name = f"DenseNet-BC ({self.depth}, k {self.growth_rate})" if self.is_cifar else self.arch
         return f"{name}, batch {self.batch_size}, {self.size}, {self.dtype}, {self.device}"
 
     def columns(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-class Parser(argparse.ArgumentParser):
-    """Prints the module's docstring as help, and one line for a bad argument."""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every benchmark can be told."""
 
-    def __init__(self, description: str | None) -> None:
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    threads: int = usable_cores()
+    """CPU threads; by default as many as there are cores that this process may use."""
+    output: Annotated[
+        Path | None, arg(metavar="CSV", help_behavior_hint="(default: a name in results/)")
+    ] = None
+    """Where the rows go; a picture, where there is one, beside them."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            for each in value if isinstance(value, tuple) else (value,):
+                if type(each) is int and each < 1:
+                    option = f"--{name.replace('_', '-')}"
+                    raise UserError(f"{option} must be a positive integer, got {each}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseOptions(Options):
+    """The options that choose a case; :attr:`case` is the one they choose."""
+
+    CIFAR_BATCH: ClassVar[int] = 64
+
+    arch: NetworkName = "densenet_bc"
+    """The network: densenet_bc is the paper's CIFAR family, the others are its ImageNet family."""
+    depth: int = 100
+    """Layers of densenet_bc, 6 n + 4."""
+    growth_rate: int = 12
+    """Channels per layer of densenet_bc, the paper's k."""
+    batch_size: Annotated[
+        int | None, arg(metavar="IMAGES", help_behavior_hint="(default: see above; densenetN: 8)")
+    ] = None
+    """At once."""
+    image_size: Annotated[
+        int | None,
+        arg(metavar="PIXELS", help_behavior_hint="(default: 32 for densenet_bc, else 224)"),
+    ] = None
+    """Along each dimension."""
+    spatial_dims: Literal[1, 2, 3] = 2
+    """Of the network and its images."""
+    dtype: DtypeName = "float32"
+    """bfloat16 and float16 mean autocast over float32 parameters."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", self.device):
+            raise UserError(f"--device must be cpu, cuda or cuda:N, got {self.device!r}")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("depth", "growth_rate"):
+            if self.arch != CIFAR_FAMILY and getattr(self, name) != defaults[name]:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option} belongs to densenet_bc; {self.arch} has a fixed one")
+        problem = objection(self.case)
+        if problem:
+            raise UserError(problem)
+
+    @property
+    def case(self) -> Case:
+        is_cifar = self.arch == CIFAR_FAMILY
+        return Case(
+            arch=self.arch,
+            depth=self.depth if is_cifar else 0,
+            growth_rate=self.growth_rate if is_cifar else 0,
+            batch_size=self.batch_size or (self.CIFAR_BATCH if is_cifar else 8),
+            image_size=self.image_size or (32 if is_cifar else 224),
+            dtype=self.dtype,
+            device=self.device,
+            spatial_dims=self.spatial_dims,
         )
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help shows every option)\n")
-
-
-def add_case_arguments(
-    parser: argparse.ArgumentParser, *, depth: int, growth_rate: int, batch_size: int
-) -> None:
-    """The options that choose a case, with this benchmark's defaults for the CIFAR family."""
-    group = parser.add_argument_group("network and input")
-    which = group.add_mutually_exclusive_group()
-    which.add_argument(
-        "--depth", type=int, help=f"layers of a DenseNet-BC, 6 n + 4 (default {depth})"
-    )
-    which.add_argument("--arch", choices=sorted(IMAGENET_FAMILY), help="an ImageNet network")
-    group.add_argument(
-        "--growth-rate",
-        type=positive_int,
-        help=f"the DenseNet-BC's k, channels per layer (default {growth_rate})",
-    )
-    group.add_argument(
-        "--batch-size", type=positive_int, help=f"images (default {batch_size}; with --arch, 8)"
-    )
-    group.add_argument(
-        "--image-size", type=positive_int, help="pixels (default 32; with --arch, 224)"
-    )
-    group.add_argument(
-        "--spatial-dims",
-        type=int,
-        choices=(1, 2, 3),
-        default=2,
-        help="of the network and its inputs, --image-size along each (default 2)",
-    )
-    group.add_argument(
-        "--dtype",
-        choices=sorted(ELEMENT_SIZE),
-        default="float32",
-        help="bfloat16 and float16 mean autocast over float32 parameters (default float32)",
-    )
-    group.add_argument(
-        "--device", type=_device, default="cpu", help="cpu, cuda or cuda:N (default cpu)"
-    )
-    group.add_argument(
-        "--threads",
-        type=positive_int,
-        default=usable_cores(),
-        help="CPU threads (default: the cores this process may use, here %(default)s)",
-    )
-    parser.set_defaults(_case_defaults=(depth, growth_rate, batch_size))
-
-
-def case_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Case:
-    """The case the arguments name; ends the program with one line where they name none."""
-    depth, growth_rate, batch_size = args._case_defaults
-    if args.arch and args.growth_rate:
-        parser.error(f"--growth-rate belongs to DenseNet-BC; {args.arch} has a fixed one")
-    case = Case(
-        arch=args.arch or CIFAR_FAMILY,
-        depth=0 if args.arch else depth if args.depth is None else args.depth,
-        growth_rate=0 if args.arch else args.growth_rate or growth_rate,
-        batch_size=args.batch_size or (8 if args.arch else batch_size),
-        image_size=args.image_size or (224 if args.arch else 32),
-        dtype=args.dtype,
-        device=args.device,
-        spatial_dims=args.spatial_dims,
-    )
-    problem = objection(case)
-    if problem:
-        parser.error(problem)
-    return case
 
 
 def objection(case: Case) -> str | None:
@@ -188,28 +187,3 @@ def objection(case: Case) -> str | None:
     if index >= count:
         return f"--device {case.device}: torch sees {count} CUDA devices here"
     return None
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
-    return text
-
-
-def positive_int(text: str) -> int:
-    """An argparse type."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return value
-
-
-def byte_size(text: str) -> int:
-    """An argparse type: "12GiB", "500MB" or plain bytes."""
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

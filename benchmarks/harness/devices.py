@@ -7,20 +7,36 @@ is a bound, not a promise.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+from effdense.choices import DtypeName
+from effdense.errors import UserError
+
+DeviceName = Literal["v100", "a100", "h100", "h200", "rtx4090"]
+LinkName = Literal["10gbe", "100gbe", "hdr200", "ndr400"]
 
 
 class Device(NamedTuple):
     """FLOP/s by dtype, bytes/s of device memory and of its link to its peers, source."""
 
     name: str
-    flops: dict[str, float]
+    flops: dict[DtypeName, float]
     memory: float
     link: float
     source: str
 
+    def rate(self, dtype: DtypeName) -> float:
+        """Peak FLOP/s.
 
-DEVICES: dict[str, Device] = {
+        Raises:
+            UserError: where none is published.
+        """
+        if dtype not in self.flops:
+            raise UserError(f"no published {dtype} rate of {self.name}")
+        return self.flops[dtype]
+
+
+DEVICES: dict[DeviceName, Device] = {
     "v100": Device(
         "NVIDIA V100 SXM2 32 GB",
         {"float64": 7.8e12, "float32": 15.7e12, "float16": 125e12},
@@ -59,7 +75,7 @@ DEVICES: dict[str, Device] = {
 }
 
 # Bytes/s per direction between machines, by name.
-NETWORKS: dict[str, float] = {
+NETWORKS: dict[LinkName, float] = {
     "10gbe": 1.25e9,
     "100gbe": 12.5e9,
     "hdr200": 25e9,

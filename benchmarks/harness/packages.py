@@ -6,7 +6,7 @@ A case whose ``arch`` is one of ``MODELS`` is built by the package itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,13 @@ from .case import Case
 from .providers import set_parameters
 
 PROVIDERS = ("original", "converted")
+ModelName = Literal[
+    "torchvision-densenet121",
+    "timm-densenet121",
+    "torchxrayvision-densenet121",
+    "monai-densenet121-3d",
+    "smp-unet-densenet121",
+]
 
 
 class PackageModel(NamedTuple):
@@ -66,7 +73,7 @@ def _smp() -> nn.Module:
     return segmentation_models_pytorch.Unet("densenet121", encoder_weights=None, classes=2)
 
 
-MODELS: dict[str, PackageModel] = {
+MODELS: dict[ModelName, PackageModel] = {
     "torchvision-densenet121": PackageModel(
         "torchvision", "torchvision.models.densenet121()", _torchvision, 3, 2, 1000, False, 8, 224
     ),
@@ -85,7 +92,7 @@ MODELS: dict[str, PackageModel] = {
 }
 
 
-def case(arch: str, batch_size: int | None = None, device: str = "cpu") -> Case:
+def case(arch: ModelName, batch_size: int | None = None, device: str = "cpu") -> Case:
     """A package's model at its usual input."""
     model = MODELS[arch]
     batch_size = batch_size or model.batch_size
@@ -94,7 +101,7 @@ def case(arch: str, batch_size: int | None = None, device: str = "cpu") -> Case:
 
 def setup(provider: str, case: Case) -> Training:
     """The original or the converted model, ready to train; the same parameters and input."""
-    package = MODELS[case.arch]
+    package = MODELS[cast(ModelName, case.arch)]
     with torch.device(case.device):
         model = package.build()
     set_parameters(model)

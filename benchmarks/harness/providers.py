@@ -7,23 +7,26 @@ the same parameters and the same input. Speed and memory are measured on the sam
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
+import tyro
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 import effdense
 from effdense import reference
 from effdense.autocast import autocast_dtype
+from effdense.choices import BackendName
+from effdense.errors import UserError
 from effdense.memory.meta import autocast
 from effdense.memory.timeline import Training
 
-from .case import Case, Parser
+from .case import Case
 
+BACKENDS = get_args(BackendName)
 DEFAULT = (
     "naive",
     "naive-channels-last",
@@ -156,7 +159,7 @@ PROVIDERS: dict[str, Provider] = {
     f"effdense-{save}": Provider(
         f'effdense, save="{save}"',
         _effdense(save),
-        variant="the backend: auto (default), torch or triton",
+        variant=f"the backend, one of {', '.join(BACKENDS)} (default auto)",
     )
     for save in effdense.SAVE_MODES
 }
@@ -166,47 +169,44 @@ def find(name: str) -> tuple[Provider, str]:
     """The provider that ``NAME`` or ``NAME:VARIANT`` stands for, and its variant.
 
     Raises:
-        ValueError: where there is none; names those there are.
+        UserError: where there is none; names those there are.
     """
     base, _, variant = name.partition(":")
     provider = PROVIDERS.get(base)
     if provider is None:
-        raise ValueError(f"no provider {base!r}; there are {', '.join(PROVIDERS)}")
+        raise UserError(f"no provider {base!r}; there are {', '.join(PROVIDERS)}")
     if variant and provider.variant is None:
-        raise ValueError(f"provider {base} has no variants, got {name!r}")
+        raise UserError(f"provider {base} has no variants, got {name!r}")
     if variant and base == "compile-budget":
         try:
             in_range = 0 <= float(variant) <= 1
         except ValueError:
             in_range = False
         if not in_range:
-            raise ValueError(f"the budget is a fraction between 0 and 1, got {name!r}")
-    if variant and base.startswith("effdense") and variant not in ("auto", "torch", "triton"):
-        raise ValueError(f"the backend is auto, torch or triton, got {name!r}")
+            raise UserError(f"the budget is a fraction between 0 and 1, got {name!r}")
+    if variant and base.startswith("effdense") and variant not in BACKENDS:
+        raise UserError(f"the backend is one of {', '.join(BACKENDS)}, got {name!r}")
     return provider, variant
 
 
-def provider_name(text: str) -> str:
-    """An argparse type."""
-    try:
-        find(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+def argument(default: Sequence[str]) -> Any:
+    """Of the command lines' ``--providers``: the help text names those there are."""
+    other = " ".join(name for name in PROVIDERS if name not in default)
+    hint = f"(default: {' '.join(default)}; there are also {other})"
+    return tyro.conf.arg(metavar="NAME", help_behavior_hint=hint)
 
 
-def selected(
-    parser: Parser, named: Sequence[str] | None, default: Sequence[str], case: Case
-) -> list[str]:
+def selected(named: Sequence[str], default: Sequence[str], case: Case) -> list[str]:
     """The providers ``named``, else those of ``default`` that have the case's network.
 
-    Ends the program with one line where one that is named doesn't.
+    Raises:
+        UserError: where one that is named is none, or hasn't.
     """
     able = [name for name in named or default if case.spatial_dims in find(name)[0].dims]
-    for name in named or ():
+    for name in named:
         if name not in able:
             dims = " and ".join(f"{n}-D" for n in find(name)[0].dims)
-            parser.error(
+            raise UserError(
                 f"{name} has networks in {dims} only, not for --spatial-dims "
                 f"{case.spatial_dims}; leave it out of --providers"
             )

@@ -1,20 +1,21 @@
-"""Results: a CSV that grows row by row, and a table for the terminal."""
+"""Results: a CSV that grows row by row, and what their rows hold."""
 
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from effdense.machine.environment import environment
-from effdense.machine.tables import table as table
 
 from .case import Case
 from .grid import Configuration
 
 Kind = Literal["measured", "formula", "projection"]
+Row = dict[str, str]
 
 RESULT_COLUMNS = (
     "benchmark",
@@ -33,6 +34,7 @@ RESULT_COLUMNS = (
     "metric",
     "unit",
     "sample",
+    "statistic",
     "value",
     "status",
     "detail",
@@ -60,7 +62,8 @@ class Recorder:
     """A CSV file with one row per sample, each on disk as soon as it is known.
 
     ``kind`` says where a value comes from: measured here, by a formula, or a projection
-    onto hardware that isn't here.
+    onto hardware that isn't here. ``statistic`` is empty for one sample's value, else the
+    quantile of samples that are not in the file, such as 0.5.
     """
 
     def __init__(self, path: Path, benchmark: str, device: str, threads: int) -> None:
@@ -81,6 +84,8 @@ class Recorder:
         traceback: TracebackType | None,
     ) -> None:
         self._file.close()
+        if kind is KeyboardInterrupt:
+            print(f"\nthe rows so far are in {self.path}", file=sys.stderr)
 
     def add(
         self,
@@ -109,6 +114,7 @@ class Recorder:
                 "metric": metric,
                 "unit": unit,
                 "sample": sample,
+                "statistic": "",
                 "value": "" if value is None else value,
                 "status": status or ("measured" if kind == "measured" else ""),
                 "detail": detail,
@@ -117,18 +123,18 @@ class Recorder:
         self._file.flush()
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a results file; those from before there were others are of 2-D networks.
+def read(path: Path) -> list[Row]:
+    """The rows of a results file.
 
     Raises:
         ValueError: for a file that no benchmark wrote.
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        missing = set(RESULT_COLUMNS) - {"spatial_dims"} - set(reader.fieldnames or ())
+        missing = {*RESULT_COLUMNS, *ENVIRONMENT_COLUMNS} - set(reader.fieldnames or ())
         if missing:
             raise ValueError(f"{path} is no benchmark's result: no column {sorted(missing)[0]!r}")
-        return [row | {"spatial_dims": row.get("spatial_dims", "2")} for row in reader]
+        return list(reader)
 
 
 def mebibytes(nbytes: float | None) -> str:
