@@ -114,7 +114,7 @@ class Options(CaseOptions):
         if self.sweep is None:
             return [self.case]
         points = self.points or SWEEPS[self.sweep]
-        cases = [dataclasses.replace(self.case, **{self.swept: n}) for n in points]
+        cases = [dataclasses.replace(self.case, **{self.swept: n}) for n in points]  # type: ignore[arg-type]
         for each in cases:
             problem = objection(each)
             if problem:
@@ -182,6 +182,7 @@ def floor_row(floor: counts.Floor) -> list[str]:
 
 
 def row(name: str, result: Memory, floor: counts.Floor, case: Case) -> list[str]:
+    peak: str
     peak, ratio = result.status, ""
     found = result.peak if result.peak is not None else result.predicted
     if found is not None:
@@ -310,7 +311,11 @@ def measured(options: Options, case: Case, name: str, live: bool, recorder: Reco
         force=options.force,
         memory_limit=parse_size(options.memory_limit) if options.memory_limit else None,
     )
-    common = {"steps": options.steps, "status": result.status, "detail": result.detail}
+    common: dict[str, Any] = {
+        "steps": options.steps,
+        "status": result.status,
+        "detail": result.detail,
+    }
     recorder.add(name, case, "peak", result.peak, "B", **common)
     values = {"baseline": result.baseline, "reserved": result.reserved, "process": result.process}
     values |= {f"live {role}": value for role, value in result.live.items()}

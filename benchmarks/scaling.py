@@ -145,7 +145,7 @@ def measure(options: Options, case: Case, recorder: Recorder) -> None:
     for mode, name, processes in tqdm(work, desc="runs", file=sys.stderr, disable=None):
         share = case.batch_size // (processes if mode == "strong" else 1)
         own = dataclasses.replace(case, batch_size=share)
-        common = {"processes": processes}
+        common: dict[str, Any] = {"processes": processes}
         try:
             answer = launch(options, own, name, processes)
         except RunError as error:

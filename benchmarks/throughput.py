@@ -154,10 +154,10 @@ def race(options: Options, case: Case, names: Sequence[str], recorder: Recorder)
         minutes = racers.warm_up(options.seconds, options.steps) * options.rounds / 60
         print(f"about {minutes:.1f} minutes for {options.rounds} rounds")
         rounds = racers.rounds(options.rounds)
-        for i, found in enumerate(
+        for i, taken in enumerate(
             tqdm(rounds, total=options.rounds, desc="rounds", file=sys.stderr, disable=None)
         ):
-            for name, seconds in found.items():
+            for name, seconds in taken.items():
                 times.setdefault(name, []).append(seconds)
                 recorder.add(
                     name, case, "step time", seconds, "s", sample=i, steps=racers.steps[name]

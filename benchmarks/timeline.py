@@ -71,7 +71,7 @@ def run(options: Options) -> None:
             end = moments[-1].seconds
             for sample, moment in enumerate(thinned(moments, options.points)):
                 share = 100 * moment.seconds / end
-                common = {"sample": sample, "detail": moment.phase}
+                common: dict[str, Any] = {"sample": sample, "detail": moment.phase}
                 recorder.add(name, case, "moment", share, "%", **common)
                 for role, nbytes in moment.parts.items():
                     recorder.add(name, case, f"live {role}", nbytes, "B", **common)

@@ -82,6 +82,7 @@ class _CheckpointedBlock(reference.DenseBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
+        layer: Any
         for layer in self.values():
 
             def bottleneck(*features: Tensor, layer: Any = layer) -> Tensor:
@@ -230,7 +231,7 @@ def setup(name: str, case: Case) -> Training:
     target = torch.randint(classes, case.shape[:1], generator=generator).to(case.device)
     if provider.channels_last:
         layout = torch.channels_last_3d if case.spatial_dims == 3 else torch.channels_last
-        model = model.to(memory_format=layout)  # type: ignore[call-overload]
+        model = model.to(memory_format=layout)
         x = x.to(memory_format=layout)
     # Small enough that no number of timed steps leads anywhere.
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)

@@ -93,9 +93,13 @@ def main() -> None:
         answer = measure(request, case, gpu)
         if dist.get_rank() == 0:
             text = json.dumps(answer)
-            write_atomically(Path(request["answer"]), lambda path: path.write_text(text))
+            write_atomically(Path(request["answer"]), lambda path: _write(path, text))
     finally:
         leave_process_group()
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
 
 
 def measure(request: dict[str, Any], case: Case, gpu: bool) -> dict[str, Any]:

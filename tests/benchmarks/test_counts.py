@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from harness.providers import setup
 
 from effdense.memory import timeline
 
-SMALL = Case("densenet-bc", depth=22, growth_rate=6, batch_size=2, image_size=8)
+SMALL = Case("densenet_bc", depth=22, growth_rate=6, batch_size=2, image_size=8)
 VOLUME = dataclasses.replace(SMALL, spatial_dims=3)
 IMAGENET = Case("densenet121", 0, 0, batch_size=2, image_size=64)
 CASES = {
@@ -27,14 +28,14 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def test_floor_gives_the_designs_figures():
-    case = Case("densenet-bc", 250, 24, 32, 32)
+    case = Case("densenet_bc", 250, 24, 32, 32)
     assert counts.floor(case).total / 2**20 == pytest.approx(433, abs=0.5)
     twice = dataclasses.replace(case, batch_size=64)
     assert counts.floor(twice).total / 2**20 == pytest.approx(691, abs=0.5)
     deepest = dataclasses.replace(twice, depth=1000)
     # design.md states two digits
     assert counts.floor(deepest).total / 2**30 == pytest.approx(4.5, abs=0.2)
-    assert counts.floor(Case("densenet-bc", 1000, 12, 8, 32)).total / 2**20 == pytest.approx(
+    assert counts.floor(Case("densenet_bc", 1000, 12, 8, 32)).total / 2**20 == pytest.approx(
         754, abs=0.5
     )
 
@@ -67,8 +68,8 @@ def test_shapes_are_those_of_the_network(image_size, dims):
     job = setup("naive", case)
     positions = {}
     for i in range(1, 5):
-        block = job.model.features.get_submodule(f"denseblock{i}")
-        block.register_forward_hook(
+        module = job.model.get_submodule(f"features.denseblock{i}")
+        module.register_forward_hook(
             lambda module, inputs, output, i=i: positions.update({i: output.shape})
         )
     job.loss()
@@ -112,7 +113,7 @@ def test_growth_exponent_of_known_growth():
 
 def test_synchronised_statistics_grow_linearly_where_they_are_shared():
     depths = [100.0, 400.0]
-    cases = [Case("densenet-bc", int(depth), 12, 8, 32) for depth in depths]
+    cases = [Case("densenet_bc", int(depth), 12, 8, 32) for depth in depths]
     naive, shared = (
         counts.growth_exponent(depths, [counts.statistics_bytes(c, s) for c in cases])
         for s in (False, True)
@@ -126,7 +127,7 @@ def test_synchronised_statistics_grow_linearly_where_they_are_shared():
 )
 def test_meta_tensors_predict_live_bytes(provider, case):
     real, meta = (
-        timeline.record_step(lambda c=c: setup(provider, c))
+        timeline.record_step(functools.partial(setup, provider, c))
         for c in (case, dataclasses.replace(case, device="meta"))
     )
     if provider.startswith("effdense"):
@@ -137,7 +138,7 @@ def test_meta_tensors_predict_live_bytes(provider, case):
 
 
 def test_live_bytes_of_effdense_are_split_as_the_floor_is():
-    case = Case("densenet-bc", depth=40, growth_rate=12, batch_size=2, image_size=32)
+    case = Case("densenet_bc", depth=40, growth_rate=12, batch_size=2, image_size=32)
     peak = timeline.record_step(lambda: setup("effdense-features", case))
     split, floor = peak.parts, counts.floor(case)
     assert peak.total == sum(split[role] for role in timeline.ROLES)

@@ -12,7 +12,7 @@ from harness.case import Case
 from harness.gate import disagreement
 from harness.providers import PROVIDERS, setup
 
-CASE = Case("densenet-bc", depth=22, growth_rate=6, batch_size=4, image_size=8)
+CASE = Case("densenet_bc", depth=22, growth_rate=6, batch_size=4, image_size=8)
 NAMES = [name for name, provider in PROVIDERS.items() if not provider.compiled and name != "naive"]
 
 
@@ -29,7 +29,7 @@ def loss_and_gradients(name: str, case: Case = CASE, breaks=None):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_provider_agrees_with_the_naive_net(name, dtype):
-    case = Case("densenet-bc", 22, 6, 4, 8, dtype)
+    case = Case("densenet_bc", 22, 6, 4, 8, dtype)
     found = disagreement(loss_and_gradients("naive", case), loss_and_gradients(name, case), dtype)
     assert not found.red, found.describe()
 
@@ -46,7 +46,7 @@ def test_imagenet_networks_agree_too(name):
 
 @pytest.mark.parametrize("dims", [1, 3])
 def test_networks_of_other_dimensions_agree_too(dims):
-    case = Case("densenet-bc", 22, 6, 4, 8, "float64", spatial_dims=dims)
+    case = Case("densenet_bc", 22, 6, 4, 8, "float64", spatial_dims=dims)
     truth = loss_and_gradients("naive", case)
     for name in NAMES:
         if dims not in PROVIDERS[name].dims:
@@ -56,11 +56,11 @@ def test_networks_of_other_dimensions_agree_too(dims):
 
 
 def test_channels_last_of_volumes():
-    case = Case("densenet-bc", 10, 4, 2, 8, spatial_dims=3)
+    case = Case("densenet_bc", 10, 4, 2, 8, spatial_dims=3)
     job = setup("naive-channels-last", case)
     assert job.x.shape == (2, 3, 8, 8, 8)
     assert job.x.is_contiguous(memory_format=torch.channels_last_3d)
-    weight = job.model.features.denseblock1.denselayer1.conv2.weight
+    weight = job.model.get_parameter("features.denseblock1.denselayer1.conv2.weight")
     assert weight.is_contiguous(memory_format=torch.channels_last_3d)
     assert setup("naive", case).x.is_contiguous()
 
@@ -105,11 +105,11 @@ PEAKS = {"flops": 1e11, "bytes": 1e10}
 
 def test_no_speedup_is_printed_while_the_gate_is_red(capsys):
     times = {"naive": [2.0, 2.0, 2.0], "effdense-features": [1.0, 0.8, 1.0]}
-    throughput.print_race(CASE, times, None, False, PEAKS)
+    throughput.print_race(CASE, times, (), False, PEAKS)
     green = capsys.readouterr().out
     assert "x naive" in green
     assert "2.00 [2.00, 2.30]" in green
-    throughput.print_race(CASE, times, None, True, PEAKS)
+    throughput.print_race(CASE, times, (), True, PEAKS)
     red = capsys.readouterr().out
     assert "x naive" not in red
     assert "2.00 [" not in red.replace("2.000", "")
@@ -130,3 +130,9 @@ def test_all_providers_have_the_same_parameters():
 def test_an_unknown_provider_is_named(name):
     with pytest.raises(ValueError, match=name.partition(":")[0]):
         providers.find(name)
+
+
+def test_a_provider_runs_on_every_backend_there_is():
+    for backend in providers.BACKENDS:
+        assert providers.find(f"effdense-features:{backend}")[1] == backend
+    assert setup("effdense-features:cpu", CASE).model.backend == "cpu"

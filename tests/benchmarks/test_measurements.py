@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import memory
 import pytest
 import scaling
 import throughput
 import torch
-from harness import child, measure, report, worker
+from harness import child, measure, results, worker
 from harness.case import Case
 from harness.speed import Race
 
@@ -25,9 +26,9 @@ from effdense.machine.measurement import (
     process_environment,
 )
 
-SMALL = Case("densenet-bc", depth=22, growth_rate=6, batch_size=2, image_size=8)
+SMALL = Case("densenet_bc", depth=22, growth_rate=6, batch_size=2, image_size=8)
 # some hundred MiB in a second
-MIDDLE = Case("densenet-bc", depth=40, growth_rate=12, batch_size=32, image_size=32)
+MIDDLE = Case("densenet_bc", depth=40, growth_rate=12, batch_size=32, image_size=32)
 SMALL_ARGUMENTS = ["--depth", "22", "--growth-rate", "6", "--batch-size", "2"]
 SMALL_ARGUMENTS += ["--image-size", "8", "--threads", "1"]
 
@@ -73,7 +74,7 @@ def test_a_killed_process_is_an_answer(monkeypatch):
 def test_what_would_not_fit_is_not_attempted(monkeypatch):
     monkeypatch.setattr(measure, "in_fresh_process", lambda *args, **_: pytest.fail("attempted"))
     monkeypatch.setattr(measure, "available_bytes", lambda device: 24 << 30)
-    large = Case("densenet-bc", 250, 24, 256, 32)
+    large = Case("densenet_bc", 250, 24, 256, 32)
     found = measure.memory("naive", large, steps=1, threads=1)
     assert found.status == "does not fit"
     # eight times the 10,657 MiB of batch 32, less the parameters' part
@@ -83,8 +84,12 @@ def test_what_would_not_fit_is_not_attempted(monkeypatch):
     limited = measure.memory("naive", large, steps=1, threads=1, memory_limit=1 << 30)
     assert "limit is 1.0 GiB" in limited.detail
     attempted = []
-    answer = {"error": "no", "out_of_memory": False}
-    monkeypatch.setattr(measure, "in_fresh_process", lambda *_, **__: attempted.append(1) or answer)
+
+    def attempt(*arguments, **named):
+        attempted.append(named)
+        return {"error": "no", "out_of_memory": False}
+
+    monkeypatch.setattr(measure, "in_fresh_process", attempt)
     assert measure.memory("naive", large, steps=1, threads=1, force=True).status == "failed"
     assert attempted
 
@@ -96,11 +101,11 @@ def test_race_of_two_providers(tmp_path, capsys, options):
     output = tmp_path / "race.csv"
     arguments = ["--providers", "naive", "effdense-features", "--rounds", "2", "--steps", "20"]
     arguments += ["--seconds", "0.01", "--output", str(output)]
-    assert throughput.main([*SMALL_ARGUMENTS, *arguments, *options]) == 0
+    throughput.main([*SMALL_ARGUMENTS, *arguments, *options])
     out = capsys.readouterr().out
     assert "correctness gate: green" in out
     assert "x naive" in out
-    rows = report.read(output)
+    rows = results.read(output)
     samples = [row for row in rows if row["metric"] == "step time"]
     assert len(samples) == 4
     assert all(float(row["value"]) > 0 and row["kind"] == "measured" for row in samples)
@@ -108,9 +113,14 @@ def test_race_of_two_providers(tmp_path, capsys, options):
 
 def test_an_untimed_step_goes_before_a_sample(monkeypatch):
     steps = []
-    own = worker.Worker()
+    own: Any = worker.Worker()
     own.job = SimpleNamespace(x=torch.zeros(1), step=lambda: steps.append("untimed"))
-    monkeypatch.setattr(worker, "timed", lambda step, count, gpu: steps.append(count) or 6.0)
+
+    def timed(step, count, gpu):
+        steps.append(count)
+        return 6.0
+
+    monkeypatch.setattr(worker, "timed", timed)
     assert own.sample(steps=3) == {"seconds": 2.0}
     assert steps == ["untimed", 3]
 
@@ -129,8 +139,8 @@ def test_scaling_counts_what_two_processes_communicate(tmp_path, capsys):
     arguments = ["--processes", "2", "--modes", "weak", "--providers", "effdense-features"]
     arguments += ["--sync-batch-norm"]
     arguments += ["--rounds", "1", "--steps", "20", "--output", str(output)]
-    assert scaling.main([*SMALL_ARGUMENTS, *arguments]) == 0, capsys.readouterr().out
-    rows = report.read(output)
+    scaling.main([*SMALL_ARGUMENTS, *arguments])
+    rows = results.read(output)
     gradients, statistics = (
         [int(row["value"]) for row in rows if row["metric"] == f"communicated {kind}"]
         for kind in ("gradients", "statistics")
@@ -151,23 +161,26 @@ def test_scaling_says_what_a_process_died_of(tmp_path, monkeypatch, capsys, meas
         "import json, os, pathlib, sys\n" + (f"{answer}\n" if measured else "") + "os.abort()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    args = scaling.make_parser().parse_args(SMALL_ARGUMENTS)
+    options = scaling.Options(
+        depth=22, growth_rate=6, batch_size=2, image_size=8, processes=(1,), threads=1
+    )
     if measured:
-        assert scaling.launch(args, SMALL, "naive", 1) == {}
+        assert scaling.launch(options, SMALL, "naive", 1) == {}
         said = capsys.readouterr().out
     else:
         with pytest.raises(scaling.RunError) as failure:
-            scaling.launch(args, SMALL, "naive", 1)
+            scaling.launch(options, SMALL, "naive", 1)
         said = str(failure.value)
     assert "Fatal Python error: Aborted" in said
 
 
 def test_depth_search_ends_at_the_budget(monkeypatch):
-    case = Case("densenet-bc", 22, 12, 8, 32)
+    case = Case("densenet_bc", 22, 12, 8, 32)
     budget = 2 << 30
     depth = memory.max_depth("effdense-features", case, budget)
+    assert depth is not None
     at, beyond = (
-        measure.predicted_peak("effdense-features", Case("densenet-bc", d, 12, 8, 32))
+        measure.predicted_peak("effdense-features", Case("densenet_bc", d, 12, 8, 32))
         for d in (depth, depth + 6)
     )
     assert at <= budget < beyond

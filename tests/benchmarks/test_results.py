@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import csv
 import dataclasses
 
 import draw
@@ -12,11 +10,11 @@ import pytest
 import scaling
 import throughput
 import timeline
-from harness import case as cases
-from harness import report
+from harness import pictures, results
 from harness.case import Case
 from harness.measure import Memory
 
+from effdense.machine.tables import table
 from effdense.memory.timeline import Moment
 
 GIB = 1 << 30
@@ -42,10 +40,13 @@ def fake_measurements(monkeypatch):
         (memory.main, ["--arch", "densenet121", "--growth-rate", "12"], "fixed"),
         (memory.main, ["--providers", "nobody"], "no provider 'nobody'"),
         (memory.main, ["--max-depth-for", "plenty"], "12GiB"),
+        (memory.main, ["--sweep", "depth", "--points", "41"], "nearest valid depths"),
+        (memory.main, ["--arch", "densenet12"], "densenet121"),
         (memory.main, ["--points", "10"], "--sweep"),
         (memory.main, ["--image-size", "2"], "at least 4 pixels"),
         (throughput.main, ["--device", "tpu"], "cuda:N"),
-        (throughput.main, ["--spatial-dims", "4"], "choose from"),
+        (throughput.main, ["--spatial-dims", "4"], "--spatial-dims"),
+        (throughput.main, ["--on", "v100", "--dtype", "bfloat16"], "no published bfloat16"),
         (
             throughput.main,
             ["--spatial-dims", "3", "--providers", "naive", "torchvision"],
@@ -65,18 +66,10 @@ def test_a_bad_argument_is_one_line(main, arguments, says, capsys):
     assert len(said.splitlines()) == 1
 
 
-def test_sizes_of_memory():
-    assert cases.byte_size("12GiB") == 12 * GIB
-    assert cases.byte_size("500 MB") == 500_000_000
-    assert cases.byte_size("1024") == 1024
-    with pytest.raises(argparse.ArgumentTypeError, match="size"):
-        cases.byte_size("12 parsecs")
-
-
 def test_a_sweep_states_its_exponents_and_draws(tmp_path, fake_measurements, capsys):
     output = tmp_path / "sweep.csv"
     arguments = ["--sweep", "depth", "--points", "40", "100", "250", "--providers", "naive"]
-    assert memory.main([*arguments, "effdense-features", "--output", str(output)]) == 0
+    memory.main([*arguments, "effdense-features", "--output", str(output)])
     out = capsys.readouterr().out
     exponents = {
         line.split("|")[1].strip(): line.split("|")[-2].strip()
@@ -91,41 +84,34 @@ def test_a_sweep_states_its_exponents_and_draws(tmp_path, fake_measurements, cap
 def test_results_say_where_they_come_from(tmp_path, fake_measurements):
     output = tmp_path / "memory.csv"
     memory.main(["--providers", "naive", "--output", str(output)])
-    rows = report.read(output)
-    assert list(rows[0]) == [*report.RESULT_COLUMNS, *report.ENVIRONMENT_COLUMNS]
+    rows = results.read(output)
+    assert list(rows[0]) == [*results.RESULT_COLUMNS, *results.ENVIRONMENT_COLUMNS]
     (peak,) = [row for row in rows if row["metric"] == "peak"]
     assert peak["kind"] == "measured"
     assert {row["kind"] for row in rows if row["provider"] == "floor"} == {"formula"}
     for column in ("processor", "cores", "torch", "git_revision", "command", "date"):
         assert peak[column], column
     picture = tmp_path / "memory.svg"
-    assert draw.main([str(output), "--output", str(picture)]) == 0
+    draw.main([str(output), "--output", str(picture)])
     assert "DenseNet-BC" in picture.read_text() or picture.stat().st_size > 10_000
 
 
-def test_volumes_are_described_and_old_results_are_images(tmp_path, fake_measurements, capsys):
-    output, old = tmp_path / "memory.csv", tmp_path / "old.csv"
+def test_volumes_are_described(tmp_path, fake_measurements, capsys):
+    output = tmp_path / "memory.csv"
     arguments = ["--depth", "22", "--image-size", "8", "--spatial-dims", "3"]
-    assert memory.main([*arguments, "--output", str(output)]) == 0
+    memory.main([*arguments, "--output", str(output)])
     assert "8x8x8" in capsys.readouterr().out
-    rows = report.read(output)
+    rows = results.read(output)
     assert {row["spatial_dims"] for row in rows} == {"3"}
-    assert "8x8x8" in draw._describe(rows[0])
+    assert "8x8x8" in pictures.describe(rows[0])
     # by default those that have no networks of volumes are left out
     names = {row["provider"] for row in rows if row["metric"] == "peak"}
     assert "naive-channels-last" in names
     assert not any(name.startswith("torchvision") for name in names)
 
-    with old.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [c for c in rows[0] if c != "spatial_dims"])
-        writer.writeheader()
-        writer.writerows({k: v for k, v in row.items() if k != "spatial_dims"} for row in rows)
-    assert ", 8x8, " in draw._describe(report.read(old)[0])
-    draw.draw([old], tmp_path / "old.png")
-
 
 def test_files_of_cases_have_names_of_their_own():
-    case = Case("densenet-bc", 22, 12, 2, 8)
+    case = Case("densenet_bc", 22, 12, 2, 8)
     labels = {dataclasses.replace(case, spatial_dims=dims).label() for dims in (1, 2, 3)}
     assert len(labels) == 3
     assert case.label() == "bc22-k12-b2-8px-float32-cpu"
@@ -137,11 +123,11 @@ def test_what_does_not_fit_is_shown_by_its_prediction(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(memory, "memory", measured)
     output = tmp_path / "memory.csv"
-    assert memory.main(["--providers", "naive", "--output", str(output)]) == 0
+    memory.main(["--providers", "naive", "--output", str(output)])
     out = capsys.readouterr().out
     assert "7,168 (predicted)" in out
     assert "needs 7.0 GiB by prediction" in out
-    rows = [row for row in report.read(output) if row["provider"] == "naive"]
+    rows = [row for row in results.read(output) if row["provider"] == "naive"]
     assert [(row["metric"], row["kind"], row["value"]) for row in rows] == [
         ("peak", "measured", ""),
         ("predicted peak", "formula", str(7 * GIB)),
@@ -149,54 +135,63 @@ def test_what_does_not_fit_is_shown_by_its_prediction(tmp_path, monkeypatch, cap
 
 
 def test_an_interrupted_run_keeps_its_rows(tmp_path, monkeypatch, capsys):
-    results = iter([Memory("measured", baseline=1, peak=5 * GIB)])
+    known = iter([Memory("measured", baseline=1, peak=5 * GIB)])
 
     def measured(*args, **options):
         try:
-            return next(results)
+            return next(known)
         except StopIteration:
             raise KeyboardInterrupt from None
 
     monkeypatch.setattr(memory, "memory", measured)
     output = tmp_path / "memory.csv"
     arguments = ["--providers", "naive", "checkpoint", "--output", str(output)]
-    assert memory.main(arguments) == 130
-    assert "interrupted" in capsys.readouterr().err
-    peaks = [row for row in report.read(output) if row["metric"] == "peak"]
+    with pytest.raises(SystemExit) as exit:
+        memory.main(arguments)
+    assert exit.value.code == 130
+    assert str(output) in capsys.readouterr().err
+    peaks = [row for row in results.read(output) if row["metric"] == "peak"]
     assert [row["provider"] for row in peaks] == ["naive"]
 
 
 @pytest.mark.parametrize(
     ("main", "option"),
-    [(throughput.main, ["--project", "h100"]), (scaling.main, ["--project", "8"])],
+    [(throughput.main, ["--on", "h100"]), (scaling.main, ["--processes", "8", "--on", "h100"])],
 )
 def test_a_projection_is_labelled_and_never_drawn(main, option, tmp_path, capsys):
     output = tmp_path / "projection.csv"
     arguments = ["--depth", "22", "--dtype", "bfloat16", *option, "--output", str(output)]
     assert main(arguments) == 0
     assert "PROJECTION, not a measurement" in capsys.readouterr().out
-    rows = report.read(output)
+    rows = results.read(output)
     assert {row["kind"] for row in rows} == {"projection"}
     assert "cpu" not in {row["device"] for row in rows}
     with pytest.raises(ValueError, match="projection"):
-        draw.draw([output], tmp_path / "picture.png")
+        pictures.picture(throughput.draw, [output], tmp_path / "picture.png")
 
 
-def test_draw_refuses_other_files(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "says"), [("a,b\n1,2\n", "no column"), ("", "no column"), (None, "no rows")]
+)
+def test_draw_refuses_other_files(tmp_path, capsys, text, says):
     other = tmp_path / "other.csv"
-    other.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="no column"):
-        draw.draw([other], tmp_path / "picture.png")
+    columns = [*results.RESULT_COLUMNS, *results.ENVIRONMENT_COLUMNS]
+    other.write_text(",".join(columns) + "\n" if text is None else text)
+    with pytest.raises(SystemExit):
+        draw.main([str(other)])
+    said = capsys.readouterr().err.strip()
+    assert says in said
+    assert len(said.splitlines()) == 1
 
 
 def test_pictures_of_throughput_and_scaling(tmp_path):
-    case = Case("densenet-bc", 22, 6, 2, 8)
+    case = Case("densenet_bc", 22, 6, 2, 8)
     for benchmark, metrics in {
         "throughput": ["step time"],
         "scaling": ["weak step time", "strong step time"],
     }.items():
         path = tmp_path / f"{benchmark}.csv"
-        with report.Recorder(path, benchmark, "cpu", 1) as recorder:
+        with results.Recorder(path, benchmark, "cpu", 1) as recorder:
             for metric in metrics:
                 for processes in (1, 2):
                     for sample in range(3):
@@ -209,17 +204,17 @@ def test_pictures_of_throughput_and_scaling(tmp_path):
                             sample=sample,
                             processes=processes,
                         )
-        draw.draw([path], tmp_path / f"{benchmark}.png")
+        draw.main([str(path), "--output", str(tmp_path / f"{benchmark}.png")])
         assert (tmp_path / f"{benchmark}.png").stat().st_size > 10_000
 
 
 def test_a_timeline_is_recorded_and_drawn(tmp_path, capsys):
     output = tmp_path / "timeline.csv"
     arguments = ["--depth", "10", "--growth-rate", "4", "--batch-size", "2", "--threads", "1"]
-    assert timeline.main([*arguments, "--points", "50", "--output", str(output)]) == 0
+    timeline.main([*arguments, "--points", "50", "--output", str(output)])
     assert "| effdense-features" in capsys.readouterr().out
     assert output.with_suffix(".png").stat().st_size > 10_000
-    rows = report.read(output)
+    rows = results.read(output)
     for provider in timeline.DEFAULT:
         own = [row for row in rows if row["provider"] == provider]
         shares = [float(row["value"]) for row in own if row["metric"] == "moment"]
@@ -238,12 +233,12 @@ def test_a_stretch_of_a_timeline_shows_its_highest_moment():
 
 
 def test_quantiles():
-    assert report.quantiles([3.0, 1.0, 2.0]) == pytest.approx((1.4, 2.0, 2.6))
-    assert report.quantiles([5.0]) == (5.0, 5.0, 5.0)
+    assert results.quantiles([3.0, 1.0, 2.0]) == pytest.approx((1.4, 2.0, 2.6))
+    assert results.quantiles([5.0]) == (5.0, 5.0, 5.0)
     with pytest.raises(ValueError, match="no values"):
-        report.quantiles([])
+        results.quantiles([])
 
 
 def test_a_table_is_markdown():
-    lines = report.table(["a", "b"], [["x", 1], ["longer", 22]]).splitlines()
+    lines = table(["a", "b"], [["x", 1], ["longer", 22]]).splitlines()
     assert lines == ["| a      |  b |", "| :----- | -: |", "| x      |  1 |", "| longer | 22 |"]
