@@ -123,7 +123,11 @@ class CaseOptions(Options):
     growth_rate: int = 12
     """Channels per layer of densenet_bc, the paper's k."""
     batch_size: Annotated[
-        int | None, arg(metavar="IMAGES", help_behavior_hint="(default: see above; densenetN: 8)")
+        int | None,
+        arg(
+            metavar="IMAGES",
+            help_behavior_hint="(default: the benchmark's own; densenet121 ...: 8)",
+        ),
     ] = None
     """At once."""
     image_size: Annotated[

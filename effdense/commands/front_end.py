@@ -112,6 +112,6 @@ _PLAIN = (
     ),
     (r"^Error parsing (\S+): could not convert string to float: ", r"\1 must be FLOAT, got "),
     (r"^Error parsing (\S+): ", r"\1 "),
-    # the name of a nested dataclass's field
-    (r"^[a-z_.]+ (?=--)", ""),
+    # the name of a nested dataclass's field, or of the whole
+    (r"^(?:[a-z_.]+ (?=--)|Options )", ""),
 )
