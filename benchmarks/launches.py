@@ -15,34 +15,53 @@ case, by the table that the kernels' launchers declare.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from harness import launches, roofline
-from harness.case import Parser, add_case_arguments, case_of, positive_int
-from harness.report import Recorder, table
+from harness.case import CaseOptions
+from harness.results import Recorder
+from tyro.conf import arg
 
 import effdense
+from effdense.commands import front_end
 from effdense.machine.environment import headline
+from effdense.machine.tables import table
 
 SAVES = tuple(save for save in effdense.SAVE_MODES if save != "all")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    case = case_of(parser, args)
-    torch.set_num_threads(args.threads)
+@dataclass(frozen=True, kw_only=True)
+class Options(CaseOptions):
+    save: Annotated[
+        Literal["bottlenecks", "features", "input"] | None,
+        arg(help_behavior_hint="(default: all three)"),
+    ] = None
+    """What is counted beside naive."""
+    rounds: int = 9
+    """Timed steps of each."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    front_end.main(
+        Options, run, program="benchmarks/launches.py", arguments=arguments, description=__doc__
+    )
+
+
+def run(options: Options) -> None:
+    case = options.case
+    torch.set_num_threads(options.threads)
     arguments, images = case.network(), launches.images(case)
-    saves = ["naive", *([args.save] if args.save else SAVES)]
-    path = args.output or Path("results") / f"launches-{case.label()}.csv"
+    saves = ["naive", *([options.save] if options.save else SAVES)]
+    path = options.output or Path("results") / f"launches-{case.label()}.csv"
     rows = []
-    with Recorder(path, "launches", "cpu", args.threads) as recorder:
+    with Recorder(path, "launches", "cpu", options.threads) as recorder:
         print(headline(recorder.environment))
         print(f"{case.describe()}; counted with {tuple(images.shape)} images\n")
-        seconds = launches.host_seconds(arguments, saves, images, args.rounds)
+        seconds = launches.host_seconds(arguments, saves, images, options.rounds)
         layers = sum(arguments["block_config"])
         for save in saves:
             found = launches.per_layer(save, arguments, images)
@@ -71,7 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for provider in ("naive", f"effdense-{saves[-1]}"):
         print(f"  {provider}: " + _moved(roofline.operations(provider, case)))
     print(f"\n{path}")
-    return 0
 
 
 def _moved(operations: tuple[roofline.Operation, ...]) -> str:
@@ -82,18 +100,5 @@ def _moved(operations: tuple[roofline.Operation, ...]) -> str:
     return f"{sum(total.values()):.1f}; " + ", ".join(f"{n} {b:.2f}" for n, b in ordered)
 
 
-def make_parser() -> Parser:
-    parser = Parser(__doc__)
-    add_case_arguments(parser, depth=100, growth_rate=12, batch_size=64)
-    parser.add_argument("--save", choices=SAVES, help="default: all three beside naive")
-    parser.add_argument(
-        "--rounds", type=positive_int, default=9, help="timed steps of each (default 9)"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="CSV", help="default results/launches-CASE.csv"
-    )
-    return parser
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
