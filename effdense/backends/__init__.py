@@ -10,4 +10,5 @@ __all__ = [
     "select",
     "self_check",
     "torch_backend",
+    "triton_backend",
 ]
