@@ -73,6 +73,8 @@ class _Layer(NamedTuple):
     signature: tuple[Any, ...]
     # the attribute or the module that drops features
     drop: str | None
+    # whose training mode says whether it does
+    mode: nn.Module
 
 
 def _read_layer(layer: nn.Module) -> _Layer | str:
@@ -82,6 +84,7 @@ def _read_layer(layer: nn.Module) -> _Layer | str:
     convs: list[tuple[str, Any]] = []
     types: list[Any] = [type(layer)]
     drop, drop_channels, rate = None, False, 0.0
+    mode = layer
     for name, module in _leaves(layer):
         kind = type(module)
         types.append(kind)
@@ -93,7 +96,7 @@ def _read_layer(layer: nn.Module) -> _Layer | str:
         elif kind in _DROPOUTS and drop is None:
             assert isinstance(module, nn.modules.dropout._DropoutNd)
             drop, drop_channels = name, kind is not nn.Dropout
-            rate = module.p if module.training else 0.0
+            rate, mode = module.p, module
             objection = module_objection(name, module)
             if objection is not None:
                 return objection
@@ -114,13 +117,14 @@ def _read_layer(layer: nn.Module) -> _Layer | str:
             if drop is not None:
                 return f"a dense layer drops features twice, by {drop} and {name}"
             drop = name
-            rate = float(own[name]) if layer.training else 0.0
+            rate = float(own[name])
     if not 0 <= rate < 1:
         return f"a dense layer drops all its features ({drop} is {rate})"
     signature = (*types, _scalars(layer), drop)
     (_, norm1), (_, conv1) = norms[0], convs[0]
     norm2, conv2 = (norms[1][1], convs[1][1]) if len(norms) == 2 else (None, None)
-    return _Layer(LayerParts(norm1, conv1, norm2, conv2, rate, drop_channels), signature, drop)
+    parts = LayerParts(norm1, conv1, norm2, conv2, rate, drop_channels)
+    return _Layer(parts, signature, drop, mode)
 
 
 def _norms_and_convs_objection(
