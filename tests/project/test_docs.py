@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import effdense
+from effdense.kernels import traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -76,3 +77,7 @@ def test_the_names_in_contributing_are_in_the_code() -> None:
     sources = [path for path in tracked() if path.suffix in (".py", ".c", ".toml", "")]
     known = set(re.findall(r"\w+", " ".join((ROOT / path).read_text() for path in sources)))
     assert named - known <= {"NAME_reference", "Unreleased"}
+
+
+def test_the_traffic_of_kernels_is_as_they_say() -> None:
+    assert traffic.markdown() in (ROOT / "docs" / "traffic.md").read_text()

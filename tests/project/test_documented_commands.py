@@ -32,6 +32,7 @@ NOT_A_COMMAND = "not run: stands for others"
 COMMANDS = {
     r"python -m effdense COMMAND$": NOT_A_COMMAND,
     r"python -m effdense (env|plan|graph)\b": RUN,
+    r"python -m effdense\.kernels\.traffic$": RUN,
     r"python -m effdense convert-report torchvision": RUN,
     r"python -m effdense convert-report": "not run: a placeholder",
     r"python -m effdense verify": "not run: minutes; small in tests/exactness/test_verification.py",
