@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+# By the names that command lines use.
+AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
 # What stands for autocast's dtype on devices where torch has none (see memory/meta.py).
 _elsewhere: ContextVar[torch.dtype | None] = ContextVar("_elsewhere", default=None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from .block.forwards import (
     set_offload,
     set_save,
 )
-from .choices import Save
+from .choices import NetworkName, Save
 from .recognition.objections import has_hooks, refuse_replica
 from .reference import Init
 from .tracing import graph_is_recorded
@@ -197,6 +197,26 @@ def densenet_bc(depth: int, growth_rate: int, num_classes: int = 10, **kwargs: A
         ValueError: for another depth; the message names the nearest valid ones.
     """
     return DenseNet(**reference.densenet_bc_config(depth, growth_rate, num_classes, **kwargs))
+
+
+def configuration(name: str, depth: int, growth_rate: int, **kwargs: Any) -> dict[str, Any]:
+    """Arguments of :class:`DenseNet`, and of its naive twin, for a network by its name.
+
+    Args:
+        name: "densenet_bc", "densenet121", "densenet161", "densenet169" or "densenet201".
+        depth: of densenet_bc; the others have their own.
+        growth_rate: likewise.
+        kwargs: any other argument of :class:`DenseNet`.
+
+    Raises:
+        ValueError: for another name, or a depth that densenet_bc has not.
+    """
+    if name == "densenet_bc":
+        return reference.densenet_bc_config(depth, growth_rate, **kwargs)
+    if name not in TORCHVISION_VARIANTS:
+        known = ", ".join(get_args(NetworkName))
+        raise ValueError(f"the network must be one of {known}, got {name!r}")
+    return TORCHVISION_VARIANTS[name] | kwargs
 
 
 def densenet121(weights: Any = None, **kwargs: Any) -> DenseNet:

@@ -11,7 +11,8 @@ from torch import nn
 
 import effdense
 from effdense import reference
-from effdense.memory.estimation import OPTIMIZERS
+from effdense.choices import OptimizerName
+from effdense.memory.optimizers import make_optimizer
 from effdense.memory.timeline import Training
 from effdense.reference import densenet_bc_config
 
@@ -33,7 +34,7 @@ class Configuration:
     shape: tuple[int, ...]
     dtype: str = "float32"
     amp: str | None = None
-    optimizer: str = "sgd-momentum"
+    optimizer: OptimizerName = "sgd"
 
     def model(self) -> nn.Module:
         """The network, float32 or ``dtype``, on the present default device."""
@@ -50,14 +51,14 @@ class Configuration:
         """By effdense.estimate, without the network."""
         with torch.device("meta"):
             model = self.model()
-        return effdense.estimate(model, self.shape, optimizer=self.optimizer, amp=self._amp())
+        return effdense.estimate(model, self.shape, optimizer=self.optimizer, dtype=self._amp())
 
     def training(self) -> Training:
         """A real step, ready to be taken."""
         model = self.model()
         x = torch.randn(self.shape, dtype=getattr(torch, self.dtype))
         target = torch.zeros(self.shape[0], dtype=torch.int64)
-        optimizer = OPTIMIZERS[self.optimizer](list(model.parameters()))
+        optimizer = make_optimizer(self.optimizer, model.parameters())
         return Training(model, optimizer, x, target, self._amp())
 
     def tiny(self) -> Configuration:
@@ -76,7 +77,7 @@ class Configuration:
     def label(self) -> str:
         size = "x".join(map(str, self.shape))
         kind = self.dtype if self.amp is None else f"{self.amp} autocast"
-        optimizer = "" if self.optimizer == "sgd-momentum" else f", {self.optimizer}"
+        optimizer = "" if self.optimizer == "sgd" else f", {self.optimizer}"
         return f"{self.family}, {self.save}, {size}, {kind}{optimizer}"
 
     def columns(self) -> dict[str, Any]:

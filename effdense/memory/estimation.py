@@ -10,35 +10,21 @@ but for what leaves no trace (meta.py, NOTE [ what a simulation leaves out ]).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..autocast import AUTOCAST_DTYPES
 from ..block.forwards import BlockForward, dense_blocks, set_offload, set_save
+from ..choices import OptimizerName
 from ..norms.synchronization import process_groups
 from ..reference import DenseBlock
 from .meta import DeviceType, simulation
+from .optimizers import check_optimizer, make_optimizer
 from .timeline import Peak, Training, is_compiled_for, record_step
-
-# By name: the optimizers that estimate and train_ddp.py know.
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda p, **k: torch.optim.SGD(p, lr=0.0, **k),
-    "sgd-momentum": lambda p, **k: torch.optim.SGD(p, lr=0.0, momentum=0.9, **k),
-    "adam": lambda p, **k: torch.optim.Adam(p, lr=0.0, **k),
-    "adamw": lambda p, **k: torch.optim.AdamW(p, lr=0.0, **k),
-    "rmsprop": lambda p, **k: torch.optim.RMSprop(p, lr=0.0, **k),
-}
-
-
-# By the names that command lines use: what autocast computes in, None for no autocast.
-AMP_DTYPES: dict[str, torch.dtype | None] = {
-    "none": None,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 
 @dataclass(frozen=True)
@@ -100,9 +86,9 @@ def estimate(
     model: nn.Module,
     input_shape: Sequence[int],
     *,
-    optimizer: str = "sgd-momentum",
+    optimizer: OptimizerName = "sgd",
+    momentum: float = 0.9,
     dtype: torch.dtype | None = None,
-    amp: torch.dtype | None = None,
     ddp: bool = False,
     device: DeviceType = "cpu",
 ) -> Estimate:
@@ -115,19 +101,22 @@ def estimate(
         model: effdense's or a converted one, in any mixture of save modes, or a naive one; on
             any device.
         input_shape: of a batch, (N, channels, *spatial).
-        optimizer: one of ``OPTIMIZERS``.
-        dtype: of parameters and input; None for the model's own.
-        amp: torch.bfloat16 or torch.float16 for a step under autocast.
+        optimizer: "sgd", "adam", "adamw" or "rmsprop".
+        momentum: of sgd.
+        dtype: what is computed in: torch.float64 or torch.float32, of parameters and input
+            too; torch.bfloat16 or torch.float16, by autocast over float32 parameters. None for
+            the parameters' own type, whatever that is.
         ddp: whether DistributedDataParallel's buckets hold the gradients, once more.
         device: "cpu" or "cuda": which backend's temporaries are counted.
 
     Raises:
         ValueError: for an argument outside its range, or an input that the model refuses.
     """
-    found = Rehearsal(model, optimizer=optimizer, dtype=dtype, amp=amp, device=device)(input_shape)
+    rehearse = Rehearsal(model, optimizer=optimizer, momentum=momentum, dtype=dtype, device=device)
+    found = rehearse(input_shape)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model, ddp = model.module, True
-    return as_estimate(model, found, bucket_bytes(model, dtype) if ddp else 0, device)
+    return as_estimate(model, found, rehearse.bucket_bytes if ddp else 0, device)
 
 
 class Rehearsal:
@@ -140,27 +129,30 @@ class Rehearsal:
         self,
         model: nn.Module,
         *,
-        optimizer: str = "sgd-momentum",
+        optimizer: OptimizerName = "sgd",
+        momentum: float = 0.9,
         dtype: torch.dtype | None = None,
-        amp: torch.dtype | None = None,
         device: DeviceType = "cpu",
     ) -> None:
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+        check_optimizer(optimizer)
         if device not in ("cpu", "cuda"):
             raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
-        if amp not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"amp must be torch.bfloat16, torch.float16 or None, got {amp!r}")
-        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        self._dtype = own if dtype is None else dtype
-        if not self._dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+        if dtype not in (None, torch.float64, torch.float32, *AUTOCAST_DTYPES.values()):
+            raise ValueError(
+                "dtype must be torch.float64, torch.float32, torch.bfloat16, torch.float16 or "
+                f"None, got {dtype!r}"
+            )
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        self._optimizer, self._amp, self._device = optimizer, amp, device
+        self._optimizer, self._momentum, self._device = optimizer, momentum, device
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self._amp = dtype if dtype in AUTOCAST_DTYPES.values() and dtype != own else None
+        self._dtype = (dtype or own) if self._amp is None else torch.float32
         self._twin: Any = meta_copy(model).to(self._dtype)
         if not model.training:
             self._twin.train()
+        self.bucket_bytes = bucket_bytes(self._twin)
+        """What DistributedDataParallel would hold besides."""
 
     def __call__(self, input_shape: Sequence[int], save: Any = None, offload: Any = None) -> Peak:
         """The peak of a step; ``save`` and ``offload`` are set in the copy where given."""
@@ -184,10 +176,9 @@ class Rehearsal:
             raise ValueError(f"the model refuses input of shape {shape}: {line}") from error
 
     def _training(self, shape: tuple[int, ...]) -> Training:
-        parameters = [p for p in self._twin.parameters() if p.requires_grad]
         return Training(
             self._twin,
-            OPTIMIZERS[self._optimizer](parameters),
+            make_optimizer(self._optimizer, self._twin.parameters(), momentum=self._momentum),
             torch.empty(shape, dtype=self._dtype, device="meta"),
             None,
             self._amp,
@@ -250,11 +241,9 @@ def as_estimate(
     return Estimate(sum(parts.values()), parts, moment, blocks, reserved, resident)
 
 
-def bucket_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+def bucket_bytes(model: nn.Module) -> int:
     """DDP's buckets, which hold every gradient a second time."""
-    return sum(
-        p.numel() * (dtype or p.dtype).itemsize for p in model.parameters() if p.requires_grad
-    )
+    return sum(p.numel() * p.itemsize for p in model.parameters() if p.requires_grad)
 
 
 def reserved_bytes(sizes: Sequence[int]) -> int:

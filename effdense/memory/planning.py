@@ -36,7 +36,7 @@ from ..choices import Save
 from ..machine.memory import available_bytes, parse_size, show_size
 from ..models import densenet_bc
 from ..recognition.reading import read_block
-from .estimation import Estimate, Rehearsal, as_estimate, block_names, bucket_bytes, estimate
+from .estimation import Estimate, Rehearsal, as_estimate, block_names, estimate
 from .timeline import Peak
 
 CANDIDATES: tuple[Save, ...] = ("bottlenecks", "features", "input")
@@ -175,8 +175,8 @@ class _Search:
         self.names = block_names(model)
         self.limit = budget_bytes(budget, self.device)
         ddp = options.pop("ddp", False)
-        self.buckets = bucket_bytes(model, options.get("dtype")) if ddp else 0
         self._rehearse = Rehearsal(model, **options)
+        self.buckets = self._rehearse.bucket_bytes if ddp else 0
         self._runs: dict[_Mode, Peak] = {}
 
     def run(self, mode: _Mode) -> Peak:
@@ -227,7 +227,7 @@ class _Search:
             self._rehearsed(_Costs(self, modes).smallest()).needed for modes in (_AS_IT_IS, _EITHER)
         )
         advice = "Raise the budget, reduce the batch (see effdense.largest_batch), compute in 16 "
-        advice += "bits (amp)"
+        advice += "bits (dtype)"
         if away < least:
             if offload:
                 least = away
@@ -383,8 +383,9 @@ def largest_batch(
     """
     device = options.get("device", "cpu")
     limit = budget_bytes(budget, device)
-    buckets = bucket_bytes(model, options.get("dtype")) if options.pop("ddp", False) else 0
+    ddp = options.pop("ddp", False)
     rehearse = Rehearsal(model, **options)
+    buckets = rehearse.bucket_bytes if ddp else 0
 
     def peak(images: int) -> int:
         found = rehearse((images, *input_shape[1:]))
@@ -396,7 +397,7 @@ def largest_batch(
 
 def deepest(
     growth_rate: int,
-    batch: int,
+    batch_size: int,
     budget: int | str = "auto",
     *,
     image_size: int = 32,
@@ -407,7 +408,7 @@ def deepest(
 
     Args:
         growth_rate: channels per layer.
-        batch: images per step.
+        batch_size: images per step.
         budget: as of :func:`plan`.
         image_size: height and width, pixels.
         save: what every block saves.
@@ -421,7 +422,7 @@ def deepest(
     def peak(layers: int) -> int:
         with torch.device("meta"):
             model = densenet_bc(6 * layers + 4, growth_rate, save=save)
-        return estimate(model, (batch, 3, image_size, image_size), **options).needed
+        return estimate(model, (batch_size, 3, image_size, image_size), **options).needed
 
     return 6 * _largest(peak, 1, limit, "depth 10") + 4
 

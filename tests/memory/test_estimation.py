@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import effdense
 from effdense import reference
+from effdense.choices import OptimizerName
 from effdense.memory import meta, timeline
-from effdense.memory.estimation import OPTIMIZERS, Rehearsal, places, reserved_bytes
+from effdense.memory.estimation import Rehearsal, places, reserved_bytes
+from effdense.memory.optimizers import make_optimizer, state_copies
 from effdense.memory.planning import CANDIDATES, BudgetError
 from effdense.memory.timeline import Peak, Training, record_step
 from tests.helpers.measure_memory import measure
@@ -29,13 +31,15 @@ TINY: dict[str, Any] = {
 def real_step(
     model: nn.Module,
     shape: tuple[int, ...],
-    optimizer: str = "sgd-momentum",
+    optimizer: OptimizerName = "sgd",
+    momentum: float = 0.9,
     amp: torch.dtype | None = None,
 ) -> Peak:
     def build() -> Training:
         dtype = next(model.parameters()).dtype
         x, target = torch.randn(shape, dtype=dtype), torch.zeros(shape[0], dtype=torch.int64)
-        return Training(model, OPTIMIZERS[optimizer](list(model.parameters())), x, target, amp)
+        made = make_optimizer(optimizer, model.parameters(), momentum=momentum)
+        return Training(model, made, x, target, amp)
 
     return record_step(build, places=places)
 
@@ -87,19 +91,37 @@ def test_offloading_is_predicted(save: Any) -> None:
         assert found.peak < stays.peak / 2
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_optimizer_state_is_counted(optimizer: str) -> None:
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_optimizer_state_is_counted(optimizer: OptimizerName, momentum: float) -> None:
     model = effdense.DenseNet(**TINY)
-    found = effdense.estimate(model, (4, 3, 8, 8), optimizer=optimizer)
-    real = real_step(model, (4, 3, 8, 8), optimizer)
+    found = effdense.estimate(model, (4, 3, 8, 8), optimizer=optimizer, momentum=momentum)
+    real = real_step(model, (4, 3, 8, 8), optimizer, momentum)
     assert found.parts["optimizer"] == real.parts["optimizer"]
     assert found.peak == pytest.approx(real.total, rel=0.01)
+    parameters = sum(p.numel() * p.itemsize for p in model.parameters())
+    # and a count of steps for each
+    copies = state_copies(optimizer, momentum)
+    assert 0 <= found.parts["optimizer"] - copies * parameters < parameters / 4
+
+
+def test_what_is_computed_in_is_the_parameters_type_or_autocast_s() -> None:
+    model, shape = effdense.DenseNet(**TINY), (4, 3, 8, 8)
+    wide = effdense.estimate(model, shape, dtype=torch.float64)
+    assert wide == effdense.estimate(model.double(), shape)
+    assert (
+        effdense.estimate(model, shape, dtype=torch.float32).parts["parameters"]
+        == (effdense.estimate(model, shape, dtype=torch.bfloat16).parts["parameters"])
+    )
+    narrow = effdense.estimate(model.bfloat16(), shape)
+    assert narrow == effdense.estimate(model, shape, dtype=torch.bfloat16)
+    assert narrow.parts["parameters"] < wide.parts["parameters"] / 3
 
 
 @pytest.mark.parametrize("save", effdense.SAVE_MODES)
 def test_autocast(save: Any) -> None:
     model = effdense.densenet_bc(22, 12, save=save)
-    found = effdense.estimate(model, (16, 3, 32, 32), amp=torch.bfloat16)
+    found = effdense.estimate(model, (16, 3, 32, 32), dtype=torch.bfloat16)
     real = real_step(model, (16, 3, 32, 32), amp=torch.bfloat16)
     # the naive network's cast weights, one copy each until their layer's backward, included
     assert found.peak == pytest.approx(real.total, rel=0.001)
@@ -117,7 +139,7 @@ def test_autocast_in_every_dimension(dims: int, naive: bool) -> None:
     """3-D pooling computes in float32 on a CPU, in the naive network for good."""
     kind = reference.DenseNet if naive else effdense.DenseNet
     model, shape = kind(**TINY, spatial_dims=dims), (5, 3, *(96, 14, 8)[dims - 1 : dims] * dims)
-    found = effdense.estimate(model, shape, amp=torch.bfloat16)
+    found = effdense.estimate(model, shape, dtype=torch.bfloat16)
     assert found.peak == pytest.approx(real_step(model, shape, amp=torch.bfloat16).total, rel=0.01)
 
 
@@ -215,10 +237,9 @@ def test_reserved_memory_follows_the_caching_allocator_s_rules() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"optimizer": "magic"}, "sgd-momentum"),
+        ({"optimizer": "magic"}, "sgd, adam, adamw, rmsprop"),
         ({"device": "tpu"}, "cpu"),
-        ({"amp": torch.float64}, "bfloat16"),
-        ({"dtype": torch.int32}, "floating-point"),
+        ({"dtype": torch.int32}, "torch.float64, torch.float32, torch.bfloat16, torch.float16"),
         ({"input_shape": (4, 3)}, "spatial"),
         ({"input_shape": (0, 3, 8, 8)}, "positive"),
         ({"input_shape": (4, 5, 8, 8)}, "expected input of shape"),
@@ -284,7 +305,7 @@ def test_a_plan_is_applied_and_trains_within_its_peak(network: effdense.DenseNet
 
 
 def test_a_budget_that_cannot_be_met_says_what_would_do(network: effdense.DenseNet) -> None:
-    with pytest.raises(BudgetError, match=r"batch of 32 needs at least .* \(amp\)") as caught:
+    with pytest.raises(BudgetError, match=r"batch of 32 needs at least .* \(dtype\)") as caught:
         effdense.plan(network, SHAPE, "5MiB")
     assert effdense.plan(network, SHAPE, caught.value.least).peak <= caught.value.least
     with pytest.raises(BudgetError):
@@ -357,7 +378,7 @@ def test_what_does_not_fit_is_offloaded_where_it_may_be() -> None:
 def test_code_compiled_for_16_bits_is_counted() -> None:
     model = effdense.densenet_bc(22, 12)
     wide = effdense.estimate(model, SHAPE)
-    narrow = effdense.estimate(model, SHAPE, amp=torch.bfloat16)
+    narrow = effdense.estimate(model, SHAPE, dtype=torch.bfloat16)
     assert wide.resident == wide.peak
     assert narrow.resident is not None
     # nine layers: three products each, and some in two sizes of tile
