@@ -6,20 +6,7 @@
 ``--help`` lists the options. Everything is in :mod:`effdense.engine`.
 """
 
-import sys
-
-from effdense.engine.config import parse_command_line
-from effdense.errors import one_line_errors
-
-
-def main() -> None:
-    with one_line_errors():
-        options = parse_command_line(sys.argv[1:])
-        # after the options: a mistyped one is answered at once
-        from effdense.engine.training import run
-
-        run(options)
-
+from effdense.commands.train import main
 
 if __name__ == "__main__":
-    main()
+    main("train_ddp.py")

@@ -38,11 +38,11 @@ from effdense import reference
 from effdense.choices import DtypeName
 from effdense.commands import front_end
 from effdense.engine.checkpoint import Position
-from effdense.engine.config import ResolvedConfig, TrainConfig
 from effdense.engine.data.datasets import load
 from effdense.engine.data.order import ImageData
 from effdense.engine.distributed import World, joined_world
 from effdense.engine.networks import make_network
+from effdense.engine.options import ResolvedConfig, TrainConfig
 from effdense.engine.progress import Progress
 from effdense.engine.trainer import Trainer
 from effdense.machine.environment import headline

@@ -11,10 +11,10 @@ from torch import nn
 import effdense
 
 from ..errors import UserError
-from ..memory.estimation import AMP_DTYPES
-from .config import ResolvedConfig
+from ..models import configuration
 from .data.order import ImageData, random_key
 from .distributed import World
+from .options import ResolvedConfig
 
 
 def make_network(config: ResolvedConfig, data: ImageData) -> nn.Module:
@@ -27,7 +27,7 @@ def make_network(config: ResolvedConfig, data: ImageData) -> nn.Module:
     network = build(config.options(), data.num_classes, data.in_channels)
     assert isinstance(network, effdense.DenseNet)
     network.offload = config.offload
-    if config.sync_bn:
+    if config.sync_batch_norm:
         effdense.SyncBatchNorm.convert_sync_batchnorm(network)
     return network
 
@@ -46,9 +46,8 @@ def build(options: Mapping[str, Any], num_classes: int, in_channels: int) -> nn.
         "backend": options["backend"],
     }
     try:
-        if options["arch"] == "densenet_bc":
-            return effdense.densenet_bc(options["depth"], options["growth_rate"], **arguments)
-        return getattr(effdense, options["arch"])(**arguments)
+        network = (options["arch"], options["depth"], options["growth_rate"])
+        return effdense.DenseNet(**configuration(*network, **arguments))
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -62,7 +61,6 @@ def fit_to_budget(
         UserError: where no choice fits.
     """
     assert isinstance(network, effdense.DenseNet)
-    momentum = config.opt == "sgd" and config.momentum > 0
     if budget == "auto" and world.device.type == "cpu":
         # the machine's processes share its memory
         budget = str(effdense.budget_bytes("auto", "cpu") // world.local_world_size)
@@ -72,13 +70,14 @@ def fit_to_budget(
             largest_share(config, world, channels),
             budget,
             offload=config.offload,
-            optimizer="sgd-momentum" if momentum else config.opt,
-            amp=AMP_DTYPES[config.amp],
+            optimizer=config.optimizer,
+            momentum=config.momentum,
+            dtype=getattr(torch, config.dtype),
             ddp=world.world_size > 1,
             device=world.device.type,
         )
     except ValueError as error:
-        raise UserError(f"--memory-budget: {error}") from None
+        raise UserError(f"--budget: {error}") from None
     plan.apply(network)
     return str(plan)
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from .config import ResolvedConfig
 from .data.order import Batch
 from .distributed import World
+from .options import ResolvedConfig
 from .scores import Score
 
 

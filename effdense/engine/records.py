@@ -26,9 +26,9 @@ from effdense.machine.environment import source_revision, versions
 
 from ..errors import UserError
 from .checkpoint import CheckpointStore, flush_folder
-from .config import ResolvedConfig
 from .distributed import World
 from .lock import Lock
+from .options import ResolvedConfig, renamed
 from .scores import Score
 
 LOG_COLUMNS = {
@@ -289,10 +289,10 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.yaml"
     try:
         held = yaml.safe_load(file.read_text(encoding="utf-8"))
-        assert isinstance(held["options"], dict)
+        held["options"] = renamed(held["options"])
     except FileNotFoundError:
         raise UserError(f"{path} holds no run: there is no config.yaml") from None
-    except (OSError, ValueError, TypeError, KeyError, AssertionError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
         raise UserError(f"cannot read {file}: it is not what a run writes") from None
     return dict(held)
 

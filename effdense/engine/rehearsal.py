@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..autocast import AUTOCAST_DTYPES
 from ..errors import UserError
 from ..machine.memory import show_size
-from ..memory.estimation import AMP_DTYPES, bucket_bytes
+from ..memory.estimation import bucket_bytes
+from ..memory.optimizers import state_copies
 from ..norms.synchronization import unsynchronised
-from .config import ResolvedConfig
 from .distributed import World, gathered
+from .options import ResolvedConfig
 
 
 def replan_if_needed(
@@ -49,7 +51,7 @@ def replan_if_needed(
     if _least_reached(network, shape, config, world) is not None:
         raise UserError(
             f"out of memory again, with a plan for the {show_size(reached)} that could be "
-            "allocated: reduce --batch-size, or use --amp bf16 or --offload"
+            "allocated: reduce --batch-size, or use --dtype bfloat16 or --offload"
         )
     return (
         f"the first plan ran out of memory after {show_size(reached)}; planned again for that\n"
@@ -84,11 +86,10 @@ def take_step(
     network: nn.Module, shape: Sequence[int], config: ResolvedConfig, world: World
 ) -> None:
     """Forward and backward on zeros, beside what the optimizer and DDP will hold."""
-    device, dtype = world.device, AMP_DTYPES[config.amp]
+    device, dtype = world.device, AUTOCAST_DTYPES.get(config.dtype)
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    # per parameter: momentum, or RMSprop's mean; Adam has two; DDP's buckets are one more
-    copies = {"sgd": int(config.momentum > 0), "rmsprop": 1, "adam": 2}[config.opt]
-    copies += world.world_size > 1
+    # DDP's buckets are one more
+    copies = state_copies(config.optimizer, config.momentum) + (world.world_size > 1)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             held = torch.empty(copies * bucket_bytes(network), dtype=torch.uint8, device=device)

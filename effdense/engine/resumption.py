@@ -30,9 +30,9 @@ from effdense.machine.environment import versions
 
 from ..errors import Interrupted
 from .checkpoint import Checkpoint, CheckpointStore, Position
-from .config import ResolvedConfig
 from .data.order import random_key
 from .distributed import World, all_or_none, from_main, gathered_on_main, largest
+from .options import ResolvedConfig
 from .records import CsvLog, saved
 from .signals import StopSignals
 from .trainer import Trainer
@@ -179,7 +179,7 @@ def go_on(
             f"not bit-exact from here on: {', '.join(changed)}. The samples and their order are "
             f"the same"
             + (
-                ("" if config.sync_bn else _OTHER_SHARES)
+                ("" if config.sync_batch_norm else _OTHER_SHARES)
                 + "; dropout draws anew, and gradients are summed in another order"
                 if before["processes"] != world.world_size
                 else "; sums may round differently"

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..autocast import AUTOCAST_DTYPES
 from ..errors import TrainingError
-from ..memory.estimation import AMP_DTYPES
+from ..memory.optimizers import make_optimizer
 from .checkpoint import Position
-from .config import ResolvedConfig
 from .data.order import Batch, Split, global_batches, random_key, share
 from .distributed import World, average_running_statistics, data_parallel, largest
+from .options import ResolvedConfig
 from .progress import Progress
 from .scores import Score, Tally
 
@@ -45,8 +46,14 @@ class Trainer:
         # every shape has a program of its own: one for all would depend on which came first
         compiled = torch.compile(network, dynamic=False) if config.compile else network
         self.model = data_parallel(cast(nn.Module, compiled), world)
-        self.optimizer = make_optimizer(network, config)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
+        self.optimizer = make_optimizer(
+            config.optimizer,
+            network.parameters(),
+            config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
         self.average = (
             AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
             if config.ema
@@ -68,8 +75,8 @@ class Trainer:
         return self.network if self.average is None else self.average.module
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context of ``--amp`` for forward passes."""
-        dtype = AMP_DTYPES[self.config.amp]
+        """The context of ``--dtype`` for forward passes."""
+        dtype = AUTOCAST_DTYPES.get(self.config.dtype)
         return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
 
     def step(
@@ -107,7 +114,9 @@ class Trainer:
         Only after the last part are the processes' gradients averaged.
         """
         # norms that synchronise need as many parts in every process, even if one is empty
-        most = -(-batch_size // self.world.world_size) if self.config.sync_bn else len(labels)
+        most = (
+            -(-batch_size // self.world.world_size) if self.config.sync_batch_norm else len(labels)
+        )
         part_size = -(-most // self.config.accumulate)
         last = (most - 1) // part_size * part_size
         losses, logits = [], []
@@ -240,7 +249,8 @@ class Trainer:
             what = "weights are not" if math.isfinite(score.loss) else f"loss is {score.loss}, not"
             raise TrainingError(
                 f"the {what} finite in epoch {self.position.epoch}, by step {self.position.step}: "
-                f"try a lower --lr" + ("" if self.config.amp == "none" else ", or --amp none")
+                f"try a lower --lr"
+                + ("" if self.config.dtype == "float32" else ", or --dtype float32")
             )
         return score
 
@@ -303,7 +313,7 @@ class Trainer:
 
         The score's number of samples is less than the split's where images could not be read.
         """
-        if not self.config.sync_bn:  # with it they are the same everywhere
+        if not self.config.sync_batch_norm:  # with it they are the same everywhere
             average_running_statistics(self.tested)
         world = self.world
         mine = share(torch.arange(len(split)), world.rank, world.world_size)
@@ -320,17 +330,3 @@ class Trainer:
             tally.add(loss, logits, labels)
         self.mark("waiting for the others' test scores")
         return tally.score()
-
-
-def make_optimizer(network: nn.Module, config: ResolvedConfig) -> torch.optim.Optimizer:
-    """The optimiser over every parameter, the norms' included, as in the paper's code."""
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    lr, weight_decay = config.lr, config.weight_decay
-    if config.opt == "sgd":
-        momentum = config.momentum
-        return torch.optim.SGD(
-            parameters, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0
-        )
-    if config.opt == "adam":
-        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay)
-    return torch.optim.RMSprop(parameters, lr, weight_decay=weight_decay)

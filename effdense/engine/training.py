@@ -14,12 +14,12 @@ import torch
 from ..errors import TrainingError, UserError
 from . import plots
 from .checkpoint import Position
-from .config import ResolvedConfig, TrainConfig
 from .data.datasets import load, needs_preparation
 from .data.order import ImageData
 from .distributed import World, all_or_none, gathered, joined_world, largest, launched_processes
 from .export import safetensors_bytes
 from .networks import fit_to_budget, largest_share, make_network
+from .options import ResolvedConfig, TrainConfig
 from .progress import Progress, Speed, peak_memory
 from .records import LOG_COLUMNS, CsvLog, WorkDir, last_score, saved
 from .rehearsal import replan_if_needed
@@ -87,8 +87,8 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
         with all_or_none():
             if config.tensorboard:
                 require_tensorboard()
-            if config.memory_budget is not None:
-                plan = fit_to_budget(network, config, world, data.in_channels, config.memory_budget)
+            if config.budget is not None:
+                plan = fit_to_budget(network, config, world, data.in_channels, config.budget)
             if config.batch_size > len(data.train):
                 raise UserError(
                     f"--batch-size must be at most {len(data.train)}, the number of training "

@@ -6,14 +6,22 @@ import re
 
 import pytest
 
-from effdense.engine import config as config_module
-from effdense.engine.config import RECIPES, Recipe, TrainConfig, parse_command_line
+from effdense.commands import front_end
+from effdense.commands.train import DESCRIPTION
+from effdense.engine import options as options_module
+from effdense.engine.options import TrainConfig
+from effdense.engine.recipes import RECIPES, Recipe
 from effdense.errors import UserError
+
+
+def parse(options: list[str]) -> TrainConfig:
+    program = "train_ddp.py"
+    return front_end.parse(TrainConfig, options, program=program, description=DESCRIPTION)
 
 
 def help_text(capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as exit_:
-        parse_command_line(["--help"])
+        parse(["--help"])
     assert not exit_.value.code
     return capsys.readouterr().out
 
@@ -22,7 +30,7 @@ def test_the_paper_s_cifar_recipe() -> None:
     for data in ("cifar10", "cifar100"):
         config = TrainConfig(data=data).resolved()
         assert (config.arch, config.depth, config.growth_rate) == ("densenet_bc", 100, 12)
-        assert (config.opt, config.momentum, config.weight_decay) == ("sgd", 0.9, 1e-4)
+        assert (config.optimizer, config.momentum, config.weight_decay) == ("sgd", 0.9, 1e-4)
         assert (config.batch_size, config.epochs, config.drop_rate) == (64, 300, 0.0)
         rates = [config.lr_at(epoch / 300) for epoch in (0, 149, 150, 224, 225, 299)]
         assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
@@ -40,8 +48,8 @@ def test_svhn_and_imagenet_recipes() -> None:
 
 
 def test_recipes_that_follow_another_option() -> None:
-    assert TrainConfig(opt="adam").resolved().lr == 1e-3
-    assert TrainConfig(opt="adam", lr=0.5).resolved().lr == 0.5
+    assert TrainConfig(optimizer="adam").resolved().lr == 1e-3
+    assert TrainConfig(optimizer="adam", lr=0.5).resolved().lr == 0.5
     assert TrainConfig(data="cifar10", augment="none").resolved().drop_rate == 0.2
     assert TrainConfig(data="cifar10", augment="none", drop_rate=0.0).resolved().drop_rate == 0.0
 
@@ -54,7 +62,7 @@ def test_cosine_goes_from_the_rate_to_zero() -> None:
 def test_every_option_is_resolved_and_given_ones_are_kept() -> None:
     for data in RECIPES:
         resolved = dataclasses.asdict(TrainConfig(data=data).resolved())  # type: ignore[arg-type]
-        assert [k for k, v in resolved.items() if v is None] == ["memory_budget", "work_dir"]
+        assert [k for k, v in resolved.items() if v is None] == ["budget", "work_dir"]
         assert set(resolved) == {field.name for field in dataclasses.fields(TrainConfig)}
     given = TrainConfig(data="cifar10", epochs=7, milestones=(0.1,), growth_rate=3, seed=5)
     resolved = given.resolved()  # type: ignore[assignment]
@@ -63,7 +71,7 @@ def test_every_option_is_resolved_and_given_ones_are_kept() -> None:
 
 
 def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_module, "_available_cores", lambda: 12)
+    monkeypatch.setattr(options_module, "usable_cores", lambda: 12)
     assert TrainConfig().resolved(world_size=4, local_world_size=4).threads == 3
     assert TrainConfig().resolved(world_size=4, local_world_size=2).threads == 6
     assert TrainConfig().resolved(world_size=16, local_world_size=16).threads == 1
@@ -91,7 +99,7 @@ def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_values_that_cannot_be(options: list[str], said: str) -> None:
     with pytest.raises(UserError) as error:
-        parse_command_line(options).resolved(world_size=3)
+        parse(options).resolved(world_size=3)
     assert said in str(error.value)
 
 
@@ -109,7 +117,7 @@ def test_options_that_do_not_exist(
     options: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError) as error:
-        parse_command_line(options)
+        parse(options)
     assert said in str(error.value)
     assert "--help" in str(error.value)
     assert not {"\n", "│", "─"} & set(str(error.value))

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from effdense.engine.config import TrainConfig
 from effdense.engine.data import order as data_module
 from effdense.engine.data.datasets import load
 from effdense.engine.data.order import (
@@ -24,6 +23,7 @@ from effdense.engine.data.order import (
     global_batches,
     share,
 )
+from effdense.engine.options import TrainConfig
 from effdense.errors import UserError
 
 CPU = torch.device("cpu")

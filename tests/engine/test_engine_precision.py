@@ -12,8 +12,8 @@ from torch import nn
 
 import effdense
 from effdense.engine.checkpoint import Position
-from effdense.engine.config import TrainConfig
 from effdense.engine.distributed import World, joined_world
+from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
 from effdense.engine.trainer import Trainer
 from effdense.engine.training import run
@@ -84,8 +84,19 @@ def test_the_averaged_weights_are_an_exponential_moving_average() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ["--amp", "bf16", "--opt", "adam", "--lr", 0.01, "--ema", 0.9, "--accumulate", 2],
-        ["--amp", "fp16", "--clip-grad", 1.0, "--non-finite", "skip", "--channels-last"],
+        [
+            "--dtype",
+            "bfloat16",
+            "--optimizer",
+            "adam",
+            "--lr",
+            0.01,
+            "--ema",
+            0.9,
+            "--accumulate",
+            2,
+        ],
+        ["--dtype", "float16", "--clip-grad", 1.0, "--non-finite", "skip", "--channels-last"],
     ],
     ids=["bf16 adam ema accumulate", "fp16 clip skip channels-last"],
 )
@@ -103,13 +114,13 @@ def test_every_state_there_is_survives_a_kill(options: list[object], tmp_path: P
     assert final_state(tmp_path / "cut") == final_state(tmp_path / "whole")
 
 
-def test_bf16_learns_along_float32_s_curve(tmp_path: Path) -> None:
+def test_bfloat16_learns_along_float32_s_curve(tmp_path: Path) -> None:
     curves = {}
-    for amp in ("none", "bf16"):
-        options: dict[str, Any] = {"amp": amp, "work_dir": tmp_path / amp, "epochs": 3}
+    for dtype in ("float32", "bfloat16"):
+        options: dict[str, Any] = {"dtype": dtype, "work_dir": tmp_path / dtype, "epochs": 3}
         small: dict[str, Any] = {"data": "digits", "depth": 10, "growth_rate": 6, "threads": 1}
         run(TrainConfig(**small, **options))
-        curves[amp] = read(tmp_path / amp / "train.csv")["loss"]
-    assert curves["bf16"] != curves["none"]
-    for half, single in zip(curves["bf16"], curves["none"], strict=True):
+        curves[dtype] = read(tmp_path / dtype / "train.csv")["loss"]
+    assert curves["bfloat16"] != curves["float32"]
+    for half, single in zip(curves["bfloat16"], curves["float32"], strict=True):
         assert half == pytest.approx(single, rel=0.1)

@@ -17,9 +17,9 @@ from sklearn.datasets import load_digits
 
 import effdense
 from effdense.__main__ import main
-from effdense.engine.config import TrainConfig
 from effdense.engine.data.order import generator
 from effdense.engine.export import read_safetensors, safetensors_bytes
+from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
 from effdense.engine.training import run
 from effdense.errors import UserError
@@ -29,7 +29,7 @@ from effdense.errors import UserError
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("digits") / "run"
     options = {"depth": 10, "growth_rate": 8, "epochs": 3, "threads": 1, "tensorboard": True}
-    run(TrainConfig(work_dir=path, **options, memory_budget="2GiB"))  # type: ignore[arg-type]
+    run(TrainConfig(work_dir=path, **options, budget="2GiB"))  # type: ignore[arg-type]
     return path
 
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from effdense.engine import plots
-from effdense.engine.config import ResolvedConfig, TrainConfig
 from effdense.engine.distributed import World
+from effdense.engine.options import ResolvedConfig, TrainConfig
 from effdense.engine.records import CsvLog, WorkDir, write_atomically
 from effdense.errors import UserError
 from effdense.machine import environment as machine

@@ -35,7 +35,7 @@ def test_killed_and_started_again(published: str, uninterrupted: Path, tmp_path:
 
 def test_synchronised_norms_killed_and_started_again(tmp_path: Path) -> None:
     """Shares of 22, 21 and 21 images in parts of 3: two processes' last ones are empty."""
-    run = [*RUN, "--sync-bn", "--accumulate", 8, "--epochs", 1]
+    run = [*RUN, "--sync-batch-norm", "--accumulate", 8, "--epochs", 1]
     with Ranks(tmp_path, [*run, "--work-dir", "whole"], 3) as ranks:
         assert ranks.wait() == [0, 0, 0], ranks.said()
     with Ranks(tmp_path, run, 3) as ranks:
@@ -51,7 +51,7 @@ def test_synchronised_norms_killed_and_started_again(tmp_path: Path) -> None:
     assert len(own) == 3
     assert own[0]["buffers"] == own[1]["buffers"] == own[2]["buffers"]
     recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert recorded["options"]["sync_bn"] is True
+    assert recorded["options"]["sync_batch_norm"] is True
 
 
 def test_a_finished_run_is_left_as_it_is(uninterrupted: Path, tmp_path: Path) -> None:
@@ -96,9 +96,9 @@ def test_mid_epoch_with_loader_processes_and_augmentation(tmp_path: Path) -> Non
 def test_other_options_are_named(uninterrupted: Path, tmp_path: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path / "run")
     before = final_state(tmp_path / "run")
-    with Ranks(tmp_path, [*RUN, "--lr", 0.3, "--opt", "adam"], 1) as ranks:
+    with Ranks(tmp_path, [*RUN, "--lr", 0.3, "--optimizer", "adam"], 1) as ranks:
         assert ranks.wait() == [2]
-    assert "with other options: --opt is adam, was sgd; --lr is 0.3, was 0.1" in ranks.said()
+    assert "with other options: --optimizer is adam, was sgd; --lr is 0.3, was 0.1" in ranks.said()
     assert final_state(tmp_path / "run") == before
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from effdense.engine.config import TrainConfig
 from effdense.engine.data import image_files, shards
 from effdense.engine.data.datasets import load
 from effdense.engine.data.image_files import prefetched
 from effdense.engine.data.order import ImageData, Split
 from effdense.engine.data.shards import INDEX, Shards
+from effdense.engine.options import TrainConfig
 from effdense.errors import UserError
 from tests.helpers.pictures import write_folder, write_shard, write_shards
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from effdense.engine import telemetry
-from effdense.engine.config import TrainConfig
 from effdense.engine.distributed import World
+from effdense.engine.options import TrainConfig
 from effdense.engine.telemetry import SYSTEM_COLUMNS, Gpu, Telemetry
 from effdense.engine.training import run
 from effdense.machine.memory import peak_resident_bytes, resident_bytes

@@ -13,7 +13,7 @@ import sys
 import termios
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,10 +21,11 @@ import yaml
 from PIL import Image
 
 import effdense
-from effdense.engine.config import TrainConfig
+from effdense.choices import OptimizerName
 from effdense.engine.distributed import World, joined_world
+from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
-from effdense.engine.trainer import make_optimizer
+from effdense.engine.trainer import Trainer
 from effdense.engine.training import run
 from effdense.errors import TrainingError, UserError
 from tests.helpers import workers
@@ -135,32 +136,29 @@ def test_seeds_and_only_seeds_make_a_difference(tmp_path: Path) -> None:
     )
 
 
-def test_optimizers_get_their_options_and_every_parameter() -> None:
+@pytest.mark.parametrize("name", get_args(OptimizerName))
+def test_optimizers_get_their_options_and_every_parameter(name: OptimizerName) -> None:
     network = effdense.densenet_bc(depth=10, growth_rate=4)
-    for opt, kind in (
-        ("sgd", torch.optim.SGD),
-        ("adam", torch.optim.Adam),
-        ("rmsprop", torch.optim.RMSprop),
-    ):
-        config = TrainConfig(opt=opt, weight_decay=0.25).resolved()  # type: ignore[arg-type]
-        optimizer = make_optimizer(network, config)
-        assert type(optimizer) is kind
-        (group,) = optimizer.param_groups
-        assert (group["lr"], group["weight_decay"]) == (config.lr, 0.25)
-        if opt == "sgd":
-            assert (group["momentum"], group["nesterov"]) == (0.9, True)
-        assert len(group["params"]) == len(list(network.parameters()))
+    config = TrainConfig(optimizer=name, weight_decay=0.25).resolved()
+    world = World(0, 1, 0, 1, torch.device("cpu"), None)
+    optimizer = Trainer(network, config, world).optimizer
+    assert type(optimizer).__name__.lower() == name
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (config.lr, 0.25)
+    if name == "sgd":
+        assert (group["momentum"], group["nesterov"]) == (0.9, True)
+    assert len(group["params"]) == len(list(network.parameters()))
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"opt": "adam", "lr": 0.01},
-        {"opt": "rmsprop"},
-        {"opt": "sgd", "momentum": 0.0},
+        {"optimizer": "adam", "lr": 0.01},
+        {"optimizer": "rmsprop"},
+        {"optimizer": "sgd", "momentum": 0.0},
         {"schedule": "cosine", "label_smoothing": 0.1},
-        {"amp": "bf16"},
-        {"amp": "fp16"},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
         {"save": "all", "backend": "torch", "batch_size": 63},
     ],
     ids=str,
@@ -323,14 +321,14 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
 def test_a_memory_budget_chooses_what_the_blocks_save(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = small_run(tmp_path / "run", depth=22, memory_budget="2GiB", batch_size=32)
+    path = small_run(tmp_path / "run", depth=22, budget="2GiB", batch_size=32)
     assert "predicted peak" in capsys.readouterr().out
     assert (path / "model.pt").exists()
-    with pytest.raises(UserError, match="--memory-budget: no choice of save modes fits"):
-        small_run(tmp_path / "none", memory_budget="100KiB", batch_size=32)
+    with pytest.raises(UserError, match="--budget: no choice of save modes fits"):
+        small_run(tmp_path / "none", budget="100KiB", batch_size=32)
     assert not (tmp_path / "none").exists()
-    with pytest.raises(UserError, match="--memory-budget must be a size"):
-        small_run(tmp_path / "none", memory_budget="much")
+    with pytest.raises(UserError, match="--budget must be a size"):
+        small_run(tmp_path / "none", budget="much")
 
 
 def test_a_budget_makes_a_run_fit_where_the_naive_network_dies(tmp_path: Path) -> None:
@@ -342,7 +340,7 @@ def test_a_budget_makes_a_run_fit_where_the_naive_network_dies(tmp_path: Path) -
     limited += "resource.setrlimit(resource.RLIMIT_DATA, (used + (400 << 20),) * 2); "
     limited += f"sys.argv[0] = {str(SCRIPT)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
     outcomes = {}
-    for name, choice in {"naive": flags(save="all"), "fits": flags(memory_budget="200MiB")}.items():
+    for name, choice in {"naive": flags(save="all"), "fits": flags(budget="200MiB")}.items():
         arguments = [*common, *choice, "--work-dir", tmp_path / name]
         outcomes[name] = subprocess.run(
             [sys.executable, "-c", limited, *map(str, arguments)], capture_output=True, text=True

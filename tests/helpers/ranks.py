@@ -44,7 +44,8 @@ def _main(
     folder: Path,
     meddle: Callable[[int], None] | None,
 ) -> None:
-    from effdense.engine.config import parse_command_line
+    from effdense.commands.front_end import parse
+    from effdense.engine.options import TrainConfig
     from effdense.engine.training import run
     from effdense.errors import one_line_errors
 
@@ -66,7 +67,7 @@ def _main(
     if meddle is not None:
         meddle(rank)
     with one_line_errors():
-        run(parse_command_line(arguments))
+        run(parse(TrainConfig, arguments, program="train_ddp.py"))
 
 
 class Ranks:

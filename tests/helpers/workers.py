@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import effdense
 from effdense.engine import training
-from effdense.engine.config import TrainConfig
 from effdense.engine.data.order import Batch, InMemory, Normalization, share
 from effdense.engine.distributed import World, all_or_none, joined_world, launched_processes
+from effdense.engine.options import TrainConfig
 from effdense.engine.signals import StopSignals
 from effdense.engine.trainer import Trainer
 from effdense.errors import UserError, one_line_errors
@@ -32,8 +32,8 @@ def frozen_steps(world: World, **options: Any) -> dict[str, Tensor]:
 
 
 def equal_steps(world: World) -> dict[str, Tensor]:
-    """What any number of processes must agree on: steps with frozen norms, and with --sync-bn."""
-    steps = {"frozen": frozen_steps(world), "synchronised": _steps(world, sync_bn=True)}
+    """What any number of processes agree on: steps with frozen norms, and --sync-batch-norm."""
+    steps = {"frozen": frozen_steps(world), "synchronised": _steps(world, sync_batch_norm=True)}
     return {
         f"{kind} {name}": value for kind, found in steps.items() for name, value in found.items()
     }
@@ -51,7 +51,7 @@ def _steps(world: World, *, frozen: bool = False, **options: Any) -> dict[str, T
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
             nn.init.normal_(module.weight)
-    if options.get("sync_bn"):
+    if options.get("sync_batch_norm"):
         effdense.SyncBatchNorm.convert_sync_batchnorm(network)
     config = TrainConfig(
         data="fake",

@@ -10,42 +10,34 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import pytest
 import torch
 
 import effdense
 from effdense.backends.base import Backend
-from effdense.backends.select import BACKENDS
 from effdense.backends.self_check import self_check
 from effdense.backends.torch_backend import TorchBackend
-from effdense.engine import config
+from effdense.choices import NetworkName
+from effdense.commands.train import DESCRIPTION
+from effdense.engine.options import DataName
+from effdense.engine.recipes import RECIPES
+from effdense.models import TORCHVISION_VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def choices(option: str) -> tuple[str, ...]:
-    """What an option of the training script may be."""
-    return get_args(get_type_hints(config.TrainConfig)[option])
-
-
-def test_the_training_script_knows_every_save_mode_and_backend() -> None:
-    # its options stand apart because its help must not wait for torch
-    assert choices("save") == effdense.SAVE_MODES
-    assert sorted(choices("backend")) == sorted(BACKENDS)
-
-
-def test_the_training_script_knows_every_network() -> None:
+def test_every_network_by_name_is_public() -> None:
     networks = {name for name in effdense.__all__ if name.startswith("densenet")}
-    assert set(get_args(config.Arch)) == networks
+    assert set(get_args(NetworkName)) == networks == {"densenet_bc", *TORCHVISION_VARIANTS}
 
 
 def test_every_data_set_has_a_recipe_and_is_described() -> None:
-    assert set(get_args(config.DataName)) == set(config.RECIPES)
+    assert set(get_args(DataName)) == set(RECIPES)
     page = (ROOT / "docs" / "training.md").read_text()
-    for name in config.RECIPES:
-        assert re.search(rf"\b{name}\b", config.DESCRIPTION), name
+    for name in RECIPES:
+        assert re.search(rf"\b{name}\b", DESCRIPTION), name
         assert re.search(rf"\b{name}\b", page), name
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ..config import ResolvedConfig
+from ..options import ResolvedConfig
 from .image_files import Folder, ImageFiles, Source
 from .order import (
     CIFAR10_NORMALIZATION,

@@ -1,90 +1,26 @@
-"""What a run is: its options, and the recipe of each data set that fills in the open ones.
+"""What a run is: its options, of which the data set's recipe fills in the open ones.
 
-Nothing here imports torch: ``--help`` and a mistyped option are answered at once.
+Importing this imports no torch: ``--help`` and a mistyped option are answered at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from ..errors import UserError, speaks_for_all
+from ..choices import BackendName, NetworkName, OptimizerName, Save
+from ..errors import UserError
+from ..machine.environment import usable_cores
 from ..machine.memory import parse_size
+from .recipes import ADAPTIVE_LR, RECIPES, UNAUGMENTED_DROP_RATE, Recipe
 
 DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagefolder", "webdataset", "fake"]
-Arch = Literal["densenet_bc", "densenet121", "densenet161", "densenet169", "densenet201"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The defaults of one data set.
-
-    ``epochs`` in passes over the training set, ``milestones`` in fractions of them,
-    ``batch_size`` in images over all processes, ``image_size`` in pixels.
-    """
-
-    arch: Arch
-    depth: int
-    growth_rate: int
-    drop_rate: float
-    epochs: int
-    batch_size: int
-    lr: float
-    schedule: Literal["multistep", "cosine"]
-    milestones: tuple[float, ...]
-    weight_decay: float
-    augment: Literal["standard", "none"]
-    image_size: int
-
-
-# Huang et al., "Densely Connected Convolutional Networks", CVPR 2017, section 4.2.
-_CIFAR = Recipe(
-    arch="densenet_bc",
-    depth=100,
-    growth_rate=12,
-    drop_rate=0.0,
-    epochs=300,
-    batch_size=64,
-    lr=0.1,
-    schedule="multistep",
-    milestones=(0.5, 0.75),
-    weight_decay=1e-4,
-    augment="standard",
-    image_size=32,
-)
-# Section 4.2: dropout of 0.2 on the data that are not augmented.
-UNAUGMENTED_DROP_RATE = 0.2
-
-_IMAGENET = dataclasses.replace(
-    _CIFAR,
-    arch="densenet121",
-    epochs=90,
-    batch_size=256,
-    milestones=(1 / 3, 2 / 3),
-    image_size=224,
-)
-
-RECIPES: dict[str, Recipe] = {
-    # Sized for 8x8 images: under 3 % test error after a minute on two processor cores.
-    "digits": dataclasses.replace(_CIFAR, depth=22, epochs=12, schedule="cosine", image_size=8),
-    "cifar10": _CIFAR,
-    "cifar100": _CIFAR,
-    "svhn": dataclasses.replace(_CIFAR, epochs=40, augment="none", drop_rate=UNAUGMENTED_DROP_RATE),
-    "imagefolder": _IMAGENET,
-    "webdataset": _IMAGENET,
-    "fake": dataclasses.replace(_CIFAR, depth=22, epochs=2, augment="none"),
-}
-# SGD's rate comes from the recipe; these are the usual ones of the adaptive methods.
-ADAPTIVE_LR = 1e-3
 
 
 def _recipe_default(metavar: str, note: str = "see above") -> Any:
@@ -110,7 +46,9 @@ class TrainConfig:
     image_size: Annotated[int | None, _recipe_default("PIXELS")] = None
     """Height and width of the images, pixels; for imagefolder, webdataset and fake only."""
 
-    arch: Annotated[Arch | None, _recipe_default(f"{{{','.join(get_args(Arch))}}}")] = None
+    arch: Annotated[
+        NetworkName | None, _recipe_default(f"{{{','.join(get_args(NetworkName))}}}")
+    ] = None
     """Network. densenet_bc: the paper's CIFAR family; the others: its ImageNet family."""
     depth: Annotated[int | None, _recipe_default("LAYERS")] = None
     """Depth of densenet_bc, layers: 6 n + 4."""
@@ -120,24 +58,24 @@ class TrainConfig:
         float | None, _recipe_default("P", "see above; cifar with --augment none: 0.2")
     ] = None
     """Dropout probability of each layer's new features, in [0, 1)."""
-    save: Literal["all", "bottlenecks", "features", "input"] = "features"
+    save: Save = "features"
     """What a dense block keeps for backward, from most memory to least."""
-    memory_budget: Annotated[str | None, _recipe_default("SIZE", "none")] = None
+    budget: Annotated[str | None, _recipe_default("SIZE", "none")] = None
     """Choose each block's --save so that a step fits, such as 8GiB; auto: what is free."""
     offload: bool = False
     """Keep what dense blocks keep in main memory (of a GPU) or in files (of a processor); with
-    --memory-budget, where nothing else fits."""
-    backend: Literal["auto", "torch", "cpu", "triton"] = "auto"
+    --budget, where nothing else fits."""
+    backend: BackendName = "auto"
     """What computes the dense blocks."""
 
     epochs: Annotated[int | None, _recipe_default("EPOCHS")] = None
     """Length of the training, passes over the training set."""
     batch_size: Annotated[int | None, _recipe_default("IMAGES")] = None
     """Images per step over all processes, which share them as evenly as possible."""
-    opt: Literal["sgd", "adam", "rmsprop"] = "sgd"
+    optimizer: OptimizerName = "sgd"
     """Optimiser. sgd has Nesterov momentum."""
     lr: Annotated[
-        float | None, _recipe_default("RATE", f"see above; adam and rmsprop: {ADAPTIVE_LR}")
+        float | None, _recipe_default("RATE", f"see above; other than sgd: {ADAPTIVE_LR}")
     ] = None
     """Learning rate at the start."""
     momentum: float = 0.9
@@ -154,8 +92,9 @@ class TrainConfig:
     """Where multistep divides, fractions of --epochs."""
     label_smoothing: float = 0.0
     """Share of the training target that is spread over all classes, in [0, 1)."""
-    amp: Literal["none", "bf16", "fp16"] = "none"
-    """Mixed precision by autocast; fp16 scales the loss."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What is computed in; 16 bits by autocast over float32 parameters, float16 with scaled
+    loss."""
     channels_last: bool = False
     """Hold images and weights in channels-last order. The dense blocks do so in any case."""
     compile: bool = False
@@ -165,7 +104,7 @@ class TrainConfig:
     accumulate: int = 1
     """Take each step in so many parts, one after the other, for less memory; batch norm then
     sees a part at a time."""
-    sync_bn: bool = False
+    sync_batch_norm: bool = False
     """Take batch norm's statistics over the shares of all processes, as one process would."""
     clip_grad: float = 0.0
     """Largest norm of the gradient of all parameters together; 0: any."""
@@ -225,11 +164,11 @@ class TrainConfig:
             UserError: for a value that cannot be; names the option.
         """
         recipe = dataclasses.asdict(RECIPES[self.data])
-        if self.opt != "sgd":
+        if self.optimizer != "sgd":
             recipe["lr"] = ADAPTIVE_LR
         if self.data.startswith("cifar") and self.augment == "none":
             recipe["drop_rate"] = UNAUGMENTED_DROP_RATE
-        cores = max(1, _available_cores() // local_world_size)
+        cores = max(1, usable_cores() // local_world_size)
         defaults = {**recipe, "threads": cores, "num_workers": min(8, cores)}
         values: dict[str, Any] = {
             field.name: defaults.get(field.name) if value is None else value
@@ -265,58 +204,10 @@ MAY_CHANGE = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class ResolvedConfig:
-    """A run's options with nothing left open but the work directory.
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(Recipe, TrainConfig):
+    """A run's options with nothing left open but the work directory and the budget."""
 
-    Fields mean what they mean in :class:`TrainConfig`.
-    """
-
-    data: DataName
-    data_dir: Path
-    download: bool
-    svhn_train_only: bool
-    augment: Literal["standard", "none"]
-    image_size: int
-    arch: Arch
-    depth: int
-    growth_rate: int
-    drop_rate: float
-    save: str
-    memory_budget: str | None
-    offload: bool
-    backend: str
-    epochs: int
-    batch_size: int
-    opt: Literal["sgd", "adam", "rmsprop"]
-    lr: float
-    momentum: float
-    weight_decay: float
-    schedule: Literal["multistep", "cosine"]
-    milestones: tuple[float, ...]
-    label_smoothing: float
-    amp: Literal["none", "bf16", "fp16"]
-    channels_last: bool
-    compile: bool
-    deterministic: bool
-    accumulate: int
-    sync_bn: bool
-    clip_grad: float
-    ema: float
-    non_finite: Literal["stop", "skip"]
-    max_skipped: int
-    corrupt_images: Literal["stop", "skip"]
-    seed: int
-    work_dir: Path | None
-    resume: Literal["auto", "never"]
-    overwrite: bool
-    system_interval: int
-    checkpoint_steps: int
-    checkpoint_minutes: float
-    keep_checkpoints: int
-    tensorboard: bool
-    device: Literal["auto", "cpu", "cuda"]
-    hang_timeout: float
     num_workers: int
     threads: int
 
@@ -349,6 +240,26 @@ class ResolvedConfig:
         return self.lr * 0.1 ** sum(progress >= milestone for milestone in self.milestones)
 
 
+# What options were called in runs that are still to be gone on with, and their values.
+_OLD_NAMES = {
+    "opt": "optimizer",
+    "amp": "dtype",
+    "sync_bn": "sync_batch_norm",
+    "memory_budget": "budget",
+}
+_OLD_VALUES = {"amp": {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}}
+
+
+def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's recorded options by the names that they have now."""
+    return {
+        _OLD_NAMES.get(name, name): _OLD_VALUES.get(name, {}).get(value, value)
+        if isinstance(value, str)
+        else value
+        for name, value in options.items()
+    }
+
+
 def _check(config: ResolvedConfig, world_size: int) -> None:
     def require(met: bool, option: str, what: str) -> None:
         if not met:
@@ -370,11 +281,11 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
         "hang_timeout",
     ):
         require(getattr(config, option) >= 0, option, "at least 0")
-    if config.memory_budget not in (None, "auto"):
+    if config.budget not in (None, "auto"):
         try:
-            parse_size(config.memory_budget)
+            parse_size(config.budget)
         except ValueError as error:
-            raise UserError(f"--memory-budget {error}") from None
+            raise UserError(f"--budget {error}") from None
     require(config.seed >= 0, "seed", "at least 0")
     require(0 < config.lr < math.inf, "lr", "a positive number")
     require(0 <= config.momentum < 1, "momentum", "in [0, 1)")
@@ -398,86 +309,3 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
         "download",
         f"left out: {config.data} is not something to download",
     )
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def recipe_table() -> str:
-    """The defaults that depend on the data set, one option a row, for the help text."""
-    names = [field.name for field in dataclasses.fields(Recipe)]
-    rows = [["", *RECIPES]]
-    for name in names:
-        values = [getattr(recipe, name) for recipe in RECIPES.values()]
-        rows.append([f"--{name.replace('_', '-')}", *map(_show, values)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join(f"  {line}" for line in lines)
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(f"{item:.2g}" for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-DESCRIPTION = """Train a DenseNet: in one process with "python train_ddp.py", in N with
-"torchrun --nproc_per_node N train_ddp.py".
-
-Data sets: digits, the 1,797 handwritten digits that scikit-learn ships; cifar10, cifar100 and
-svhn, which --download fetches; imagefolder, images in DATA_DIR/train/CLASS/ and
-DATA_DIR/val/CLASS/; webdataset, shards DATA_DIR/train/NAME-NUMBER.tar and DATA_DIR/val/... of
-KEY.jpg and KEY.cls (the label's number), names of the classes in DATA_DIR/classes.txt where that
-is there; fake, noise that can be learnt.
-
-Standard augmentation: digits, shifts by up to 1 pixel; cifar10, cifar100 and fake, shifts by up
-to 4 pixels and mirroring; svhn, the shifts alone; imagefolder and webdataset, random resized
-crops and mirroring.
-
-Defaults that depend on the data set:
-"""
-
-
-def parse_command_line(arguments: Sequence[str], program: str = "train_ddp.py") -> TrainConfig:
-    """Read the options; prints the help text and exits where that is asked for.
-
-    Raises:
-        UserError: for an option or value that does not exist.
-    """
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                TrainConfig,
-                prog=program,
-                args=list(arguments),
-                description=DESCRIPTION + recipe_table(),
-                config=(tyro.conf.FlagCreatePairsOff,),
-                console_outputs=speaks_for_all(),
-            )
-    except SystemExit as exit_:
-        if exit_.code in (0, None):
-            raise
-        raise UserError(_without_box(complaint.getvalue(), program)) from None
-
-
-def _without_box(text: str, program: str) -> str:
-    """What tyro says in its error box, before its first rule, without the title."""
-    lines = [line.strip("│ ") for line in text.splitlines()]
-    if not text.lstrip().startswith("╭"):
-        # a terminal without UTF-8: the title has a line of its own
-        lines = lines[1:]
-    said: list[str] = []
-    for line in lines:
-        is_rule = line.startswith("╭") or not any(map(str.isalnum, line))
-        if is_rule and said:
-            break
-        if not is_rule:
-            said.append(line)
-    return f"{' '.join(said).rstrip('.')}; see {program} --help"
