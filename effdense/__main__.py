@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
-from .commands import convert_report, env, evaluate, graph, plan, plot, predict, verify
-from .errors import one_line_errors
+from .commands import COMMANDS, front_end
+from .errors import UserError, one_line_errors
 
-_COMMANDS = (verify, graph, env, plan, convert_report, plot, evaluate, predict)
+_PROGRAM = "python -m effdense"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exits with status 2 and one line for a mistake of the user's."""
-    parser = argparse.ArgumentParser(prog="python -m effdense")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in _COMMANDS:
-        command.add(commands)
-    options = parser.parse_args(arguments)
+    name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
+    if name in ("-h", "--help"):
+        print(_usage())
+        sys.exit()
     with one_line_errors():
-        status = options.run(options)
-    if status:
-        sys.exit(status)
+        if name not in COMMANDS:
+            raise UserError(
+                f"COMMAND must be one of {', '.join(COMMANDS)}, got {name!r}; see {_PROGRAM} --help"
+            )
+    # each command imports what it needs
+    command = importlib.import_module(f".commands.{name.replace('-', '_')}", __package__)
+    description = getattr(command, "DESCRIPTION", None)
+    front_end.main(
+        command.Options,
+        command.run,
+        program=f"{_PROGRAM} {name}",
+        arguments=rest[:-1],
+        description=description,
+    )
+
+
+def _usage() -> str:
+    lines = [f"usage: {_PROGRAM} COMMAND [OPTIONS]", ""]
+    lines += [f"  {name:<16}{what}" for name, what in COMMANDS.items()]
+    return "\n".join([*lines, "", f"{_PROGRAM} COMMAND --help lists a command's options"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What may go wrong in a run, and how the command line says so.
 
-Nothing here imports torch: a mistyped option is answered at once.
+Importing this imports no torch: a mistyped option is answered at once.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ class Interrupted(RuntimeError):
 
 
 REQUEUE_STATUS = 75
+
+
+def first_line(said: BaseException | str) -> str:
+    """The first line of a message, at most 300 characters; of an exception without, its kind."""
+    lines = str(said).strip().splitlines() or [type(said).__name__]
+    return lines[0][:300]
 
 
 @contextmanager

@@ -1,14 +1,20 @@
 """The commands of ``python -m effdense``, a file each.
 
-A command's module has ``add``, which gives it a parser with its options and, as ``run``, what
-it does with them. ``network`` is the MODEL argument that several of them take.
+A command's module has ``Options``, a dataclass (see ``front_end``), and ``run``, which takes one
+and returns the exit status. ``network`` is the MODEL argument of several, ``measure`` and
+``verification`` are parts of verify.
 """
 
-from __future__ import annotations
+__all__ = ["front_end", "train"]
 
-import argparse
-from typing import TypeAlias
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-__all__ = ["convert_report", "env", "evaluate", "graph", "plan", "plot", "predict", "verify"]
+COMMANDS = {
+    "train": "train a DenseNet, as train_ddp.py does",
+    "evaluate": "test a run's network on a folder of images",
+    "predict": "classify images with a run's network",
+    "plot": "redraw the curves from the CSV files of one run, or overlay several",
+    "plan": "choose what each dense block saves, so that training fits a memory budget",
+    "graph": "draw a network's compute graph with the bytes that each node keeps for backward",
+    "convert-report": "list what effdense.convert would make linear in a model, what not, and why",
+    "verify": "hold a network against its naive twin, measure both, and write a report",
+    "env": "list versions, devices and what the backends' self-checks say, for bug reports",
+}

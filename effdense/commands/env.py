@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import shutil
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
 
 import torch
@@ -16,21 +16,17 @@ import torch
 from ..backends import select
 from ..backends.cpu_library import DTYPES as LOOP_DTYPES
 from ..backends.cpu_library import compilers
+from ..errors import first_line
 from ..machine import environment as machine
 from ..machine.memory import available_bytes, show_size, total_bytes
-from . import Commands
 
 
-def add(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "env",
-        help="list versions, devices and what the backends' self-checks say, for bug reports",
-        description="Versions, machine, devices, and each backend's self-check on them.",
-    )
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class Options:
+    """Versions, machine, devices, and each backend's self-check on them."""
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     print(as_text(environment()))
 
 
@@ -67,7 +63,7 @@ def _compiler() -> str:
         return f"none ({', '.join(compilers())} not on PATH)"
     with suppress(OSError, subprocess.SubprocessError):
         said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10)
-        return f"{path}: {(said.stdout.splitlines() or ['no version'])[0]}"
+        return f"{path}: {first_line(said.stdout or 'no version')}"
     return path
 
 
@@ -95,7 +91,7 @@ def _driver() -> str:
         return version.decode() if isinstance(version, bytes) else str(version)
     except Exception as error:
         # ImportError, NVMLError, and whatever a half-installed driver makes of it
-        return f"unknown ({str(error) or type(error).__name__})"
+        return f"unknown ({first_line(error)})"
 
 
 def _backends() -> Iterator[tuple[str, str]]:
@@ -133,4 +129,4 @@ def _guarded(say: Callable[[], str]) -> str:
     try:
         return say()
     except Exception as error:
-        return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return f"failed: {type(error).__name__}: {first_line(error)}"

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from . import Commands
+from tyro.conf import Positional, arg
 
-
-def add(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "evaluate",
-        help="test a run's network on a folder of images",
-        description="Test the network of a finished run on the images in FOLDER/CLASS/.",
-    )
-    parser.add_argument("work_dir", metavar="WORKDIR", type=Path, help="folder of the run")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="one folder per class in it")
-    parser.add_argument("--batch-size", type=int, default=64, help="images (default 64)")
-    parser.set_defaults(run=run)
+from . import front_end
 
 
-def run(options: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Options:
+    """Test the network of a finished run on the images in FOLDER/CLASS/."""
+
+    work_dir: Annotated[Positional[Path], arg(metavar="WORKDIR")]
+    """Folder of the run."""
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """One folder per class in it."""
+    batch_size: int = 64
+    """Images."""
+
+    def __post_init__(self) -> None:
+        front_end.check_positive(batch_size=self.batch_size)
+
+
+def run(options: Options) -> None:
     from ..engine.export import evaluated, trained
 
     loss, error, images = evaluated(trained(options.work_dir), options.folder, options.batch_size)

@@ -78,6 +78,16 @@ def parse(
         raise UserError(f"{_said(complaint.getvalue())}; see {program} --help") from None
 
 
+def check_positive(**values: int | None) -> None:
+    """A UserError that names the option of the first of ``values`` below 1; None is none.
+
+    For ``__post_init__``.
+    """
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be a positive integer, got {value}")
+
+
 def _said(text: str) -> str:
     """What tyro says in its error box, before its first rule, without the title."""
     lines = [line.strip("│ ") for line in text.splitlines()]
@@ -93,6 +103,8 @@ def _said(text: str) -> str:
             said.append(line)
     if said[:1] and said[0].startswith("Missing from"):
         return f"missing: {said[1]}"
+    if meant := re.search(r"Perhaps you meant:\W+(--[\w-]+)", text):
+        said.append(f"(did you mean {meant[1]}?)")
     message = " ".join(said).rstrip(".")
     for pattern, plain in _PLAIN:
         message = re.sub(pattern, plain, message)
@@ -111,7 +123,7 @@ _PLAIN = (
         r"\1 must be INT, got ",
     ),
     (r"^Error parsing (\S+): could not convert string to float: ", r"\1 must be FLOAT, got "),
-    (r"^Error parsing (\S+): ", r"\1 "),
-    # the name of a nested dataclass's field, or of the whole
-    (r"^(?:[a-z_.]+ (?=--)|Options )", ""),
+    (r"^Error parsing (-\S+): ", r"\1 "),
+    # a __post_init__ names what it is about itself
+    (r"^Error parsing \S+: ", ""),
 )

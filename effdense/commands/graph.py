@@ -2,72 +2,61 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from tyro.conf import arg
 
-from ..block.dense_block import SAVE_MODES
-from ..errors import UserError
+from ..choices import Save
+from ..errors import UserError, first_line
 from ..machine.memory import show_size
 from ..memory.graphs import Graph, as_dot, autograd_graph, module_graph
-from . import Commands
-from .network import Network, add_input_arguments, add_model_argument, network_of
+from . import front_end
+from .network import Batch, Network
 
 
-def add(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "graph",
-        help="draw a network's compute graph with the bytes that each node keeps for backward",
-        description="Draw the compute graph of the naive network beside effdense's, with the "
-        "bytes that each node keeps for backward, each storage counted once. Nothing is "
-        "allocated or computed. A picture needs Graphviz's dot; its text is written always.",
-    )
-    add_model_argument(parser, depth=40)
-    add_input_arguments(parser, batch_size=64)
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("graph.svg"),
-        metavar="FILE",
-        help="SVG, PNG or PDF, with the text beside it as .dot; or .dot alone (default graph.svg)",
-    )
-    parser.add_argument(
-        "--level",
-        choices=("module", "autograd"),
-        default="module",
-        help="a node for each module, or for each of autograd's nodes (default module)",
-    )
-    parser.add_argument(
-        "--nesting",
-        type=int,
-        default=2,
-        metavar="N",
-        help="parts of a module's name that tell it from others: 2 for features.denseblock1, 3 "
-        "for its layers too (default 2)",
-    )
-    parser.add_argument(
-        "--only", choices=("naive", "effdense"), help="one of the two (default: side by side)"
-    )
-    parser.add_argument("--save", choices=SAVE_MODES, default="features", help="of effdense's")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class Options:
+    """Draw the compute graph of the naive network beside effdense's, with the bytes that each node
+    keeps for backward, each storage counted once.
+
+    Nothing is allocated or computed. A picture needs Graphviz's dot; its text is written always.
+    """
+
+    network: Network = field(default_factory=lambda: Network(depth=40))
+    batch: Batch = field(default_factory=Batch)
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("graph.svg")
+    """SVG, PNG or PDF, with the text beside it as .dot; or .dot alone."""
+    level: Literal["module", "autograd"] = "module"
+    """A node for each module, or for each of autograd's nodes."""
+    nesting: int = 2
+    """Parts of a module's name that tell it from others: 2 for features.denseblock1, 3 for its
+    layers too."""
+    only: Annotated[
+        Literal["naive", "effdense"] | None,
+        arg(metavar="{naive,effdense}", help_behavior_hint="(default: side by side)"),
+    ] = None
+    """One of the two."""
+    save: Save = "features"
+    """What effdense's blocks keep."""
+
+    def __post_init__(self) -> None:
+        front_end.check_positive(nesting=self.nesting)
 
 
-def run(options: argparse.Namespace) -> None:
-    network = network_of(options)
-    if options.nesting < 1:
-        raise UserError(f"--nesting must be a positive integer, got {options.nesting}")
+def run(options: Options) -> None:
     text = options.output.with_suffix(".dot")
     if not text.parent.is_dir():
         raise UserError(f"cannot write {text}: there is no folder {text.parent}")
     graphs = {}
     for title in ("naive", "effdense"):
         if options.only in (None, title):
-            graphs[title] = _graph(network, title, options)
+            graphs[title] = _graph(title, options)
             print(f"{title:<9} keeps {show_size(graphs[title].kept)} for backward")
     try:
         text.write_text(as_dot(graphs.items()), encoding="utf-8")
@@ -78,17 +67,15 @@ def run(options: argparse.Namespace) -> None:
         _draw(text, options.output)
 
 
-def _graph(network: Network, title: str, options: argparse.Namespace) -> Graph:
+def _graph(title: str, options: Options) -> Graph:
+    network = options.network
     with torch.device("meta"):
         model = network.naive() if title == "naive" else network.ours(options.save)
-    shape = network.input_shape(model, options.batch_size, options.image_size)
+    shape = network.input_shape(model, options.batch)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     x = torch.empty(shape, dtype=dtype, device="meta")
-    try:
+    with network.refusing(shape):
         graph = autograd_graph(model.train(), x, options.nesting)
-    except (ValueError, RuntimeError, IndexError, NotImplementedError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{network.name} refuses input of shape {shape}: {line}") from None
     return module_graph(graph) if options.level == "module" else graph
 
 
@@ -105,6 +92,6 @@ def _draw(text: Path, picture: Path) -> None:
     command = [dot, f"-T{kind}", str(text), "-o", str(picture)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        line = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
+        line = first_line(done.stderr.strip() or f"exit status {done.returncode}")
         raise UserError(f"Graphviz's dot could not draw {picture}: {line}")
     print(picture)

@@ -11,8 +11,10 @@ from torch import nn
 import effdense
 
 from .. import reference
+from ..autocast import AUTOCAST_DTYPES
+from ..choices import DtypeName
 from ..machine.measurement import in_fresh_process, measure_training
-from ..memory.estimation import AMP_DTYPES, OPTIMIZERS
+from ..memory.optimizers import make_optimizer
 from ..memory.timeline import Training
 from .network import Network
 
@@ -30,7 +32,7 @@ class Job:
     target: tuple[int, ...]
     num_classes: int
     device: str = "cpu"
-    amp: str = "none"
+    dtype: DtypeName = "float32"
     channels_last: bool = False
 
     def training(self) -> Training:
@@ -57,10 +59,10 @@ class Job:
         model = model.to(memory_format=layout)
         return Training(
             model,
-            OPTIMIZERS["sgd-momentum"](list(model.parameters())),
+            make_optimizer("sgd", model.parameters()),
             torch.randn(shape, device=self.device).to(memory_format=layout),
             torch.randint(classes, target, device=self.device),
-            AMP_DTYPES[self.amp],
+            AUTOCAST_DTYPES.get(self.dtype),
         )
 
 

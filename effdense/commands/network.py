@@ -2,35 +2,66 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, get_args
 
 from torch import nn
+from tyro.conf import Positional, arg
 
 import effdense
 
 from .. import reference
-from ..errors import UserError
-from ..models import TORCHVISION_VARIANTS
+from ..choices import NetworkName
+from ..errors import UserError, first_line
+from ..models import configuration
+from . import front_end
 
-NAMES = ("densenet_bc", *TORCHVISION_VARIANTS)
+NAMES = get_args(NetworkName)
 _CONVOLUTION = nn.modules.conv._ConvNd
 
 
 @dataclass(frozen=True)
-class Network:
-    """What MODEL names: one of ``NAMES``, or ``module:callable``."""
+class Batch:
+    """The images that go in at once."""
 
-    name: str
-    depth: int
-    growth_rate: int
+    batch_size: int = 64
+    """Images."""
+    image_size: Annotated[
+        int | None,
+        arg(metavar="PIXELS", help_behavior_hint="(default: 32 for densenet_bc, else 224)"),
+    ] = None
+    """Along each dimension."""
+
+    def __post_init__(self) -> None:
+        front_end.check_positive(batch_size=self.batch_size, image_size=self.image_size)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One of this package's by name, or whatever a callable returns."""
+
+    name: Annotated[Positional[str], arg(metavar="MODEL")] = "densenet_bc"
+    """densenet_bc, densenet121, densenet161, densenet169, densenet201, or MODULE:CALLABLE, which
+    returns a model."""
+    depth: int = 100
+    """Of densenet_bc, layers: 6 n + 4."""
+    growth_rate: int = 12
+    """Of densenet_bc, channels per layer."""
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES and ":" not in self.name:
+            raise UserError(
+                f"MODEL must be {', '.join(NAMES)} or MODULE:CALLABLE, got {self.name!r}; "
+                "expected MODULE:CALLABLE such as torchvision.models:densenet121 for any other "
+                "model"
+            )
 
     @property
     def is_own(self) -> bool:
@@ -62,21 +93,29 @@ class Network:
             return effdense.DenseNet(**self._arguments(), save=save)  # type: ignore[arg-type]
         return converted(_called(self.name), save)
 
-    def input_shape(
-        self, model: nn.Module, batch_size: int, image_size: int | None
-    ) -> tuple[int, ...]:
+    def input_shape(self, model: nn.Module, batch: Batch) -> tuple[int, ...]:
         """(N, channels, *spatial) as the model's first convolution takes it."""
-        size = image_size or (32 if self.name == "densenet_bc" else 224)
+        size = batch.image_size or (32 if self.name == "densenet_bc" else 224)
         first = next((m for m in model.modules() if isinstance(m, _CONVOLUTION)), None)
         if first is None:
             raise UserError(f"{self.name} has no convolution to tell the shape of its input by")
-        return (batch_size, first.in_channels, *[size] * (first.weight.dim() - 2))
+        return (batch.batch_size, first.in_channels, *[size] * (first.weight.dim() - 2))
+
+    @contextmanager
+    def refusing(self, shape: tuple[int, ...]) -> Iterator[None]:
+        """Within it, what the model says about an input of this shape is a UserError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{self.name} refuses input of shape {shape}: {first_line(error)}"
+            ) from None
 
     def _arguments(self) -> dict[str, Any]:
-        if self.name != "densenet_bc":
-            return dict(TORCHVISION_VARIANTS[self.name])
         try:
-            return reference.densenet_bc_config(self.depth, self.growth_rate)
+            return configuration(self.name, self.depth, self.growth_rate)
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -86,54 +125,6 @@ def converted(model: nn.Module, save: str | Sequence[str] = "features") -> nn.Mo
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="effdense: ")
         return effdense.convert(model, save)  # type: ignore[arg-type]
-
-
-def add_model_argument(
-    parser: argparse.ArgumentParser, *, default: str | None = None, depth: int = 100
-) -> None:
-    """MODEL, ``--depth`` and ``--growth-rate``."""
-    also = f" (default {default})" if default else ""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?" if default else None,
-        default=default,
-        help=f"{', '.join(NAMES)}, or MODULE:CALLABLE, which returns a model{also}",
-    )
-    parser.add_argument(
-        "--depth", type=int, default=depth, help=f"of densenet_bc (default {depth})"
-    )
-    parser.add_argument("--growth-rate", type=int, default=12, help="of densenet_bc (default 12)")
-
-
-def add_input_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
-    """``--batch-size`` and ``--image-size``."""
-    parser.add_argument(
-        "--batch-size", type=int, default=batch_size, help=f"images (default {batch_size})"
-    )
-    parser.add_argument(
-        "--image-size", type=int, help="pixels (default 32 for densenet_bc, else 224)"
-    )
-
-
-def network_of(options: argparse.Namespace) -> Network:
-    """The network that the arguments name.
-
-    Raises:
-        UserError: where they name none.
-    """
-    if options.model not in NAMES and ":" not in options.model:
-        raise UserError(
-            f"MODEL must be {', '.join(NAMES)} or MODULE:CALLABLE, got {options.model!r}; "
-            "expected MODULE:CALLABLE such as torchvision.models:densenet121 for any other model"
-        )
-    found = Network(options.model, options.depth, options.growth_rate)
-    for name in ("batch_size", "image_size"):
-        value = getattr(options, name, None)
-        if value is not None and value < 1:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} must be one of the positive integers, got {value}")
-    return found
 
 
 def _called(target: str) -> nn.Module:
@@ -157,8 +148,7 @@ def _called(target: str) -> nn.Module:
     try:
         model: object = found()
     except Exception as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"calling {target} without arguments failed: {line}") from None
+        raise UserError(f"calling {target} without arguments failed: {first_line(error)}") from None
     if not isinstance(model, nn.Module):
         raise UserError(f"{target} returned a {type(model).__name__}, not a torch.nn.Module")
     return model

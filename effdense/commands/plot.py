@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
 
 from ..errors import UserError
-from . import Commands
 
 
-def add(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "plot",
-        help="redraw the curves from the CSV files of one run, or overlay several",
-        description="Draw loss.png and error.png from train.csv and test.csv, and "
-        "images-per-second.png and memory.png from speed.csv.",
-    )
-    parser.add_argument(
-        "work_dirs", metavar="WORKDIR", nargs="+", type=Path, help="folder of a run"
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help="where to write (default: WORKDIR; must be given for several)",
-    )
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class Options:
+    """Draw loss.png and error.png from train.csv and test.csv, and images-per-second.png and
+    memory.png from speed.csv.
+    """
 
+    work_dirs: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(metavar="WORKDIR [WORKDIR ...]", help_behavior_hint="(required)"),
+    ]
+    """Folders of runs."""
+    output: Annotated[
+        Path | None, arg(aliases=["-o"], metavar="FOLDER", help_behavior_hint="(default: WORKDIR)")
+    ] = None
+    """Where to write; must be given for several runs."""
 
-def run(options: argparse.Namespace) -> None:
-    # matplotlib takes a second to import
-    from ..engine import plots
-
-    output = options.output
-    if output is None:
-        if len(options.work_dirs) > 1:
+    def __post_init__(self) -> None:
+        if not self.work_dirs:
+            raise UserError("WORKDIR must be the folder of a run")
+        if self.output is None and len(self.work_dirs) > 1:
             raise UserError(
                 "several runs are drawn into one figure: say where with --output FOLDER"
             )
-        output = options.work_dirs[0]
+
+
+def run(options: Options) -> None:
+    # matplotlib takes a second to import
+    from ..engine import plots
+
+    output = options.output or options.work_dirs[0]
     for path in plots.draw(options.work_dirs, output, plots.ALL):
         print(path)

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from . import Commands
+from tyro.conf import Positional, arg
 
-
-def add(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "predict",
-        help="classify images with a run's network",
-        description="Classify images with the network of a finished run: CSV on standard output, "
-        "with the most probable class of each image.",
-    )
-    parser.add_argument("work_dir", metavar="WORKDIR", type=Path, help="folder of the run")
-    parser.add_argument(
-        "images", metavar="PATH", nargs="+", type=Path, help="image, or folder of images"
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="images (default 64)")
-    parser.set_defaults(run=run)
+from ..errors import UserError
+from . import front_end
 
 
-def run(options: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Options:
+    """Classify images with the network of a finished run: CSV on standard output, with the most
+    probable class of each image.
+    """
+
+    work_dir: Annotated[Positional[Path], arg(metavar="WORKDIR")]
+    """Folder of the run."""
+    images: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(metavar="PATH [PATH ...]", help_behavior_hint="(required)"),
+    ]
+    """Images, and folders of images."""
+    batch_size: int = 64
+    """Images."""
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise UserError("PATH must be an image or a folder of images")
+        front_end.check_positive(batch_size=self.batch_size)
+
+
+def run(options: Options) -> None:
     from ..engine.export import images_in, predictions, trained
 
     model = trained(options.work_dir)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterator
@@ -18,9 +17,9 @@ from effdense import reference
 from effdense.__main__ import main
 from effdense.backends.torch_backend import TorchBackend
 from effdense.block import dense_block, stage
-from effdense.commands import verify
+from effdense.commands import verification
 from effdense.commands.measure import Job, measured
-from effdense.commands.network import Network
+from effdense.commands.network import Batch, Network
 from effdense.verification.claims import Comparison, Row, Twins, operations
 
 TINY = ["densenet_bc", "--depth", "10", "--growth-rate", "4", "--batch-size", "2"]
@@ -253,9 +252,8 @@ def measurements(monkeypatch: pytest.MonkeyPatch, device: str, **peaks: int) -> 
             return {"error": "no memory left", "out_of_memory": True}
         return {"baseline": 0, "peak": peak << 20, "seconds": [0.1, 0.1, 0.2]}
 
-    monkeypatch.setattr(verify, "measured", answer)
-    options = argparse.Namespace(batch_size=8, image_size=32, steps=1, no_measurements=False)
-    found = verify.Verification(Network("densenet_bc", 40, 12), options, CPU, [])
+    monkeypatch.setattr(verification, "measured", answer)
+    found = verification.Verification(Network("densenet_bc", 40, 12), Batch(8), CPU, [])
     found._device = torch.device(device)
     return list(found._measurements())
 

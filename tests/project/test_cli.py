@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 import effdense
+from effdense import commands
 from effdense.__main__ import main
 from effdense.backends import select
-from effdense.commands import env
+from effdense.commands import COMMANDS, env
 
 
 def write_run(path: Path) -> Path:
@@ -53,15 +55,51 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert said == f"error: {tmp_path}/nothing holds no run: there is no train.csv\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["plot"], ["paint"]])
-def test_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "COMMAND must be one of train, "),
+        (["paint"], "got 'paint'; see python -m effdense --help"),
+        (["plot"], "WORKDIR must be the folder of a run"),
+        (["plan", "--depht", "22"], "Unrecognized options: --depht, 22 (did you mean --depth?)"),
+        (
+            ["plan", "--depth", "deep"],
+            "--depth must be INT, got 'deep'; see python",
+        ),
+        (["verify", "--dtype", "int8"], "invalid choice 'int8'"),
+        (["graph", "--nesting", "0"], "--nesting must be a positive integer, got 0"),
+        (["env", "surplus"], "Unrecognized options: surplus"),
+        (["train", "--lr", "high"], "--lr must be FLOAT, got 'high'"),
+    ],
+)
+def test_a_mistyped_command_line_is_one_line(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert status(*arguments) == 2
-    assert "usage: python -m effdense" in capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert says in said
+    assert said.startswith("error: ")
+    assert (out, said.count("\n")) == ("", 1)
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert status("--help") == 0
-    assert "plot" in capsys.readouterr().out
+    assert not status("--help")
+    said = capsys.readouterr().out
+    parts = {"front_end", "measure", "network", "verification", "__init__"}
+    files = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - parts
+    assert {name.replace("-", "_") for name in COMMANDS} == files
+    assert all(f"  {name} " in said for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_every_command_is_described(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not status(command, "--help")
+    _, options = capsys.readouterr().out.split("show this help message and exit")
+    for entry in re.split(r"\n│ (?=-)", options)[1:]:
+        words = entry.replace("│", " ").split("(default:")[0].split()
+        assert len(words) > 2, entry
 
 
 def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,9 +116,9 @@ def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["densenet_bc", "--budget", "1KiB"], "needs at least"),
         (["densenet_bc", "--budget", "much"], "size such as"),
         (["densenet_bc", "--depth", "23"], "nearest valid depths"),
-        (["densenet_bc", "--batch-size", "0"], "positive integers"),
+        (["densenet_bc", "--batch-size", "0"], "must be a positive integer"),
         (["densenet_bc", "--image-size", "2"], "halves every spatial size"),
-        (["densenet_bc", "--optimizer", "magic"], "sgd-momentum"),
+        (["densenet_bc", "--optimizer", "magic"], "sgd"),
     ],
 )
 def test_plan_s_mistakes(
@@ -109,10 +147,12 @@ def test_plan_takes_other_models(
     assert "features.denseblock3" in capsys.readouterr().out
     main(["plan", "planned:other", *small, "--budget", "1GiB"])
     said = capsys.readouterr().out
-    assert said.splitlines()[0].startswith("as it is")
-    assert 'effdense.convert(model, save="bottlenecks") fits a budget of 1.00 GiB' in said
+    assert "features.denseblock2  bottlenecks" in said
+    assert "of a budget of 1.00 GiB" in said
     assert status("plan", "planned:other", *small, "--budget", "1KiB") == 2
-    assert "no save mode fits" in capsys.readouterr().err
+    assert "no choice of save modes fits" in capsys.readouterr().err
+    assert status("plan", "torchvision.models:resnet18", *small) == 2
+    assert "no dense block to plan for" in capsys.readouterr().err
 
 
 def test_env_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
