@@ -1,21 +1,23 @@
 """The training engine under ``train_ddp.py``.
 
-``training`` is a run from its options to its weights: read it first. ``config`` says what a run
-is, ``data`` what it reads, ``networks`` and ``trainer`` what learns and ``distributed`` how its
-processes work together. ``resumption`` is how it survives, by what ``checkpoint`` writes, what
-``signals`` hears and whom ``watchdog`` accuses. ``progress``, ``tensorboard``, ``plots`` and
-``report`` show it, ``records`` and ``lock`` keep its folder, ``export`` hands its weights on.
+``training`` is a run from its options to its weights: read it first. ``options`` and ``recipes``
+say what a run is, ``data`` what it reads, ``networks`` and ``trainer`` what learns and
+``distributed`` how its processes work together. ``resumption`` is how it survives, by what
+``checkpoint`` writes, what ``signals`` hears and whom ``watchdog`` accuses. ``progress``,
+``tensorboard``, ``plots`` and ``report`` show it, ``records`` and ``lock`` keep its folder,
+``export`` hands its weights on.
 """
 
 __all__ = [
     "checkpoint",
-    "config",
     "data",
     "distributed",
     "export",
     "networks",
+    "options",
     "plots",
     "progress",
+    "recipes",
     "records",
     "telemetry",
     "trainer",

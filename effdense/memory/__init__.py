@@ -1,3 +1,3 @@
 """Memory of a training step: recorded, predicted, made to fit."""
 
-__all__ = ["estimation", "graphs", "meta", "planning", "timeline"]
+__all__ = ["estimation", "graphs", "meta", "optimizers", "planning", "timeline"]
