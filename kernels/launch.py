@@ -413,8 +413,8 @@ class LaunchTable:
         """The configuration of ``operation`` on matrices like ``like`` (P, channels).
 
         ``operation`` is "map" (elementwise), "reduce" (elementwise with column sums),
-        "pool", "pool_backward", "global_pool" (``like`` its result), "product" or
-        "product_backward".
+        "pool", "pool_backward", "global_pool" (``like`` its result), "product",
+        "product_backward" or one of :meth:`_conv3`.
         """
         if self.architecture.kind == "interpreter":
             return self._interpreter(channels, bottleneck)
@@ -425,6 +425,8 @@ class LaunchTable:
         rows = like.shape[0]
         if operation == "global_pool":
             return self._global_pool(rows, channels, wide)
+        if operation.startswith("conv3"):
+            return self._conv3(operation, like, channels, bottleneck)
         if operation in _ELEMENTS:
             return self._elementwise(operation, rows, channels, wide, aligned)
         block_b = power_of_two(bottleneck, 16, 128)
@@ -490,6 +492,52 @@ class LaunchTable:
             return Launch(64, 64, block_b, 8, 2, programs)
         block_c = 64 if aligned else 32
         return Launch(32, block_c, block_b, 8 if block_b == 128 else 4, 2, programs)
+
+    def _conv3(self, operation: str, like: Tensor, channels: int, growth: int) -> Launch:
+        """Of the 3-wide convolution: "conv3", and backward "conv3_backward", "conv3_weight".
+
+        Tiles of rows and, where these are few, of columns shrink until there is a program for
+        every multiprocessor. They keep 16 rows at the least, one step of a matrix unit.
+        """
+        wide = like.dtype == torch.float32
+        hip = not self.family.pipelined
+        registers = self.family.registers
+        if operation == "conv3_weight":
+            # tap by tap, or line by line, it fills any device with ranges of rows
+            block_k = power_of_two(growth, 16, 32)
+            block_b = power_of_two(channels, 16, 32 if wide else 64)
+            programs = 2 * self.architecture.multiprocessors
+            stages = 1 if wide or hip else 2
+            # beside three accumulators, 64 rows are more than compact devices' registers hold
+            block_p = 32 if wide or self.family.compact else 64
+            return Launch(block_p, block_k, block_b, 4, stages, programs, registers)
+        if operation == "conv3":
+            columns, block_n = growth, power_of_two(growth, 16, 64)
+            block_p, least = 64 if wide else 128, 16
+        else:
+            columns, block_n = channels, power_of_two(channels, 16, 32 if wide else 64)
+            block_p, least = 32 if wide else 64, 32
+        rows = like.shape[0]
+
+        def programs_of(block_p: int, block_n: int) -> int:
+            return cdiv(rows, block_p) * cdiv(columns, block_n)
+
+        while programs_of(block_p, block_n) < self.architecture.multiprocessors:
+            if block_p > 32:
+                block_p //= 2
+            elif block_n > least:
+                block_n //= 2
+            elif block_p > 16:
+                block_p //= 2
+            else:
+                break
+        warps = 4 if block_p > 32 else 2
+        if operation == "conv3":
+            stages = 2 if wide or hip else 3
+            return Launch(block_p, 16 if wide else 32, block_n, warps, stages, 0, registers)
+        block_k = power_of_two(growth, 16, 32 if wide else 64)
+        stages = 1 if wide or hip else 2
+        return Launch(block_p, block_k, block_n, warps, stages, 0, registers)
 
     def _interpreter(self, channels: int, bottleneck: int) -> Launch:
         # its cost is per program and hardly per element
