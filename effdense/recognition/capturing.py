@@ -247,8 +247,8 @@ class Capture:
             "_call_impl",
             "__getattr__",
             "__getattribute__",
-            "__torch_function__",
         ):
+            self.evidence.attribute(kind, name)
             if getattr(kind, name, None) is not getattr(nn.Module, name, None):
                 raise Unreadable(f"{kind.__name__} has its own {name}")
         return self._explore(lambda: self._forward(module, args, kwargs), (args, kwargs))

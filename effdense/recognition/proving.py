@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -97,18 +98,21 @@ def _prove_block(block: nn.Module, original: type[nn.Module]) -> bool:
     for layer, found in zip(layers, read, strict=True):
         _set_drop_rate(layer, found.drop, 0.0)
     parts = [layer.parts for layer in read]
-    x = _probe(parts[0].norm1.num_features, parts[0].conv1)
-    order = None
+    orders = {False, True}
     for training in (False, True):
         twin.train(training)
-        both = [_expected_block(parts, x, order, training) for order in (False, True)]
-        actual = twin(x.clone())
-        orders = [order for order in (False, True) if _same(actual, both[order][0])]
-        if not orders or (training and orders[0] != order):
-            raise _Unproved(_NO_FUNCTION)
-        order = orders[0]
-        _check_buffers(parts, both[order][1])
-    assert order is not None
+        for x in _probes(parts[0].norm1.num_features, parts[0].conv1):
+            with _gradients_of(twin, x) as asked:
+                both = [_expected_block(parts, x, order, training) for order in (False, True)]
+                actual = twin(x.clone())
+                for order in sorted(orders):
+                    expected = both[order][0]
+                    if not _same(actual, expected) or not _same_gradients(actual, expected, asked):
+                        orders.discard(order)
+            if not orders:
+                raise _Unproved(_NO_FUNCTION)
+            _check_buffers(parts, both[min(orders)][1])
+    order = min(orders)
     for layer, found in zip(layers, read, strict=True):
         if found.drop is not None:
             _check_drop(layer, found, order)
@@ -119,26 +123,31 @@ def _prove_transition(transition: nn.Module, original: type[nn.Module]) -> bool:
     twin = _double_copy(transition, original)
     norm = next(m for m in twin.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     conv = next(m for m in twin.modules() if isinstance(m, nn.modules.conv._ConvNd))
-    x = _probe(norm.num_features, conv)
-    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.dim() - 3]
     for training in (False, True):
         twin.train(training)
-        new, buffers = _norm_relu_conv(norm, conv, x, training)
-        if not _same(twin(x.clone()), pool(new, 2)):
-            raise _Unproved("its forward computes something else than BN-ReLU-Conv1x1-AvgPool")
-        _check_buffers([LayerParts(norm, conv, None, None, 0.0, False)], buffers)
+        for x in _probes(norm.num_features, conv):
+            pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.dim() - 3]
+            with _gradients_of(twin, x) as asked:
+                new, buffers = _norm_relu_conv(norm, conv, x, training)
+                actual, expected = twin(x.clone()), pool(new, 2)
+                if not _same(actual, expected) or not _same_gradients(actual, expected, asked):
+                    raise _Unproved(
+                        "its forward computes something else than BN-ReLU-Conv1x1-AvgPool"
+                    )
+            _check_buffers([LayerParts(norm, conv, None, None, 0.0, False)], buffers)
     return True
 
 
 def _prove_norm_relu(norm: Any) -> bool:
     twin = _double_copy(norm, type(norm))
     conv = CONVOLUTIONS[next(i for i, kind in enumerate(_PLAIN_NORMS) if isinstance(norm, kind))]
-    x = _probe(norm.num_features, conv)
-    for training in (False, True):
+    for training, x in product((False, True), _probes(norm.num_features, conv)):
         twin.train(training)
-        expected, buffers = _batch_norm(twin, x, training)
-        if not _same(twin(x.clone()), F.relu(expected)):
-            raise _Unproved("the norm's forward is not batch norm and ReLU")
+        with _gradients_of(twin, x) as asked:
+            normed, buffers = _batch_norm(twin, x, training)
+            actual, expected = twin(x.clone()), F.relu(normed)
+            if not _same(actual, expected) or not _same_gradients(actual, expected, asked):
+                raise _Unproved("the norm's forward is not batch norm and ReLU")
         if not all(map(_same, (twin.running_mean, twin.running_var), buffers)):
             raise _Unproved("the norm moves its buffers in its own way")
     return True
@@ -198,11 +207,39 @@ def _run_chain(
     return x, concatenating.pop()
 
 
-def _probe(channels: int, conv: Any) -> Tensor:
-    """An input for the proofs; odd sizes, one of them smaller."""
+def _probes(channels: int, conv: Any) -> list[Tensor]:
+    """Inputs for the proofs, of two sizes; odd ones among them, one of them smaller."""
     kind = conv if isinstance(conv, type) else type(conv)
     dims = 1 + next(i for i, each in enumerate(CONVOLUTIONS) if issubclass(kind, each))
-    return torch.randn(2, channels, *(5, 4, 3)[:dims], dtype=torch.float64)
+    return [
+        torch.randn(batch, channels, *sizes[:dims], dtype=torch.float64)
+        for batch, sizes in ((2, (5, 4, 3)), (3, (2, 6, 4)))
+    ]
+
+
+@contextlib.contextmanager
+def _gradients_of(module: nn.Module, x: Tensor) -> Iterator[list[Tensor]]:
+    """Inside, x and a module's parameters want gradients; they are what is given."""
+    asked = [x, *module.parameters()]
+    with torch.enable_grad():
+        for tensor in asked:
+            tensor.requires_grad_()
+        yield asked
+    for tensor in asked:
+        tensor.requires_grad_(False)
+
+
+def _same_gradients(actual: Tensor, expected: Tensor, asked: Sequence[Tensor]) -> bool:
+    weight = torch.randn_like(expected)
+    found = [
+        torch.autograd.grad(output, asked, weight, retain_graph=True, allow_unused=True)
+        for output in (actual, expected)
+        if output.requires_grad
+    ]
+    return len(found) == 2 and all(
+        (one is None) == (other is None) and (other is None or _same(one, other))
+        for one, other in zip(*found, strict=True)
+    )
 
 
 def _batch_norm(norm: Any, x: Tensor, training: bool) -> tuple[Tensor, list[Tensor]]:

@@ -242,3 +242,102 @@ def test_what_changes_nothing_is_fused(operation: str) -> None:
         ours, _ = _pair(lambda place=place: _layer_class(operation, place))  # type: ignore[misc]
         _convert(ours)
         assert stages_in(ours(images(2, 3, 5, 4))) == 1
+
+
+# --------------------------------------------------------------- changed after conversion
+
+
+def _patch_forward(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x).tanh())
+
+
+def _layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if type(module).__name__ == "Layer"]
+
+
+def _set_on_each(name: str, value: Any) -> Callable[[Any, pytest.MonkeyPatch], object]:
+    def change(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        for layer in _layers(model):
+            setattr(layer, name, value)
+
+    return change
+
+
+def _new_code(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(_layers(model)[0])
+    kind.forward.__code__ = _layer_class("tanh", 6).forward.__code__
+
+
+def _names_of(model: Any) -> dict[str, Any]:
+    names: dict[str, Any] = type(_layers(model)[0]).forward.__globals__
+    return names
+
+
+AFTERWARDS: dict[str, Callable[[Any, pytest.MonkeyPatch], object]] = {
+    "an activation": _set_on_each("act", nn.Tanh()),
+    "an activation that is a function": lambda model, monkeypatch: [
+        (layer._modules.pop("act"), vars(layer).update(act=torch.tanh)) for layer in _layers(model)
+    ],
+    "a forward on the instance": lambda model, monkeypatch: [
+        vars(layer).update(forward=lambda x, f=layer.forward: f(x).tanh())
+        for layer in _layers(model)
+    ],
+    "a call on the class": lambda model, monkeypatch: setattr(
+        type(_layers(model)[0]), "__call__", lambda self, x: nn.Module.__call__(self, x).tanh()
+    ),
+    "a forward of the class": lambda model, monkeypatch: _patch_forward(
+        type(_layers(model)[0]), monkeypatch
+    ),
+    "the code of a forward": _new_code,
+    "a global name": lambda model, monkeypatch: _names_of(model).update(
+        F=types.SimpleNamespace(relu=torch.tanh)
+    ),
+    "a hook": lambda model, monkeypatch: [
+        layer.n1.register_forward_hook(lambda m, i, o: o.tanh()) for layer in _layers(model)
+    ],
+    "a bias": lambda model, monkeypatch: [
+        layer.c2.register_parameter("bias", nn.Parameter(torch.ones(2).double()))
+        for layer in _layers(model)
+    ],
+    "an eps": lambda model, monkeypatch: [
+        vars(layer.n1).update(eps=0.3) for layer in _layers(model)
+    ],
+    "a padding": lambda model, monkeypatch: [
+        vars(layer.c2).update(
+            padding_mode="circular", _reversed_padding_repeated_twice=[1, 1, 1, 1]
+        )
+        for layer in _layers(model)
+    ],
+    "the order of layers": lambda model, monkeypatch: setattr(
+        model[0], "_modules", dict(reversed(model[0]._modules.items()))
+    ),
+}
+
+
+@pytest.mark.parametrize("change", AFTERWARDS)
+def test_a_change_after_conversion_is_honoured(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, naive = _pair(lambda: _layer_class("nothing", 0))
+    _convert(ours)
+    x = images(2, 3, 5, 4)
+    _assert_same(_step(ours, x), _step(naive, x))
+    for model in (ours, naive):
+        AFTERWARDS[change](model, monkeypatch)
+    for _ in range(2):
+        actual, expected = _step(ours, x), _step(naive, x)
+        assert actual.keys() == expected.keys()
+        _assert_same(actual, expected)
+
+
+def test_a_forward_of_torchs_that_is_replaced_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, naive = _pair(lambda: _layer_class("nothing", 0))
+    _convert(ours)
+    x = images(2, 3, 5, 4)
+    assert stages_in(ours(x)) == 1
+    naive(x)
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x.tanh())
+    _assert_same(_step(ours, x), _step(naive, x))
+    monkeypatch.undo()
+    assert stages_in(ours(x)) == 1
