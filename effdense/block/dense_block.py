@@ -57,7 +57,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..autocast import without_autocast
 from ..backends.base import (
@@ -73,6 +72,7 @@ from ..backends.base import (
 from ..backends.layout import channels, channels_first, round_up
 from ..backends.layout import rows as rows_of
 from ..choices import SAVE_MODES, Save
+from ..differentiation import Anchor, first_order
 from ..norms.buffers import NormSpec
 from ..norms.synchronization import Batch
 
@@ -111,6 +111,8 @@ class StageSpec(NamedTuple):
     # False under no_grad: nothing will be asked for, nothing is kept
     seed: int
     # of this forward's dropout masks
+    anchor: Anchor
+    # what x depends on
     newest_first: bool = False
     # each layer's features stand before those it read, as after ``cat([new, x])``
 
@@ -168,6 +170,7 @@ class DenseStage(torch.autograd.Function):
             stage = _Stage(spec, x.shape, x.device, tensors)
             output = stage.forward(x)
         ctx.spec, ctx.input_shape, ctx.input_dtype = spec, x.shape, x.dtype
+        ctx.anchor = spec.anchor
         if spec.keep:
             ctx.num_tensors, ctx.num_kept = len(tensors), len(stage.bottlenecks)
             kept = x if spec.save == "input" else stage.buffer
@@ -178,7 +181,7 @@ class DenseStage(torch.autograd.Function):
         return output, *stage.statistics()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         if grad_output is None:
             return (None,) * (2 + ctx.num_tensors)

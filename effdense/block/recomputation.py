@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..autocast import autocast, autocast_dtype
 from ..backends.layout import channels
 from ..choices import Save
+from ..differentiation import Anchor, first_order
 from ..recognition.parts import Chain, layers_of
 
 
@@ -41,7 +41,7 @@ def run_chain(block: nn.Module, chain: Chain, x: Tensor, save: Save) -> Tensor:
     layers = layers_of(block)
     names = [[name for name, _ in layer.named_parameters()] for layer in layers]
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
-    run = _Run(layers, names, chain, save, torch.is_grad_enabled())
+    run = _Run(layers, names, chain, save, torch.is_grad_enabled(), Anchor(x))
     return Recomputed.apply(run, x, *parameters)
 
 
@@ -53,6 +53,7 @@ class _Run(NamedTuple):
     chain: Chain
     save: Save
     keep: bool
+    anchor: Anchor
 
 
 class _Notes(NamedTuple):
@@ -76,6 +77,7 @@ class Recomputed(torch.autograd.Function):
             features.add(_new_features(layer(_argument(run.chain, features.read())), run, features))
         output = features.finish()
         ctx.run, ctx.notes, ctx.widths = run, notes, features.widths
+        ctx.anchor = run.anchor
         ctx.autocast = (x.device.type, autocast_dtype(x.device))
         if run.keep:
             ctx.input_dtype = x.dtype
@@ -84,7 +86,7 @@ class Recomputed(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor | None) -> Any:
         if grad_output is None:
             return (None,) * len(ctx.needs_input_grad)

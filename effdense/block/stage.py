@@ -13,6 +13,7 @@ from ..backends.empty import EmptyBackend
 from ..backends.layout import channels
 from ..backends.select import get_backend
 from ..choices import Save
+from ..differentiation import Anchor
 from ..norms.buffers import batch_of, read_norm, update_running_statistics
 from ..recognition.parts import BlockParts, TransitionParts
 from .dense_block import DenseStage, LayerSpec, LayerTensors, StageSpec, TailTensors
@@ -65,6 +66,7 @@ def run_stage(
         batch=batch,
         keep=torch.is_grad_enabled(),
         seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if dropping else 0,
+        anchor=Anchor(x),
         newest_first=newest_first,
     )
     output, mean, var, mean2, var2 = DenseStage.apply(spec, x, *tensors)

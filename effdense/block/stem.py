@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..autocast import autocast_dtype, without_autocast
 from ..backends.base import Backend, Normalization, Statistics, accumulate_dtype
@@ -30,6 +29,7 @@ from ..backends.layout import channels_first, channels_last
 from ..backends.layout import rows as rows_of
 from ..backends.select import get_backend
 from ..choices import Save
+from ..differentiation import Anchor, first_order
 from ..norms.buffers import NormSpec, batch_of, read_norm, update_running_statistics
 from ..norms.synchronization import Batch
 from ..recognition.objections import BATCH_NORMS, CONVOLUTIONS, has_hooks, module_objection
@@ -125,11 +125,13 @@ def _norm_relu_max_pool(x: Tensor, norm: nn.Module, pool: Any, backend: str) -> 
         image_bytes = x.shape[1:].numel() * x.element_size()
         step = ops.images_per_step(x.shape[0], 4 * image_bytes)
         parts = [
-            _Stem.apply(ops, batch, spec, pool, None, part, None, None, *tensors)
+            _Stem.apply(ops, batch, spec, pool, None, Anchor(part), part, None, None, *tensors)
             for part in x.split(step)
         ]
         return parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts])
-    output, mean, var = _Stem.apply(ops, batch, spec, pool, None, x, None, None, *tensors)
+    output, mean, var = _Stem.apply(
+        ops, batch, spec, pool, None, Anchor(x), x, None, None, *tensors
+    )
     update_running_statistics([norm], [mean], [var], batch.count)
     return output
 
@@ -148,7 +150,7 @@ def _conv_norm_relu_max_pool(
     spec, tensors = read_norm(norm)
     batch = batch_of(x, [spec])
     output, mean, var = _Stem.apply(
-        ops, batch, spec, pool, convolution, x, image, conv.weight, *tensors
+        ops, batch, spec, pool, convolution, Anchor(image), x, image, conv.weight, *tensors
     )
     update_running_statistics([norm], [mean], [var], batch.count)
     return output
@@ -165,6 +167,7 @@ class _Stem(torch.autograd.Function):
         spec: NormSpec,
         pool: Any,
         convolution: _Convolution | None,
+        anchor: Anchor,
         x: Tensor,
         image: Tensor | None,
         weight: Tensor | None,
@@ -186,23 +189,24 @@ class _Stem(torch.autograd.Function):
             pooling = _Pooling(ops, spec, pool, rows, x.shape, gamma, beta, mean, var)
             output = pooling.forward()
         ctx.ops, ctx.batch, ctx.spec, ctx.pool = ops, batch, spec, pool
+        ctx.anchor = anchor
         ctx.convolution, ctx.shape, ctx.dtype = convolution, x.shape, x.dtype
         # See NOTE [ what the stem keeps ].
         again = convolution is not None and convolution.again
         kept = None if again else rows
-        kept_image = image if again or any(ctx.needs_input_grad[6:8]) else None
+        kept_image = image if again or any(ctx.needs_input_grad[7:9]) else None
         ctx.save_for_backward(kept, kept_image, weight, gamma, beta, mean, var)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         return output, mean, var
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         if grad_output is None:
-            return (None,) * 12
+            return (None,) * 13
         rows, image, weight, gamma, beta, mean, var = ctx.saved_tensors
-        need_x, need_image, need_weight = ctx.needs_input_grad[5:8]
+        need_x, need_image, need_weight = ctx.needs_input_grad[6:9]
         convolution, dimage, dweight = ctx.convolution, None, None
         with without_autocast(gamma.device):
             if rows is None:
@@ -224,7 +228,7 @@ class _Stem(torch.autograd.Function):
         if dx is not None:
             dx = channels_first(dx, ctx.shape[0], ctx.shape[2:])
         gradients = dx, dimage, dweight, t.to(gamma.dtype), s.to(beta.dtype)
-        return *(None,) * 5, *gradients, None, None
+        return *(None,) * 6, *gradients, None, None
 
 
 class _Convolution(NamedTuple):

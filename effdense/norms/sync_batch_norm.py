@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..backends.base import Statistics, accumulate_dtype
+from ..differentiation import Anchor, first_order
 from ..tracing import outside_graphs
 from .buffers import batch_of, read_norm, update_running_statistics
 from .synchronization import Batch
@@ -70,7 +70,7 @@ def sync_batch_norm(x: Tensor, norm: nn.Module) -> Tensor:
         return nn.modules.batchnorm._BatchNorm.forward(norm, x)
     norm._check_input_dim(x)
     batch = batch_of(x, [spec])
-    output, mean, var = _SyncBatchNorm.apply(batch, spec.eps, x, weight, bias)
+    output, mean, var = _SyncBatchNorm.apply(batch, spec.eps, Anchor(x), x, weight, bias)
     update_running_statistics([norm], [mean], [var], batch.count)
     return output
 
@@ -98,11 +98,17 @@ def refuse_torchs(modules: Iterable[nn.Module], *inputs: Any) -> None:
 
 
 class _SyncBatchNorm(torch.autograd.Function):
-    """``apply(batch, eps, x, weight, bias)``: (output, mean, var), the latter two (C,)."""
+    """``apply(batch, eps, anchor, x, weight, bias)``: (output, mean, var), the latter two (C,)."""
 
     @staticmethod
     def forward(
-        ctx: Any, batch: Batch, eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None
+        ctx: Any,
+        batch: Batch,
+        eps: float,
+        anchor: Anchor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dims = [0, *range(2, x.dim())]
         wide = x.to(accumulate_dtype(x.dtype))
@@ -118,31 +124,31 @@ class _SyncBatchNorm(torch.autograd.Function):
             output *= _wide(weight, x)
         if bias is not None:
             output += _wide(bias, x)
-        ctx.batch = batch
+        ctx.batch, ctx.anchor = batch, anchor
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         return output.to(x.dtype), mean, var
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         if grad_output is None:
-            return (None,) * 5
+            return (None,) * 6
         x, weight, bias, mean, rstd = ctx.saved_tensors
         dims = [0, *range(2, x.dim())]
         xhat = (x - _wide(mean, x)) * _wide(rstd, x)
         dy = grad_output.to(mean.dtype)
         s, t = dy.sum(dims), (dy * xhat).sum(dims)
         dx = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[3]:
             # See NOTE [ synchronised batch norm ].
             all_s, all_t = ctx.batch.sum(s, t)
             dx = dy - (_wide(all_s, x) + xhat * _wide(all_t, x)) / ctx.batch.count
             dx *= _wide(rstd if weight is None else rstd * weight, x)
             dx = dx.to(x.dtype)
         dweight = None if weight is None else t.to(weight.dtype)
-        return None, None, dx, dweight, None if bias is None else s.to(bias.dtype)
+        return None, None, None, dx, dweight, None if bias is None else s.to(bias.dtype)
 
 
 def _wide(vector: Tensor, x: Tensor) -> Tensor:

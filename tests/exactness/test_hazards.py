@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import effdense
 from effdense import SAVE_MODES, reference
 from tests.helpers.compare import (
+    SMALL,
     Step,
     assert_close,
     assert_identical,
@@ -175,8 +176,40 @@ def test_double_backward_raises(small_inputs: bool) -> None:
     ours, _ = twins(small_inputs=small_inputs)
     x = images(2, 3, 37, 30).requires_grad_()
     (gradient,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no second derivatives"):
         gradient.sum().backward()
+
+
+def _alone(kind: str) -> nn.Module:
+    """What runs in linear memory, without anything behind that could notice."""
+    torch.manual_seed(0)
+    if kind == "any layers":
+        layer = nn.Sequential(nn.Conv2d(5, 3, 3, padding=1), nn.Tanh())
+        return effdense.DenseBlock([layer]).double()
+    if kind == "transition":
+        return effdense.Transition(5, 4).double()
+    if kind == "stem":
+        return effdense.DenseNet(**SMALL | {"small_inputs": False}).double().features[:4]
+    return _block("bottlenecks" if kind == "bottlenecks" else "features")
+
+
+@pytest.mark.parametrize("kind", ["features", "bottlenecks", "any layers", "transition", "stem"])
+def test_no_second_derivative_is_left_out_in_silence(kind: str) -> None:
+    """Behind a loss that is linear in the output, and beside a path that has one."""
+    module = _alone(kind)
+    x = images(2, 3 if kind == "stem" else 5, 13, 12).requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return module(x).sum() + x.pow(3).sum()
+
+    expected = torch.autograd.grad(loss(x), [x, *module.parameters()])
+    found = torch.autograd.grad(loss(x), [x, *module.parameters()], create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for gradient in found:
+        with pytest.raises(RuntimeError, match=r'no second derivatives.*save="all"'):
+            torch.autograd.grad(gradient.square().sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.functional.hvp(loss, x.detach(), torch.ones_like(x))
 
 
 def test_an_unused_output_costs_no_backward() -> None:

@@ -21,7 +21,7 @@ import pytest
 from tests.helpers.launch import REPOSITORY
 
 FLOORS = (
-    {"autocast", "choices", "errors", "reference", "tracing", "version"},
+    {"autocast", "choices", "differentiation", "errors", "reference", "tracing", "version"},
     {"machine"},
     # the operations; the kernels are one way of doing them, in their terms
     {"backends", "kernels"},
