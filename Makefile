@@ -7,8 +7,9 @@
 # make dist    build wheel and source archive into dist/ and try both in clean environments
 # make audit   cross-compile every Triton kernel and inspect the machine code; no GPU needed
 # make chaos   kill a short run fifty times at random; each must end with the same bits
-# make bench   the runs behind the README's table
-# make figures the committed pictures; benchmarks whose results/figures/*.csv is there are not run again
+# make bench   memory, speed and scaling measured anew, kept in benchmarks/results/, in the tables
+# make figures the pictures in benchmarks/figures/ but precision.png, which plot makes of two runs;
+#              benchmarks whose results/figures/*.csv is there are not run again
 PYTHON ?= python3
 NPROC ?= 4
 VENV := .venv
@@ -55,16 +56,20 @@ audit: $(STAMP)
 chaos: $(STAMP)
 	$(BIN)/python -m tests.helpers.chaos $(ARGS)
 
+MEASURED := results/bench
 RACE := --providers naive naive-channels-last checkpoint effdense-bottlenecks effdense-features
 
+# minutes to hours; results are kept only of a revision that is committed
 bench: $(STAMP)
-	$(BIN)/python benchmarks/memory.py --depth 250
-	$(BIN)/python benchmarks/throughput.py --depth 100 --growth-rate 12 --batch-size 64 $(RACE)
-	$(BIN)/python benchmarks/throughput.py --depth 250 --growth-rate 24 --batch-size 16 $(RACE)
-	$(BIN)/python benchmarks/throughput.py --arch densenet121 --image-size 224 --batch-size 8 $(RACE)
-	$(BIN)/python benchmarks/scaling.py --processes 1 2 4
-	$(BIN)/python benchmarks/memory.py --sweep depth --growth-rate 12 --batch-size 8 --providers naive checkpoint effdense-bottlenecks effdense-features
-	$(BIN)/python benchmarks/memory.py --depth 1000 --growth-rate 12 --batch-size 8 --memory-limit 8GiB --threads 1 --providers naive effdense-features effdense-input
+	$(BIN)/python benchmarks/memory.py --depth 100 --growth-rate 12 --batch-size 64 --threads 1 --output $(MEASURED)/memory-100.csv
+	$(BIN)/python benchmarks/memory.py --depth 250 --threads 1 --output $(MEASURED)/memory-250.csv
+	$(BIN)/python benchmarks/memory.py --depth 1000 --growth-rate 12 --batch-size 8 --memory-limit 8GiB --threads 1 --providers naive effdense-features effdense-input --output $(MEASURED)/memory-1000.csv
+	$(BIN)/python benchmarks/memory.py --sweep depth --growth-rate 12 --batch-size 8 --providers naive checkpoint effdense-bottlenecks effdense-features --output $(MEASURED)/memory-depth.csv
+	$(BIN)/python benchmarks/throughput.py --depth 100 --growth-rate 12 --batch-size 64 $(RACE) --output $(MEASURED)/throughput-100.csv
+	$(BIN)/python benchmarks/throughput.py --depth 250 --growth-rate 24 --batch-size 16 --no-strict $(RACE) --output $(MEASURED)/throughput-250.csv
+	$(BIN)/python benchmarks/throughput.py --arch densenet121 --image-size 224 --batch-size 8 $(RACE) --output $(MEASURED)/throughput-121.csv
+	$(BIN)/python benchmarks/scaling.py --processes 1 2 4 --output $(MEASURED)/scaling.csv
+	$(BIN)/python benchmarks/report.py --add $(MEASURED)/*.csv
 
 # Each picture from its benchmark's rows; a benchmark that fails leaves none.
 FIGURES := memory-depth throughput timeline convergence pareto estimates
@@ -72,7 +77,11 @@ ROWS := results/figures
 
 .DELETE_ON_ERROR:
 
-figures: $(FIGURES:%=benchmarks/figures/%.png)
+figures: $(FIGURES:%=benchmarks/figures/%.png) benchmarks/figures/graph.svg
+
+# needs Graphviz's dot, and says so
+benchmarks/figures/graph.svg: | $(STAMP)
+	$(BIN)/python -m effdense graph densenet_bc --depth 40 --output $@
 
 benchmarks/figures/%.png: $(ROWS)/%.csv
 	$(BIN)/python benchmarks/draw.py $(ROWS)/$**.csv --output $@

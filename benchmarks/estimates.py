@@ -6,8 +6,8 @@
 
 For each configuration effdense.estimate predicts the peak before anything runs; then a
 process of its own takes the step twice: once for its resident size, once for the sum of all
-live tensors. Live bytes are to be within 3 % of the prediction, resident size within 5 % or
-30 MiB. The exit status is 1 where one is not.
+live tensors. Live bytes are to be within 3 % of the prediction, resident size within 5 % and
+2 MiB, in 16 bits 20 % and 2 MiB. The exit status is 1 where one is not.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from harness import child
 from harness.case import Options as CommonOptions
 from harness.grid import GRID, Configuration
@@ -32,9 +33,10 @@ from effdense.errors import UserError
 from effdense.machine.environment import headline
 from effdense.machine.measurement import in_fresh_process
 from effdense.machine.tables import table
+from effdense.verification.comparison import near_prediction
 
-# Of live bytes; of resident size, or that many bytes where they are more.
-LIVE, RESIDENT, RESIDENT_BYTES = 0.03, 0.05, 30 << 20
+# of live bytes
+LIVE = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ def compare(each: Configuration, recorder: Recorder, threads: int) -> tuple[list
         recorder.add(each.save, each, metric, answer[metric], "B")
         error = 100 * (nbytes / answer[metric] - 1)
         cells += [mebibytes(nbytes), mebibytes(answer[metric]), f"{error:+.2f} %"]
-    good = within(predicted, answer["live"], answer["peak"])
+    good = within(each, predicted, answer["live"], answer["peak"])
     return [*cells, "" if good else "missed"], good
 
 
@@ -107,10 +109,10 @@ def measured(each: Configuration, threads: int) -> dict[str, Any]:
     return in_fresh_process(child.configured, threads, configuration=each.request())
 
 
-def within(predicted: Estimate, live: int, resident: int) -> bool:
+def within(each: Configuration, predicted: Estimate, live: int, resident: int) -> bool:
     """Whether a prediction is as near as it is to be."""
     assert predicted.resident is not None
-    allowed = max(RESIDENT * resident, RESIDENT_BYTES)
+    allowed = near_prediction(resident, getattr(torch, each.amp or each.dtype))
     near = abs(predicted.resident - resident) <= allowed
     return near and abs(predicted.peak - live) <= LIVE * live
 
@@ -135,11 +137,12 @@ def draw(figure: Any, rows: list[Row]) -> None:
         raise ValueError("no measurement to draw")
     low, high = min(sizes) / 1.2, max(sizes) * 1.2
     line = [low * (high / low) ** (i / 200) for i in range(201)]
-    # what is asked for: within 3 % of live bytes, within 5 % or 30 MiB of resident size
     for sign in (-1, 1):
-        axes.plot([low, high], [3 * sign] * 2, "--", color="#0072B2", linewidth=0.8)
-        allowed = [sign * max(5, 100 * 30 / size) for size in line]
-        axes.plot(line, allowed, "--", color="#E69F00", linewidth=0.8)
+        axes.plot([low, high], [100 * LIVE * sign] * 2, "--", color="#0072B2", linewidth=0.8)
+        for dtype, style in ((torch.float32, "--"), (torch.bfloat16, ":")):
+            most = [near_prediction(int(size * 2**20), dtype) / 2**20 for size in line]
+            allowed = [sign * 100 * n / size for n, size in zip(most, line, strict=True)]
+            axes.plot(line, allowed, style, color="#E69F00", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     # every point, the misses above all

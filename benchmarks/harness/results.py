@@ -73,7 +73,9 @@ class Recorder:
     def __enter__(self) -> Recorder:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("w", newline="")
-        self._writer = csv.DictWriter(self._file, [*RESULT_COLUMNS, *ENVIRONMENT_COLUMNS])
+        self._writer = csv.DictWriter(
+            self._file, [*RESULT_COLUMNS, *ENVIRONMENT_COLUMNS], lineterminator="\n"
+        )
         self._writer.writeheader()
         return self
 

@@ -1,0 +1,521 @@
+"""Tables of the documentation, from the results that are kept in benchmarks/results/.
+
+    python benchmarks/report.py                       # writes every table anew
+    python benchmarks/report.py --add results/*.csv   # keeps new results first
+
+A table stands in a page between <!-- table: NAME --> and <!-- end -->; nothing between them is
+written by hand. A results file is of one machine, date and revision; of the same figure measured
+in several, the newest is shown, and below each table stands where its figures are from.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from harness import counts, results
+from harness.case import Case
+from harness.packages import MODELS
+from harness.results import Row, mebibytes, quantiles
+from tyro.conf import arg
+
+from effdense.commands import front_end
+from effdense.errors import UserError
+from effdense.machine.tables import table
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+NAMES = {
+    "naive": "naive (`effdense.reference`)",
+    "naive-channels-last": "naive, channels-last",
+    "torchvision": "torchvision",
+    "torchvision-memory-efficient": "torchvision, `memory_efficient=True`",
+    "checkpoint": "checkpointed (`torch.utils.checkpoint` per layer)",
+    "compile": "`torch.compile` of naive",
+    "compile-channels-last": "`torch.compile` of naive, channels-last",
+    "effdense-bottlenecks": 'effdense, `save="bottlenecks"`',
+    "effdense-features": 'effdense, `save="features"`',
+    "effdense-input": 'effdense, `save="input"`',
+}
+SHARE = "speed, of naive-channels-last's"
+DEEP = Case("densenet_bc", 250, 24, 32, 32)
+THOUSAND = Case("densenet_bc", 1000, 12, 8, 32)
+# what the README's six rows are of
+FRONT = Case("densenet_bc", 100, 12, 64, 32)
+SIX = (
+    "naive",
+    "torchvision-memory-efficient",
+    "checkpoint",
+    "effdense-bottlenecks",
+    "effdense-features",
+    "effdense-input",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    add: Annotated[
+        tuple[Path, ...], arg(metavar="CSV", help_behavior_hint="(default: nothing new)")
+    ] = ()
+    """Results to be kept: moved into the file of their machine, date and revision, where they
+    take the place of the same figures."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    front_end.main(
+        Options, run, program="benchmarks/report.py", arguments=arguments, description=__doc__
+    )
+
+
+def run(options: Options) -> None:
+    for path in options.add:
+        try:
+            print(keep(results.read(path)))
+        except (OSError, ValueError) as error:
+            raise UserError(str(error)) from None
+    for page, text in written().items():
+        if text != page.read_text(encoding="utf-8"):
+            page.write_text(text, encoding="utf-8")
+            print(page.relative_to(ROOT))
+
+
+def keep(rows: Sequence[Row], folder: Path = KEPT) -> Path:
+    """Add rows of one run to the file of their machine, date and revision.
+
+    Raises:
+        UserError: where nobody could measure them again.
+    """
+    if not rows:
+        raise UserError("no rows to keep")
+    first = rows[0]
+    if "+" in first["git_revision"] or first["git_revision"] == "unknown":
+        raise UserError(
+            f"results are kept of a revision that is there, got {first['git_revision']!r}; commit "
+            "and measure again"
+        )
+    if any(row["kind"] == "projection" for row in rows):
+        raise UserError("projections are not kept: they are no measurements")
+    machine = re.sub(r"[^a-z0-9]+", "-", (first["gpu"] or first["processor"]).lower()).strip("-")
+    path = folder / f"{machine}-{first['date'][:10]}-{first['git_revision'][:7]}.csv"
+    new = {_figure(row) for row in rows}
+    before = results.read(path) if path.exists() else []
+    with path.open("w", newline="") as file:
+        columns = [*results.RESULT_COLUMNS, *results.ENVIRONMENT_COLUMNS]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([row for row in before if _figure(row) not in new])
+        writer.writerows(rows)
+    return path
+
+
+def written() -> dict[Path, str]:
+    """Every page with the tables that the kept results make.
+
+    Raises:
+        UserError: for a table that is none of ``TABLES``.
+    """
+    kept = Kept.read()
+    found = {}
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+
+        def filled(mark: re.Match[str], page: Path = page) -> str:
+            if mark[2] not in TABLES:
+                raise UserError(f"{page.name}: no table {mark[2]}; there are {', '.join(TABLES)}")
+            return f"{mark[1]}\n{TABLES[mark[2]](kept)}\n\n{mark[3]}"
+
+        found[page] = MARKED.sub(filled, page.read_text(encoding="utf-8"))
+    return found
+
+
+def _case(row: Row) -> Case:
+    numbers = {name: int(row[name]) for name in ("depth", "growth_rate", "batch_size")}
+    numbers |= {name: int(row[name]) for name in ("image_size", "spatial_dims")}
+    return Case(row["arch"], **numbers, dtype=row["dtype"], device=row["device"])  # type: ignore[arg-type]
+
+
+def _figure(row: Row) -> tuple[str, ...]:
+    """What a row is a sample of."""
+    about: tuple[str, ...] = (
+        "benchmark",
+        "arch",
+        "depth",
+        "growth_rate",
+        "batch_size",
+        "image_size",
+        "dtype",
+    )
+    about += ("spatial_dims", "device", "provider", "metric", "processes", "steps")
+    return tuple(row[name] for name in about)
+
+
+class Kept:
+    """Rows of all results files, the oldest first."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = sorted(rows, key=lambda row: row["date"])
+
+    @classmethod
+    def read(cls, folder: Path = KEPT) -> Kept:
+        return cls(row for path in sorted(folder.glob("*.csv")) for row in results.read(path))
+
+    def of(self, benchmark: str, metric: str, case: Case | None = None, **columns: str) -> Kept:
+        """The rows of a metric that have these values."""
+        columns |= {"benchmark": benchmark, "metric": metric}
+        return Kept(
+            row
+            for row in self.rows
+            if all(row[name] == value for name, value in columns.items())
+            and (case is None or _case(row) == case)
+        )
+
+    def newest(self, **columns: str) -> list[Row]:
+        """The rows of the newest run among those that have these values."""
+        rows = [row for row in self.rows if all(row[n] == v for n, v in columns.items())]
+        rows = [row for row in rows if row["value"]]
+        return [row for row in rows if _source(row) == _source(rows[-1])]
+
+    def values(self, column: str) -> list[str]:
+        """What is in a column, each once."""
+        return list(dict.fromkeys(row[column] for row in self.rows))
+
+
+def _quantiles(rows: Sequence[Row]) -> tuple[float, float, float]:
+    """(median, 20 %, 80 %): of samples, or as stated; where a median alone is, thrice that."""
+    stated = {row["statistic"]: float(row["value"]) for row in rows if row["statistic"]}
+    if "0.5" in stated:
+        return stated["0.5"], stated.get("0.2", stated["0.5"]), stated.get("0.8", stated["0.5"])
+    low, middle, high = quantiles([float(row["value"]) for row in rows])
+    return middle, low, high
+
+
+def _spread(rows: Sequence[Row], digits: int = 2) -> str:
+    if not rows:
+        return ""
+    middle, low, high = (f"{value:.{digits}f}" for value in _quantiles(rows))
+    return middle if low == middle == high else f"{middle} [{low}, {high}]"
+
+
+def _source(row: Row) -> tuple[str, ...]:
+    about = ("processor", "gpu", "git_revision", "command", "threads", "torch")
+    return tuple(row[name] for name in about)
+
+
+def _sources(rows: Iterable[Row]) -> str:
+    """Where figures are from, a line for each run."""
+    lines = []
+    for row in {_source(row): row for row in rows}.values():
+        memory = f", {float(row['memory_bytes']) / 2**30:.1f} GiB" if row["memory_bytes"] else ""
+        threads = f", {row['threads']} thread{'s' if row['threads'] != '1' else ''}"
+        lines.append(
+            f"- {row['gpu'] or row['processor']}, {row['cores']} cores{memory}"
+            f"{threads if row['threads'] else ''}, torch {row['torch']}, Python {row['python']}, "
+            f"revision {row['git_revision'][:7]}, {row['date'][:10]}: `{row['command']}`"
+        )
+    return "\n".join(lines)
+
+
+def _with_sources(header: Sequence[str], cells: Sequence[Sequence[str]], rows: list[Row]) -> str:
+    return f"{table(header, cells)}\n\n{_sources(rows)}"
+
+
+def _network(case: Case) -> str:
+    name = f"DenseNet-BC ({case.depth}, k {case.growth_rate})" if case.is_cifar else case.arch
+    return f"{name}, {case.size}, batch {case.batch_size}"
+
+
+def peaks(case: Case, names: Sequence[str] = tuple(NAMES)) -> Callable[[Kept], str]:
+    """Peak memory of one network by provider, beside its floor; its time where the run has it."""
+
+    def make(kept: Kept) -> str:
+        found, times = kept.of("memory", "peak", case), kept.of("throughput", "step time", case)
+        newest = {name: own for name in names if (own := found.newest(provider=name))}
+        peak = {name: _quantiles(own)[0] for name, own in newest.items()}
+        floor, naive = counts.floor(case), peak.get("naive")
+        rows = [["floor (parameters, gradients, momentum, features, one gradient buffer)"]]
+        rows[0] += [mebibytes(floor.total), "1", "", ""]
+        for name, nbytes in peak.items():
+            run = {n: newest[name][0][n] for n in ("processor", "gpu", "git_revision")}
+            share = f"1/{naive / nbytes:.1f}" if naive and naive != nbytes else ""
+            row = [NAMES[name], mebibytes(nbytes), f"{nbytes / floor.total:.2f}", share]
+            rows.append([*row, _spread(times.newest(provider=name, **run))])
+        if naive is None:
+            for predicted in kept.of("memory", "predicted peak", case).newest(provider="naive"):
+                size = mebibytes(float(predicted["value"]))
+                rows.append([f"{NAMES['naive']}, predicted, not run", size, "", "", ""])
+        header = [_network(case), "peak, MiB", "of the floor", "of naive", "s/step"]
+        width = len(header) if any(row[-1] for row in rows) else len(header) - 1
+        sources = [row for own in newest.values() for row in own]
+        return _with_sources(header[:width], [row[:width] for row in rows], sources)
+
+    return make
+
+
+def other_peaks(kept: Kept) -> str:
+    """Of the networks that have no table of their own."""
+    found, cells, sources = kept.of("memory", "peak"), [], []
+    swept = {row["command"] for row in found.rows if "--sweep" in row["command"]}
+    cases = dict.fromkeys(_case(row) for row in found.rows if row["command"] not in swept)
+    for case in cases:
+        if case in (DEEP, THOUSAND, FRONT):
+            continue
+        row = [_network(case), mebibytes(counts.floor(case).total)]
+        for name in ("effdense-features", "effdense-input", "effdense-bottlenecks"):
+            own = kept.of("memory", "peak", case).newest(provider=name)
+            row.append(mebibytes(_quantiles(own)[0]) if own else "")
+            sources += own
+        cells.append(row)
+    header = ["peak, MiB", "floor", '`"features"`', '`"input"`', '`"bottlenecks"`']
+    return _with_sources(header, cells, sources)
+
+
+def growth(kept: Kept) -> str:
+    """Along depth, with the exponent of what is not parameters, gradients or momentum."""
+    metric = "growth exponent along depth"
+    exponents = kept.of("memory", metric)
+    run = exponents.newest()
+    command = run[0]["command"]
+    found = kept.of("memory", "peak", command=command)
+    cases = list(dict.fromkeys(_case(row) for row in found.rows))
+    floors = [counts.floor(case) for case in cases]
+    exponent = counts.growth_exponent(
+        [case.depth for case in cases], [floor.total - floor.state for floor in floors]
+    )
+    cells = [["floor", *(mebibytes(floor.total) for floor in floors), f"{exponent:.2f}"]]
+    for name in found.values("provider"):
+        own = [found.of("memory", "peak", case).newest(provider=name) for case in cases]
+        last = exponents.newest(provider=name)
+        sizes = [mebibytes(_quantiles(rows)[0]) if rows else "" for rows in own]
+        cells.append([NAMES[name], *sizes, f"{float(last[0]['value']):.2f}" if last else ""])
+    case = cases[0]
+    header = [f"k {case.growth_rate}, batch {case.batch_size}, MiB at depth"]
+    return _with_sources([*header, *(str(c.depth) for c in cases), "exponent"], cells, run)
+
+
+def _shares(kept: Kept, case: Case, provider: str) -> list[Row]:
+    """naive-channels-last's time over a provider's: as stated, or formed within each round."""
+    times = kept.of("throughput", "step time", case)
+    own = times.newest(provider=provider)
+    rivals = {
+        row["sample"]: float(row["value"])
+        for row in times.newest(provider="naive-channels-last")
+        if own and _source(row) == _source(own[0]) and not row["statistic"]
+    }
+    formed = [
+        row | {"value": str(rivals[row["sample"]] / float(row["value"]))}
+        for row in own
+        if row["sample"] in rivals and not row["statistic"]
+    ]
+    return formed or kept.of("throughput", SHARE, case).newest(provider=provider)
+
+
+def speed(kept: Kept) -> str:
+    """Seconds per step of the networks that have them, and what they are of a rival's."""
+    found = kept.of("throughput", "step time")
+    cases = list(dict.fromkeys(_case(row) for row in found.rows))
+    cells, sources = [], []
+    for name in NAMES:
+        own = [kept.of("throughput", "step time", c).newest(provider=name) for c in cases]
+        if any(own):
+            cells.append([NAMES[name], *map(_spread, own)])
+            sources += [row for rows in own for row in rows]
+    for name in ("effdense-features", "effdense-bottlenecks"):
+        shares = [_spread(_shares(kept, case, name)) for case in cases]
+        cells.append(
+            [f"naive channels-last / {name.removeprefix('effdense-')}, per round", *shares]
+        )
+    product = "speed, of a matrix product's"
+    for name in ("effdense-features", "effdense-bottlenecks"):
+        own = [kept.of("throughput", product, c).newest(provider=name) for c in cases]
+        shares = [f"{100 * _quantiles(rows)[0]:.0f} %" if rows else "" for rows in own]
+        cells.append([f"{name.removeprefix('effdense-')}, of a matrix product's speed", *shares])
+    return _with_sources(["s/step", *map(_network, cases)], cells, sources)
+
+
+def ratios(kept: Kept) -> str:
+    """How many times as fast as naive channels-last, by run."""
+    found = kept.of("throughput", SHARE)
+    timed = {(_case(row), row["git_revision"]) for row in kept.of("throughput", "step time").rows}
+    cells, sources = [], []
+    runs = dict.fromkeys((_case(row), row["git_revision"]) for row in found.rows)
+    for case, revision in runs:
+        own = found.of("throughput", SHARE, case, git_revision=revision)
+        if case in timed and revision in kept.of("throughput", "step time", case).values(
+            "git_revision"
+        ):
+            continue
+        for name in own.values("provider"):
+            rows = own.newest(provider=name)
+            what = [NAMES[name], f"{rows[0]['processor']}, {revision[:7]}"]
+            cells.append([_network(case), *what, _spread(rows)])
+            sources += rows
+    return _with_sources(["times as fast as naive channels-last", "", "", ""], cells, sources)
+
+
+def scaling(kept: Kept) -> str:
+    """Images per second by processes, and the efficiency against one."""
+    rates = kept.of("scaling", "weak images per second")
+    times = kept.of("scaling", "weak step time")
+    found = times if times.rows else rates
+    case = _case(found.newest()[0])
+    numbers = sorted({int(row["processes"]) for row in found.rows})
+    cells, sources = [], []
+    for name in found.values("provider"):
+        row, first = [NAMES[name]], 0.0
+        for n in numbers:
+            own = found.newest(provider=name, processes=str(n))
+            sources += own
+            value = _quantiles(own)[0]
+            rate = value if found is rates else case.batch_size * n / value
+            first = first or rate / n
+            stated = kept.of("scaling", "weak efficiency").newest(provider=name, processes=str(n))
+            share = float(stated[0]["value"]) if stated and found is rates else rate / n / first
+            row.append(f"{rate:.1f}" + (f" ({100 * share:.0f} %)" if n > numbers[0] else ""))
+        cells.append(row)
+    header = [f"images/s, {_network(case)} each, processes", *map(str, numbers)]
+    return _with_sources(header, cells, sources)
+
+
+def convergence(kept: Kept) -> str:
+    """Test errors at the end of whole training runs."""
+    errors = kept.of("convergence", "test error")
+    cells, sources = [], []
+    for name in errors.values("provider"):
+        row = [NAMES[name]]
+        for metric in ("test error", "test error minus naive's"):
+            own = kept.of("convergence", metric, dtype="float32").newest(provider=name)
+            sources += own
+            stated = {each["statistic"]: float(each["value"]) for each in own}
+            row.append(f"{stated['mean']:.2f} ± {stated['standard deviation']:.2f}" if own else "")
+        cells.append(row)
+    (gap,) = kept.of("convergence", "weight difference", dtype="float64").newest()
+    cells.append(
+        ["weights in float64, largest relative distance", f"{float(gap['value']):.1e}", ""]
+    )
+    header = ["test error, %: mean ± standard deviation of 5 seeds", "", "minus naive's, by seed"]
+    return _with_sources(header, cells, sources)
+
+
+def conversion(kept: Kept) -> str:
+    """Other packages' models as they come and converted."""
+    cells, sources = [], []
+    for arch in kept.of("conversion", "peak").values("arch"):
+        model = MODELS[arch]  # type: ignore[index]
+        row = [
+            f"`{model.line}`, {model.batch_size} x {'x'.join([str(model.image_size)] * model.dims)}"
+        ]
+        for metric in ("peak", "inference peak", "training seconds", "inference seconds"):
+            both = []
+            for provider in ("original", "converted"):
+                own = kept.of("conversion", metric, arch=arch).newest(provider=provider)
+                sources += own
+                both.append(_quantiles(own)[0] if own else None)
+            if None in both:
+                row.append("")
+            elif "seconds" in metric:
+                row.append(f"{both[0]:.2f} → {both[1]:.2f}")
+            else:
+                share = f" (1/{both[0] / both[1]:.1f})" if metric == "peak" else ""  # type: ignore
+                row.append(f"{mebibytes(both[0])} → {mebibytes(both[1])}{share}")
+        cells.append(row)
+    header = ["model, input", "training step, MiB", "inference, MiB", "s/step", "s/inference"]
+    return _with_sources(header, cells, sources)
+
+
+def plans(kept: Kept) -> str:
+    """Slowdowns of plans against the fastest, predicted and measured."""
+    predicted = kept.of("pareto", "predicted slowdown")
+    measured = kept.of("pareto", "slowdown")
+    names = measured.values("provider")
+    cells = [
+        [title, *(f"{float(found.newest(provider=name)[0]['value']):.2f}" for name in names)]
+        for title, found in (("predicted", predicted), ("measured", measured))
+    ]
+    header = [f"time of a plan, of the fastest's; {_network(_case(measured.rows[0]))}", *names]
+    return _with_sources(header, cells, measured.rows)
+
+
+def estimates(kept: Kept) -> str:
+    """The largest errors of predictions, in float32 and float64 and in 16 bits."""
+    run = kept.of("estimates", "live").newest()
+    revision = run[0]["git_revision"]
+    cells = []
+    for title, narrow in (("float32, float64", False), ("16 bits", True)):
+        row = [title]
+        for metric in ("live", "peak"):
+            found = kept.of("estimates", metric, git_revision=revision)
+            errors, number = [0.0], 0
+            for each in found.rows:
+                if (each["dtype"] in ("bfloat16", "float16")) != narrow or not each["value"]:
+                    continue
+                (known,) = kept.of(
+                    "estimates", f"predicted {metric}", git_revision=revision, arch=each["arch"]
+                ).rows
+                errors.append(float(known["value"]) / float(each["value"]) - 1)
+                number += 1
+            worst = max(errors, key=abs)
+            row.append(f"{100 * worst:+.{3 if metric == 'live' else 1}f} %")
+        cells.append([row[0], str(number), *row[1:]])
+    header = ["", "configurations", "live bytes, largest error", "resident size, largest error"]
+    return _with_sources(header, cells, run)
+
+
+def sync_bytes(kept: Kept) -> str:
+    """What synchronised norms hand over in a step; by formula, which a test holds to a count."""
+    case = Case("densenet_bc", 100, 12, 64, 32)
+    blocks = counts.blocks(case)
+    cells = []
+    for title, shared, per_layer in (
+        ("`torch.nn.SyncBatchNorm`, layer by layer", False, "8 (c_l + B)"),
+        ("effdense", True, "8 (k + B)"),
+    ):
+        backward = counts.statistics_bytes(case, shared) // 2
+        # forward also a count: 4 bytes from each norm, or 8 from each block
+        norms = sum(2 * block.num_layers for block in blocks) + len(blocks)
+        forward = backward + (8 * len(blocks) if shared else 4 * norms)
+        cells.append(
+            [title, *(f"{n:,}" for n in (forward, backward, forward + backward)), per_layer]
+        )
+    header = ["bytes a step, DenseNet-BC (100, k 12)", "forward", "backward", "together"]
+    return table([*header, "backward, a layer"], cells)
+
+
+def precision(kept: Kept) -> str:
+    """The digits run in 16 bits beside float32."""
+    found = kept.of("precision", "test error")
+    cells, sources = [], []
+    for dtype in found.values("dtype"):
+        row = [dtype]
+        for metric, digits in (("test error", 2), ("last training loss", 4)):
+            own = kept.of("precision", metric, dtype=dtype).newest()
+            row.append(f"{float(own[0]['value']):.{digits}f}")
+            sources += own
+        cells.append(row)
+    return _with_sources(["digits, 12 epochs", "test error, %", "last loss"], cells, sources)
+
+
+TABLES: dict[str, Callable[[Kept], str]] = {
+    "readme": peaks(FRONT, SIX),
+    "memory": peaks(DEEP),
+    "memory-thousand": peaks(THOUSAND),
+    "memory-others": other_peaks,
+    "growth": growth,
+    "speed": speed,
+    "ratios": ratios,
+    "scaling": scaling,
+    "convergence": convergence,
+    "conversion": conversion,
+    "plans": plans,
+    "estimates": estimates,
+    "sync-bytes": sync_bytes,
+    "precision": precision,
+}
+
+
+if __name__ == "__main__":
+    main()

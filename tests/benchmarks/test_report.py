@@ -1,0 +1,100 @@
+"""Tables of the documentation say what the kept results say; which results are kept, and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report
+from harness import results
+from harness.case import Case
+from harness.results import Recorder, Row
+
+from effdense.errors import UserError
+
+CASE = Case("densenet_bc", 22, 6, 2, 8)
+
+
+def rows(tmp_path: Path, *peaks: int, **columns: str) -> list[Row]:
+    """Of a run that measured these peaks, in MiB."""
+    path = tmp_path / "run.csv"
+    with Recorder(path, "memory", "cpu", 1) as recorder:
+        for peak in peaks:
+            recorder.add("naive", CASE, "peak", peak << 20, "B")
+    common = {"processor": "Some CPU (R)", "git_revision": "0123456789ab", "gpu": ""}
+    return [row | common | columns for row in results.read(path)]
+
+
+def test_pages_say_what_the_results_say() -> None:
+    pages = report.written()
+    assert sum("<!-- table: " in text for text in pages.values()) >= 4
+    for page, text in pages.items():
+        assert page.read_text() == text, f"{page.name}: run python benchmarks/report.py"
+
+
+def test_every_result_is_of_a_known_machine_and_revision() -> None:
+    files = sorted(report.KEPT.glob("*.csv"))
+    assert files
+    for path in files:
+        found = results.read(path)
+        assert {row["kind"] for row in found} <= {"measured", "formula"}
+        assert all(row["processor"] and row["command"] and row["torch"] for row in found)
+        days, revisions = ({row[name][:n] for row in found} for name, n in DAY_AND_REVISION)
+        (day,), (revision,) = days, revisions
+        assert path.stem.endswith(f"-{day}-{revision}")
+
+
+DAY_AND_REVISION: Any = (("date", 10), ("git_revision", 7))
+
+
+def test_results_are_kept_by_machine_day_and_revision(tmp_path: Path) -> None:
+    first = rows(tmp_path, 10, date="2026-01-02T03:04:05+00:00")
+    path = report.keep(first, tmp_path)
+    assert path.name == "some-cpu-r-2026-01-02-0123456.csv"
+    # measured again, the same figure is replaced, and others stay
+    other = [row | {"provider": "checkpoint"} for row in first]
+    report.keep(other, tmp_path)
+    report.keep(rows(tmp_path, 20, date="2026-01-02T04:00:00+00:00"), tmp_path)
+    found = results.read(path)
+    assert {(row["provider"], int(row["value"]) >> 20) for row in found} == {
+        ("checkpoint", 10),
+        ("naive", 20),
+    }
+
+
+def test_what_nobody_can_measure_again_is_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="commit"):
+        report.keep(rows(tmp_path, 10, git_revision="0123456789ab+"), tmp_path)
+    with pytest.raises(UserError, match="no measurements"):
+        report.keep(rows(tmp_path, 10, kind="projection"), tmp_path)
+    with pytest.raises(UserError, match="no rows"):
+        report.keep([], tmp_path)
+
+
+def test_the_newest_run_is_shown(tmp_path: Path) -> None:
+    old = rows(tmp_path, 10, date="2026-01-01", git_revision="a" * 12)
+    new = rows(tmp_path, 20, 30, date="2026-01-02", git_revision="b" * 12)
+    shown = report.peaks(CASE)(report.Kept([*new, *old]))
+    assert "25 |" in shown
+    assert "10 |" not in shown
+    assert "revision bbbbbbb" in shown
+    assert "aaaaaaa" not in shown
+
+
+def test_ratios_are_formed_within_each_round(tmp_path: Path) -> None:
+    path = tmp_path / "race.csv"
+    with Recorder(path, "throughput", "cpu", 1) as recorder:
+        for i, (rival, own) in enumerate([(2.0, 1.0), (6.0, 2.0), (4.0, 1.0)]):
+            recorder.add("naive-channels-last", CASE, "step time", rival, "s", sample=i)
+            recorder.add("effdense-features", CASE, "step time", own, "s", sample=i)
+    shown = report.speed(report.Kept(results.read(path)))
+    line = next(line for line in shown.splitlines() if "features, per round" in line)
+    assert "3.00 [2.40, 3.60]" in line
+
+
+def test_a_table_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "README.md").write_text("<!-- table: nobody -->\n<!-- end -->\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="no table nobody"):
+        report.written()
