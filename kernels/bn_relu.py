@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effdense.backends.base import Normalization
-from effdense.kernels.launch import Launcher, cdiv, empty, jit, layout, matrices, pad, written
+from effdense.kernels.launch import Launcher, cdiv, empty, jit, layouts, matrices, pad, written
 from effdense.kernels.sums import add_sums, prepare_sums
 from effdense.kernels.tiles import (
     backward_terms,
@@ -46,8 +46,8 @@ def bn_relu_fwd_kernel(
     p_var,
     p_gamma,
     p_beta,
-    eps,
     p_out,
+    eps,
     s_x,
     s_out,
     P,
@@ -79,10 +79,10 @@ def bn_relu_bwd_reduce_kernel(
     p_var,
     p_gamma,
     p_beta,
-    eps,
     p_dz,
     p_d,
     p_part,
+    eps,
     s_x,
     s_dz,
     s_d,
@@ -127,10 +127,10 @@ def bn_relu_bwd_apply_kernel(
     p_var,
     p_gamma,
     p_beta,
-    eps,
     p_dz,
     p_s,
     p_t,
+    eps,
     per_count,
     s_x,
     s_dz,
@@ -166,7 +166,7 @@ def bn_relu(x: Tensor, norm: Normalization, out: Tensor, launcher: Launcher) -> 
     Reads P c elements, writes P c.
     """
     mean, var, gamma, beta, eps = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps
-    key = bn_relu, layout(x), layout(out), gamma.dtype, beta.dtype
+    key = bn_relu, *layouts(x, out), gamma.dtype, beta.dtype
     start = launcher.prepared.get(key)
     if start is None:
         matrices(x, out)
@@ -192,7 +192,7 @@ def bn_relu_backward_reduce(
     mean, var, gamma, beta, eps = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps
     accumulate, into = d is not None, dz if d is None else d
     key = (
-        *(bn_relu_backward_reduce, layout(x), layout(dz), layout(into)),
+        *(bn_relu_backward_reduce, *layouts(x, dz, into)),
         *(gamma.dtype, beta.dtype, accumulate),
     )
     found = launcher.prepared.get(key)
@@ -230,7 +230,7 @@ def bn_relu_backward_apply(
     mean, var, gamma, beta, eps = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps
     correct = correction is not None
     s, t, count = (mean, mean, 1.0) if correction is None else correction
-    key = bn_relu_backward_apply, layout(x), layout(dz), gamma.dtype, beta.dtype, correct
+    key = bn_relu_backward_apply, *layouts(x, dz), gamma.dtype, beta.dtype, correct
     start = launcher.prepared.get(key)
     if start is None:
         matrices(x, dz)

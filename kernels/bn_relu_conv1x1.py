@@ -27,7 +27,7 @@ from effdense.kernels.launch import (
     empty,
     interpreted,
     jit,
-    layout,
+    layouts,
     matrices,
     pad,
     written,
@@ -65,10 +65,10 @@ def bn_relu_conv1x1_fwd_kernel(
     p_var,
     p_gamma,
     p_beta,
-    eps,
     p_w,
     p_out,
     p_part,
+    eps,
     s_x,
     s_w,
     s_out,
@@ -138,7 +138,7 @@ def bn_relu_conv1x1(
     """
     mean, var, gamma, beta, eps = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps
     take = statistics is not None
-    key = bn_relu_conv1x1, layout(x), layout(weight), layout(out), gamma.dtype, beta.dtype, take
+    key = bn_relu_conv1x1, *layouts(x, weight, out), gamma.dtype, beta.dtype, take
     found = launcher.prepared.get(key)
     if found is None:
         found = launcher.prepared[key] = _prepare(x, weight, out, take, launcher)

@@ -30,7 +30,7 @@ from torch import Tensor
 from effdense.backends.base import Deferred, Normalization, PendingNorm
 from effdense.kernels.bn_relu import bn_relu_backward_reference, bn_relu_reference
 from effdense.kernels.bn_relu_conv1x1 import operand_type
-from effdense.kernels.launch import Launcher, cdiv, empty, jit, layout, matrices, pad, written
+from effdense.kernels.launch import Launcher, cdiv, empty, jit, layouts, matrices, pad, written
 from effdense.kernels.sums import add_sums, prepare_sums
 from effdense.kernels.tiles import (
     backward_terms,
@@ -81,7 +81,6 @@ def bn_relu_conv1x1_bwd_kernel(
     p_var,
     p_gamma,
     p_beta,
-    eps,
     p_w,
     p_dz,
     p_y,
@@ -89,12 +88,13 @@ def bn_relu_conv1x1_bwd_kernel(
     p_var2,
     p_gamma2,
     p_beta2,
-    eps2,
     p_s2,
     p_t2,
-    per_count,
     p_d,
     p_part,
+    eps,
+    eps2,
+    per_count,
     s_x,
     s_w,
     s_dz,
@@ -245,7 +245,7 @@ def bn_relu_conv1x1_backward(
     gamma2, beta2 = norm2.gamma, norm2.beta
     correct, defer = correction is not None, deferred is not None
     key = (
-        *(bn_relu_conv1x1_backward, layout(x), layout(weight), layout(dz), layout(y), layout(d)),
+        *(bn_relu_conv1x1_backward, *layouts(x, weight, dz, y, d)),
         *(gamma.dtype, beta.dtype, gamma2.dtype, beta2.dtype, need_weight, correct, defer),
     )
     found = launcher.prepared.get(key)

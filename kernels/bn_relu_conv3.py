@@ -34,7 +34,7 @@ from torch import Tensor
 from effdense.backends.base import Normalization, Statistics
 from effdense.kernels.bn_relu import bn_relu_reference
 from effdense.kernels.bn_relu_conv1x1 import operand_type
-from effdense.kernels.launch import Launcher, cdiv, empty, jit, layout, matrices, written
+from effdense.kernels.launch import Launcher, cdiv, empty, jit, layouts, matrices, written
 from effdense.kernels.statistics import prepare_combination
 from effdense.kernels.tiles import column_statistics, normalization, normalized
 
@@ -199,7 +199,7 @@ def bn_relu_conv3(
     mean, var, gamma, beta, eps = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps
     take, drop = statistics is not None, mask is not None
     key = (
-        *(bn_relu_conv3, layout(source), layout(weight), layout(out), shape),
+        *(bn_relu_conv3, *layouts(source, weight, out), shape),
         *(gamma.dtype, beta.dtype, drop, take),
     )
     found = launcher.prepared.get(key)

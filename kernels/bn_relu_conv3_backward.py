@@ -45,7 +45,7 @@ from effdense.kernels.launch import (
     cdiv,
     empty,
     jit,
-    layout,
+    layouts,
     matrices,
     written,
 )
@@ -370,8 +370,9 @@ def bn_relu_conv3_backward(
     assert out is not None
     mask, gamma, beta = gradient.mask, norm.gamma, norm.beta
     key = (
-        *(bn_relu_conv3_backward, layout(source), layout(weight), layout(gradient.d)),
-        *(layout(gradient.x), layout(out), shape, gamma.dtype, beta.dtype),
+        bn_relu_conv3_backward,
+        *layouts(source, weight, gradient.d, gradient.x, out),
+        *(shape, gamma.dtype, beta.dtype),
         *(mask is None, need_weight, dz is None),
     )
     found = launcher.prepared.get(key)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from effdense.backends.base import Deferred, Normalization
 from effdense.kernels.bn_relu import bn_relu_reference
-from effdense.kernels.launch import Launcher, cdiv, empty, jit, layout, matrices, pad, written
+from effdense.kernels.launch import Launcher, cdiv, empty, jit, layouts, matrices, pad, written
 from effdense.kernels.sums import add_sums, prepare_sums
 from effdense.kernels.tiles import (
     backward_terms,
@@ -56,8 +56,8 @@ def bn_relu_avg_pool_fwd_kernel(
     p_var,
     p_gamma,
     p_beta,
-    eps,
     p_out,
+    eps,
     s_x,
     s_out,
     n_w,
@@ -105,11 +105,11 @@ def bn_relu_avg_pool_bwd_kernel(
     p_var,
     p_gamma,
     p_beta,
-    eps,
     p_dpooled,
     p_d,
     p_pooled,
     p_part,
+    eps,
     s_x,
     s_dpooled,
     s_d,
@@ -186,8 +186,8 @@ def bn_relu_global_pool_fwd_kernel(
     p_var,
     p_gamma,
     p_beta,
-    eps,
     p_out,
+    eps,
     s_x,
     s_out,
     positions,
@@ -224,10 +224,10 @@ def bn_relu_global_pool_bwd_kernel(
     p_var,
     p_gamma,
     p_beta,
-    eps,
     p_dpooled,
     p_d,
     p_part,
+    eps,
     s_x,
     s_dpooled,
     s_d,
@@ -288,7 +288,7 @@ def bn_relu_avg_pool(
     Reads P c elements (less what lies in no window), writes P c / 2^dimensions.
     """
     mean, var, gamma, beta, eps = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps
-    key = bn_relu_avg_pool, layout(x), layout(out), gamma.dtype, beta.dtype, shape
+    key = bn_relu_avg_pool, *layouts(x, out), gamma.dtype, beta.dtype, shape
     start = launcher.prepared.get(key)
     if start is None:
         matrices(x, out)
@@ -327,7 +327,7 @@ def bn_relu_avg_pool_backward(
     mean, var, gamma, beta, eps = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps
     into = dpooled if pooled is None else pooled
     key = (
-        *(bn_relu_avg_pool_backward, layout(x), layout(dpooled), layout(d), layout(into), shape),
+        *(bn_relu_avg_pool_backward, *layouts(x, dpooled, d, into), shape),
         *(gamma.dtype, beta.dtype, pooled is not None, deferred is not None),
     )
     found = launcher.prepared.get(key)
@@ -363,7 +363,7 @@ def bn_relu_global_pool(
     Reads P c elements, writes images * c.
     """
     mean, var, gamma, beta, eps = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps
-    key = bn_relu_global_pool, layout(x), layout(out), gamma.dtype, beta.dtype
+    key = bn_relu_global_pool, *layouts(x, out), gamma.dtype, beta.dtype
     start = launcher.prepared.get(key)
     if start is None:
         matrices(x, out)
@@ -396,7 +396,7 @@ def bn_relu_global_pool_backward(
     """
     mean, var, gamma, beta, eps = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps
     key = (
-        *(bn_relu_global_pool_backward, layout(x), layout(dpooled), layout(d)),
+        *(bn_relu_global_pool_backward, *layouts(x, dpooled, d)),
         *(gamma.dtype, beta.dtype, deferred is not None),
     )
     found = launcher.prepared.get(key)

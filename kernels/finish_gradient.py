@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from effdense.kernels.launch import Launcher, cdiv, jit, layout, matrices, pad, written
+from effdense.kernels.launch import Launcher, cdiv, jit, layouts, matrices, pad, written
 from effdense.kernels.tiles import columns_loaded, store_columns
 
 
@@ -27,8 +27,8 @@ def finish_gradient_fwd_kernel(
     p_mean,
     p_s,
     p_t,
-    per_count,
     p_out,
+    per_count,
     s_d,
     s_x,
     s_out,
@@ -71,7 +71,7 @@ def finish_gradient(
 
     Reads 2 P c elements, writes P c: once per channel and block, not per layer.
     """
-    key = finish_gradient, layout(d), layout(x), layout(out)
+    key = finish_gradient, *layouts(d, x, out)
     start = launcher.prepared.get(key)
     if start is None:
         matrices(d, x, out)

@@ -154,13 +154,12 @@ class Start:
     """One kernel on matrices of one layout, ready to run.
 
     Called with the tensors and the floating-point numbers of a call, each in the order of the
-    kernel's arguments. The first call goes through Triton's binder, which compiles. Later ones
-    hand what it found, and addresses in place of tensors, to the compiled kernel's own
-    launcher.
+    kernel's arguments: pointers first, then floating-point numbers, integers and constants. The
+    first call goes through Triton's binder, which compiles. Later ones hand what it found, and
+    addresses in place of tensors, to the compiled kernel's own launcher.
     """
 
-    __slots__ = ("_constants", "_floats", "_matrices", "_runs", "_template", "_tensors", "grid")
-    __slots__ += ("kernel",)  # type: ignore[assignment]
+    __slots__ = ("_constants", "_integers", "_matrices", "_runs", "grid", "kernel")
 
     def __init__(
         self,
@@ -170,21 +169,19 @@ class Start:
         constants: dict[str, Any],
     ) -> None:
         self.kernel, self.grid = kernel, (*grid, 1, 1)[:3]
-        names = kernel.arg_names
-        self._tensors = [i for i, name in enumerate(names) if name.startswith("p_")]
-        self._floats = [
-            i
-            for i, name in enumerate(names)
-            if not (name in integers or name in constants or name.startswith("p_"))
+        names = list(kernel.arg_names)
+        kinds = [
+            "p_" if n.startswith("p_") else "i" * (n in integers) or "c" * (n in constants)
+            for n in names
         ]
-        self._matrices = [
-            place for place, i in enumerate(self._tensors) if names[i] in kernel.matrices
-        ]
+        assert kinds == sorted(kinds, key=["p_", "", "i", "c"].index), (kernel, names)
         assert integers.keys() <= set(names), (kernel, integers.keys() - set(names))
-        self._template = [integers.get(name, constants.get(name)) for name in names]
+        self._integers = tuple(integers[name] for name in names if name in integers)
         self._constants = constants
-        # by device and by the last bits of the matrices' addresses
-        self._runs: dict[tuple[int, int], tuple[Any, Any, Any]] = {}
+        pointers = [name for name in names if name.startswith("p_")]
+        self._matrices = [i for i, name in enumerate(pointers) if name in kernel.matrices]
+        # by device
+        self._runs: dict[int, tuple[Any, ...]] = {}
 
     def __call__(self, tensors: tuple[Tensor, ...], floats: tuple[float, ...] = ()) -> None:
         device, active = tensors[0].get_device(), driver.active
@@ -195,38 +192,29 @@ class Start:
                 self(tensors, floats)
             return
         addresses = [t.data_ptr() for t in tensors]
-        pattern = 0
-        for place in self._matrices:
-            pattern = pattern << 4 | addresses[place] & 15
-        found = self._runs.get((current, pattern))
-        if found is None or _hooked():
+        bits = 0
+        for i in self._matrices:
+            bits |= addresses[i]
+        found = self._runs.get(current)
+        # a profiler's hooks are told of launches by Triton's own way of starting
+        if found is None or bits & 15 or _hooked():
             compiled = self.bind(tensors, floats)
-            if DIRECT and compiled is not None:
-                found = compiled.run, compiled.function, compiled.packed_metadata
-                self._runs[current, pattern] = found
+            if DIRECT and compiled is not None and not bits & 15:
+                constants = [
+                    self._constants[n] for n in self.kernel.arg_names if n in self._constants
+                ]
+                rest = (*self._integers, *constants)
+                found = compiled.run, compiled.function, compiled.packed_metadata, rest
+                self._runs[current] = found
             return
-        run, function, metadata = found
-        args = self._template.copy()
-        for i, address in zip(self._tensors, addresses):  # noqa: B905 - checked when bound
-            args[i] = address
-        for i, value in zip(self._floats, floats):  # noqa: B905
-            args[i] = value
+        run, function, metadata, rest = found
         stream = active.get_current_stream(current)
-        run(*self.grid, stream, function, metadata, None, None, None, *args)
+        hooks = (None, None, None)
+        run(*self.grid, stream, function, metadata, *hooks, *addresses, *floats, *rest)
 
     def bind(self, tensors: tuple[Tensor, ...], floats: tuple[float, ...]) -> Any:
         """Run by way of Triton's binder (or its interpreter); the compiled kernel."""
-        return self.kernel[self.grid](*self.arguments(tensors, floats), **self._constants)
-
-    def arguments(self, tensors: tuple[Tensor, ...], floats: tuple[float, ...]) -> list[Any]:
-        """All arguments but constants, which come last, in the kernel's order."""
-        args = self._template.copy()
-        for i, value in zip(self._tensors + self._floats, (*tensors, *floats), strict=True):
-            args[i] = value
-        return [a for a, name in zip(args, self.kernel.arg_names, strict=True) if self._given(name)]
-
-    def _given(self, name: str) -> bool:
-        return name not in self._constants
+        return self.kernel[self.grid](*tensors, *floats, *self._integers, **self._constants)
 
 
 class InterpretedStart(Start):
@@ -241,7 +229,7 @@ def _nothing(tensors: tuple[Tensor, ...], floats: tuple[float, ...] = ()) -> Non
 
 
 def _hooked() -> bool:
-    """Whether a profiler wants to know of launches; Triton's own way of starting tells it."""
+    """Whether a profiler wants to know of launches."""
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
@@ -302,9 +290,9 @@ class Launcher:
         return kind(kernel, grid, integers, constants)
 
 
-def layout(x: Tensor) -> tuple[Any, ...]:
-    """All of a matrix that a prepared launch depends on, but the alignment of its address."""
-    return x.shape, x.stride(), x.storage_offset() % PADDING, x.dtype
+def layouts(*matrices: Tensor) -> list[tuple[Any, ...]]:
+    """All of each matrix that a prepared launch depends on, but the alignment of its address."""
+    return [(x.shape, x.stride(), x.storage_offset() % PADDING, x.dtype) for x in matrices]
 
 
 def pad(x: Tensor) -> int:

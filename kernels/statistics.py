@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effdense.backends.base import Statistics
-from effdense.kernels.launch import Launch, Launcher, cdiv, empty, jit, layout, matrices, pad
+from effdense.kernels.launch import Launch, Launcher, cdiv, empty, jit, layouts, matrices, pad
 from effdense.kernels.tiles import columns_loaded
 
 COLUMNS = 32
@@ -126,7 +126,7 @@ def statistics(x: Tensor, out: Statistics, launcher: Launcher) -> None:
 
     Reads P c elements of x once.
     """
-    key = statistics, layout(x)
+    key = statistics, *layouts(x)
     found = launcher.prepared.get(key)
     if found is None:
         matrices(x)

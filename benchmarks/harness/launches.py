@@ -158,10 +158,12 @@ def network(save: str, arguments: dict[str, Any]) -> nn.Module:
 
 def one_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
     """Forward and backward of a sum; gradients are made anew each time, as after zero_grad."""
+    parameters = list(model.parameters())
 
     def step() -> None:
         model(images).sum().backward()
-        model.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
 
     return step
 
@@ -205,16 +207,19 @@ def per_layer(save: str, arguments: dict[str, Any], images: Tensor) -> PerLayer:
 def host_seconds(
     arguments: dict[str, Any], saves: list[str], images: Tensor, rounds: int = 9
 ) -> dict[str, list[float]]:
-    """Seconds of a step of each, in turn, the first round untimed."""
+    """Processor seconds of a step of each, in turn, the first round untimed.
+
+    Of this process: what others do on the machine, and waiting for them, is not in it.
+    """
     found: dict[str, list[float]] = {save: [] for save in saves}
     with CountingDriver().active():
         steps = {save: one_step(network(save, arguments), images) for save in saves}
         for i in range(rounds + 1):
             for save, step in steps.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 step()
                 if i:
-                    found[save].append(time.perf_counter() - start)
+                    found[save].append(time.process_time() - start)
     return found
 
 

@@ -12,7 +12,6 @@ and a pass over the features is spared. The division amplifies rounding by up to
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .base import Normalization
@@ -24,12 +23,6 @@ STABLE_RATIO = 1.0
 # Which channels need T from its definition: all, some, or none.
 Channels = slice | Tensor | None
 ALL_CHANNELS = slice(None)
-
-
-def zero_sums(norm: Normalization, channels: Channels) -> tuple[Tensor, Tensor]:
-    """S of all channels and T of ``channels``, to be added to."""
-    s = torch.zeros_like(norm.mean)
-    return s, s.new_zeros(0) if channels is None else torch.zeros_like(s[channels])
 
 
 def direct_channels(norm: Normalization) -> Channels:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .base import Backend, Normalization, Statistics, Unfinished, WholeWork
 from .layout import channels_first
 from .layout import rows as rows_of
-from .norm_sums import ALL_CHANNELS, Channels, direct_channels, second_sum, zero_sums
+from .norm_sums import ALL_CHANNELS, Channels, direct_channels, second_sum
 
 
 class Pieces(Backend, Protocol):
@@ -169,22 +169,18 @@ class Stepwise(WholeWork):
         dz: Tensor | None,
         d: Tensor | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        dw = torch.zeros_like(weight, dtype=norm.scale.dtype) if need_weight else None
         from_product = need_weight and dz is not None and self.sums_from_products(source.dtype)
         channels = self.direct_channels(norm) if from_product else ALL_CHANNELS
-        s, t = zero_sums(norm, channels)
+        total = _Total(norm.mean.dtype)
         for images, rows in _image_steps(self, source, shape):
             h = source.new_empty((rows.stop - rows.start, source.shape[1]))
             self.bn_relu(source[rows], norm, h)
-            dh, dw_step = _convolution_backward(
+            dh, dw = _convolution_backward(
                 channels_first(dout[rows], images, shape[1:]),
                 channels_first(h, images, shape[1:]),
                 weight,
                 need_weight,
             )
-            if dw is not None and dw_step is not None:
-                dw += dw_step
-            del dw_step
             if dz is not None:
                 sums = self.bn_relu_backward_reduce(
                     source[rows], norm, rows_of(dh), h, dz[rows], channels
@@ -193,9 +189,10 @@ class Stepwise(WholeWork):
                 assert d is not None
                 sums = self.bn_relu_backward_accumulate(source[rows], norm, rows_of(dh), d[rows], h)
             del h, dh  # before the next step's are made
-            s += sums[0]
-            t += sums[1]
-        if dw is not None:
+            total.add(dw, *sums)
+            del dw
+        dw, s, t = total.result()
+        if from_product and dw is not None:
             product = (weight * dw).transpose(0, 1).flatten(1).sum(1)
             t = second_sum(norm, product, s, t, channels)
         return dw, s, t
@@ -227,23 +224,44 @@ class Stepwise(WholeWork):
         need_weight: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         weight = weight.to(x.dtype)
-        dw = torch.zeros_like(weight, dtype=norm.scale.dtype) if need_weight else None
         from_product = need_weight and self.sums_from_products(x.dtype)
         channels = self.direct_channels(norm) if from_product else ALL_CHANNELS
-        s, t = zero_sums(norm, channels)
+        total = _Total(norm.mean.dtype)
         for rows, pooled_rows, part in _window_steps(self, x, shape):
             dpooled = dout[pooled_rows] @ weight
-            pooled = None if dw is None else torch.empty_like(dpooled)
+            pooled = torch.empty_like(dpooled) if need_weight else None
             sums = self.bn_relu_avg_pool_backward(
                 x[rows], norm, part, dpooled, d[rows], pooled, channels
             )
-            if dw is not None and pooled is not None:
-                dw += dout[pooled_rows].t() @ pooled
+            dw = None if pooled is None else dout[pooled_rows].t() @ pooled
             del dpooled, pooled  # before the next step's are made
-            s += sums[0]
-            t += sums[1]
-        if dw is not None:
+            total.add(dw, *sums)
+            del dw
+        dw, s, t = total.result()
+        if from_product and dw is not None:
             t = second_sum(norm, (weight * dw).sum(0), s, t, channels)
+        return dw, s, t
+
+
+class _Total:
+    """A weight gradient and S and T over steps, added up in place in what the first one made."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._parts: list[Tensor | None] = []
+
+    def add(self, *parts: Tensor | None) -> None:
+        if not self._parts:
+            self._parts = [None if part is None else part.to(self._dtype) for part in parts]
+            return
+        for total, part in zip(self._parts, parts, strict=True):
+            if total is not None and part is not None:
+                total += part
+
+    def result(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        dw, s, t = self._parts
+        assert s is not None
+        assert t is not None
         return dw, s, t
 
 

@@ -103,12 +103,15 @@ def update_running_statistics(
     if torch._C._current_graph_task_id() != -1:
         return
     counters: list[Tensor] = []
-    by_factor: dict[float, list[int]] = {}
-    for i, norm in enumerate(norms):
+    # by factor: running means and variances, and what they move towards
+    by_factor: dict[float, tuple[list[Tensor], ...]] = {}
+    for norm, mean, var in zip(norms, means, variances, strict=True):
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
         buffers = norm._buffers
-        if not (norm.training and norm.track_running_stats) or buffers["running_mean"] is None:
+        running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+        if running_mean is None or not (norm.training and norm.track_running_stats):
             continue
+        assert running_var is not None
         factor = 0.0 if norm.momentum is None else norm.momentum
         tracked = buffers["num_batches_tracked"]
         if tracked is not None:
@@ -117,23 +120,18 @@ def update_running_statistics(
             else:
                 counters.append(tracked)
         if count:
-            by_factor.setdefault(factor, []).append(i)
+            lists = by_factor.setdefault(factor, ([], [], [], []))
+            own = running_mean, running_var, mean, var
+            if running_mean.dtype != mean.dtype:
+                own = *own[:2], mean.to(running_mean.dtype), var.to(running_var.dtype)
+            for found, tensor in zip(lists, own, strict=True):
+                found.append(tensor)
     unbias = count / (count - 1) if count > 1 else float("nan")
     # a few launches for all norms of a block
     with torch.no_grad():
         if counters:
             torch._foreach_add_(counters, 1)
-        for factor, chosen in by_factor.items():
-            running_means = [_buffer(norms[i], "running_mean") for i in chosen]
-            running_vars = [_buffer(norms[i], "running_var") for i in chosen]
+        for factor, (running_means, running_vars, own_means, own_vars) in by_factor.items():
             torch._foreach_mul_(running_means + running_vars, 1 - factor)
-            pairs = (running_means, means, factor), (running_vars, variances, factor * unbias)
-            for running, batch, alpha in pairs:
-                own = [batch[i].to(r.dtype) for i, r in zip(chosen, running, strict=True)]
-                torch._foreach_add_(running, own, alpha=alpha)
-
-
-def _buffer(norm: nn.Module, name: str) -> Tensor:
-    found = norm._buffers[name]
-    assert found is not None
-    return found
+            torch._foreach_add_(running_means, own_means, alpha=factor)
+            torch._foreach_add_(running_vars, own_vars, alpha=factor * unbias)

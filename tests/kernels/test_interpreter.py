@@ -11,8 +11,6 @@ import pytest
 
 pytest.importorskip("triton")
 
-pytestmark = pytest.mark.slow
-
 HERE = Path(__file__).parent
 
 
