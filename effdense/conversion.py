@@ -26,6 +26,7 @@ from .backends.select import check_backend
 from .block.dense_block import check_save
 from .block.forwards import BlockForward, SequentialForward, TransitionForward, set_save
 from .choices import Save
+from .machine.tables import columns
 from .recognition.objections import BATCH_NORMS
 from .recognition.parts import input_width, layers_of
 from .recognition.reading import read_block, read_chain, read_transition
@@ -117,10 +118,7 @@ class ConversionReport:
         rows += [("left", name or "(the model)", why) for name, why in self.left]
         if not rows:
             return "no dense block found"
-        widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-        return "\n".join(
-            f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}".rstrip() for row in rows
-        )
+        return columns(rows)
 
 
 def convert(

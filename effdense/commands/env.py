@@ -19,6 +19,7 @@ from ..backends.cpu_library import compilers
 from ..errors import first_line
 from ..machine import environment as machine
 from ..machine.memory import available_bytes, show_size, total_bytes
+from ..machine.tables import columns
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def run(options: Options) -> None:
 
 
 def as_text(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(f"{name:<22}{value}" for name, value in rows)
+    return columns(rows)
 
 
 @functools.cache

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..choices import NetworkName
+from ..machine.tables import columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +81,7 @@ def recipe_table() -> str:
     for name in names:
         values = [getattr(recipe, name) for recipe in RECIPES.values()]
         rows.append([f"--{name.replace('_', '-')}", *map(_show, values)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join(f"  {line}" for line in lines)
+    return textwrap.indent(columns(rows), "  ")
 
 
 def _show(value: Any) -> str:

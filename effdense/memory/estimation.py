@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..autocast import AUTOCAST_DTYPES
 from ..block.forwards import BlockForward, dense_blocks, set_offload, set_save
 from ..choices import OptimizerName
+from ..machine.tables import columns
 from ..norms.synchronization import process_groups
 from ..reference import DenseBlock
 from .meta import DeviceType, simulation
@@ -63,23 +64,18 @@ class Estimate:
         return max(self.peak, self.reserved or 0, self.resident or 0)
 
     def __str__(self) -> str:
-        rows = [(name, size) for name, size in self.parts.items() if size]
-        lines = [f"{name:<16}{size / 2**20:>12,.1f} MiB" for name, size in rows]
-        lines.append(f"{'peak':<16}{self.peak / 2**20:>12,.1f} MiB  ({self.moment})")
+        rows = [(name, size, "") for name, size in self.parts.items() if size]
+        rows.append(("peak", self.peak, f"({self.moment})"))
         if self.resident is not None and self.resident > self.peak:
-            lines.append(
-                f"{'resident':<16}{self.resident / 2**20:>12,.1f} MiB  "
-                "(with what operations on this type take inside)"
+            rows.append(
+                ("resident", self.resident, "(with what operations on this type take inside)")
             )
         if self.reserved is not None:
-            lines.append(
-                f"{'reserved':<16}{self.reserved / 2**20:>12,.1f} MiB  "
-                "(by the caching allocator; CUDA context and library workspaces not counted)"
-            )
-        for block in self.blocks:
-            name = f"{block.name} keeps"
-            lines.append(f'{name:<32}{block.kept / 2**20:>12,.1f} MiB  (save="{block.save}")')
-        return "\n".join(lines)
+            note = "(by the caching allocator; CUDA context and library workspaces not counted)"
+            rows.append(("reserved", self.reserved, note))
+        rows += [(f"{b.name} keeps", b.kept, f'(save="{b.save}")') for b in self.blocks]
+        cells = [(name, f"{size / 2**20:,.1f} MiB", note) for name, size, note in rows]
+        return columns(cells, right={1})
 
 
 def estimate(

@@ -34,6 +34,7 @@ from torch import nn
 from ..block.forwards import dense_blocks, set_offload, set_save
 from ..choices import Save
 from ..machine.memory import available_bytes, parse_size, show_size
+from ..machine.tables import columns
 from ..models import densenet_bc
 from ..recognition.reading import read_block
 from .estimation import Estimate, Rehearsal, as_estimate, block_names, estimate
@@ -97,15 +98,14 @@ class Plan:
 
     def __str__(self) -> str:
         kept = {block.name: block.kept for block in self.estimate.blocks}
-        width = max(map(len, ("block", *self.names)))
         chosen = [
             f"{save}, offloaded" if away else save
             for save, away in zip(self.save, self.offload, strict=True)
         ]
-        column = max(11, *map(len, chosen))
-        lines = [f"{'block':<{width}}  {'save':<{column}}  {'keeps':>10}"]
+        rows = [["block", "save", "keeps"]]
         for name, save in zip(self.names, chosen, strict=True):
-            lines.append(f"{name:<{width}}  {save:<{column}}  {show_size(kept[name]):>10}")
+            rows.append([name, save, show_size(kept[name])])
+        lines = [columns(rows, right={2})]
         lines.append(
             f"predicted peak {show_size(self.peak)} of a budget of {show_size(self.budget)} "
             f"({self.estimate.moment})"

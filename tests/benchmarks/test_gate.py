@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import throughput
@@ -135,4 +136,5 @@ def test_an_unknown_provider_is_named(name):
 def test_a_provider_runs_on_every_backend_there_is():
     for backend in providers.BACKENDS:
         assert providers.find(f"effdense-features:{backend}")[1] == backend
-    assert setup("effdense-features:cpu", CASE).model.backend == "cpu"
+    block: Any = setup("effdense-features:cpu", CASE).model.get_submodule("features.denseblock1")
+    assert block.backend == "cpu"

@@ -21,6 +21,7 @@ from effdense.commands import verification
 from effdense.commands.measure import Job, measured
 from effdense.commands.network import Batch, Network
 from effdense.verification.claims import Comparison, Row, Twins, operations
+from effdense.verification.comparison import near_prediction
 
 TINY = ["densenet_bc", "--depth", "10", "--growth-rate", "4", "--batch-size", "2"]
 TINY += ["--image-size", "9", "--no-measurements"]
@@ -235,7 +236,8 @@ def test_memory_and_time_are_measured_in_a_fresh_process() -> None:
     with torch.device("meta"):
         model = network.ours()
     predicted = effdense.estimate(model, job.shape)
-    assert found["peak"] == pytest.approx(predicted.resident, abs=12 << 20)
+    assert predicted.resident is not None
+    assert abs(found["peak"] - predicted.resident) <= near_prediction(found["peak"], torch.float32)
     assert len(found["seconds"]) == 2
     assert all(seconds > 0 for seconds in found["seconds"])
 
@@ -267,6 +269,11 @@ def test_measurements_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = measurements(monkeypatch, "cpu", naive=68, features=80, bottlenecks=22)
     failed = [row.claim for row in rows if row.failed]
     assert failed == [MORE, "memory as predicted"]
+    # 13 MiB are predicted
+    rows = measurements(monkeypatch, "cpu", naive=68, features=17, bottlenecks=22)
+    assert [row.compared.partition(":")[0] for row in rows if row.failed] == [
+        'float32, save="features"'
+    ]
     # with next to nothing kept there is nothing to judge
     rows = measurements(monkeypatch, "cpu", naive=30, features=40, bottlenecks=40)
     assert [row.status for row in rows if row.claim == MORE] == 2 * ["measured"]
