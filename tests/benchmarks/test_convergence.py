@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import convergence
+import pytest
 import torch
 from convergence import Epoch
 from harness import results
 
 
+@pytest.mark.slow
 def test_a_short_run_agrees_and_is_drawn(tmp_path, capsys):
     path = tmp_path / "convergence.csv"
     convergence.main(["--seeds", "1", "--epochs", "1", "--output", str(path)])

@@ -35,6 +35,7 @@ def test_every_provider_agrees_with_the_naive_net(name, dtype):
     assert not found.red, found.describe()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchvision-memory-efficient", "checkpoint", "effdense-input"])
 def test_imagenet_networks_agree_too(name):
     # Not 32 pixels: norms over two values, as there in the last block, amplify rounding.

@@ -33,6 +33,7 @@ SMALL_ARGUMENTS = ["--depth", "22", "--growth-rate", "6", "--batch-size", "2"]
 SMALL_ARGUMENTS += ["--image-size", "8", "--threads", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 def test_resident_peak_agrees_with_what_the_system_says_of_the_process():
     request = {"provider": "naive", "case": MIDDLE.columns(), "steps": 1}
@@ -53,6 +54,7 @@ def test_resident_peak_agrees_with_what_the_system_says_of_the_process():
     assert live <= answer["peak"] < measure.predicted_peak("naive", MIDDLE)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory can only be limited on Linux")
 def test_a_provider_that_runs_out_of_memory_is_a_row():
     found = measure.memory(
@@ -94,6 +96,7 @@ def test_what_would_not_fit_is_not_attempted(monkeypatch):
     assert attempted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [[], ["--spatial-dims", "3", "--no-strict"]], ids=["2-D", "3-D"]
 )
@@ -125,6 +128,7 @@ def test_an_untimed_step_goes_before_a_sample(monkeypatch):
     assert steps == ["untimed", 3]
 
 
+@pytest.mark.slow
 def test_a_provider_that_dies_leaves_the_race():
     with Race(["naive", "effdense-features"], SMALL, threads=1) as race:
         assert 0 < race.warm_up(seconds=0.2, steps=1) < 60
@@ -134,6 +138,7 @@ def test_a_provider_that_dies_leaves_the_race():
     assert list(times[0]) == ["naive"]
 
 
+@pytest.mark.slow
 def test_scaling_counts_what_two_processes_communicate(tmp_path, capsys):
     output = tmp_path / "scaling.csv"
     arguments = ["--processes", "2", "--modes", "weak", "--providers", "effdense-features"]
@@ -151,6 +156,7 @@ def test_scaling_counts_what_two_processes_communicate(tmp_path, capsys):
     assert any(row["metric"] == "weak step time" and float(row["value"]) > 0 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured", [False, True])
 def test_scaling_says_what_a_process_died_of(tmp_path, monkeypatch, capsys, measured):
     rank = tmp_path / "harness" / "rank.py"

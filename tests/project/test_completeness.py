@@ -28,6 +28,23 @@ from effdense.models import TORCHVISION_VARIANTS
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def test_the_ways_of_adding_something_name_what_there_is() -> None:
+    """Files, and names that stand somewhere in the code, from CONTRIBUTING's "A kernel" on."""
+    ways = (ROOT / "CONTRIBUTING.md").read_text().partition("\n## A kernel")[2]
+    folders = ("effdense", "kernels", "benchmarks", "tests")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    code = "\n".join(path.read_text() for path in paths if path != Path(__file__))
+    names = set(re.findall(r"`(?:_?[A-Za-z]+\.)?(_*[A-Za-z]\w+)`", ways)) - {"Unreleased"}
+    assert len(names) > 20
+    assert {name for name in names if not re.search(rf"\b{name}\b", code)} == set()
+    files = set(re.findall(r"`([\w/]+\.(?:py|md))`", ways))
+    known = {"/" + path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.*")}
+    assert len(files) > 20
+    assert {file for file in files if not any(p.endswith(f"/{file}") for p in known)} == {
+        "kernels/NAME.py"
+    }
+
+
 def test_every_network_by_name_is_public() -> None:
     networks = {name for name in effdense.__all__ if name.startswith("densenet")}
     assert set(get_args(NetworkName)) == networks == {"densenet_bc", *TORCHVISION_VARIANTS}
@@ -63,6 +80,7 @@ def test_the_self_check_runs_every_operation() -> None:
     assert len(operations) > 10
 
 
+@pytest.mark.slow
 def test_the_audit_compiles_every_kernel() -> None:
     pytest.importorskip("triton")
     declared = set()

@@ -169,6 +169,7 @@ def reads(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
     raise AssertionError(f"{name} has no parser that this test knows")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", dict.fromkeys(c for _, c in EVERY_COMMAND if becomes(c) == RUN))
 def test_a_command_runs(command: str, tmp_path: Path) -> None:
     _, *arguments = shlex.split(command)
@@ -181,6 +182,7 @@ def test_a_command_runs(command: str, tmp_path: Path) -> None:
     assert done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -28,6 +28,7 @@ def test_the_grid_spans_what_it_is_to_span():
 CHOSEN = ("float64", "3-D (4+6+4, k 16), bottlenecks", "1-D (4+6+4, k 16), features")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", CHOSEN)
 def test_predictions_hold(part):
     each = next(each for each in GRID if part in each.label())
@@ -55,6 +56,7 @@ def test_the_plans_that_are_measured_beat_each_other():
     ]
 
 
+@pytest.mark.slow
 def test_plans_are_measured_and_drawn(tmp_path, capsys):
     arguments = ["--depth", "22", "--growth-rate", "6", "--batch-size", "4", "--image-size", "8"]
     path = tmp_path / "pareto.csv"
