@@ -1,5 +1,7 @@
 # make train   install into .venv and train on real images with four processes
 # make test    install into .venv and run the test suite
+# make quick   what of the suite takes three minutes, of every subject
+# make oldest  the suite with the oldest versions that pyproject.toml claims, in .oldest
 # make check   lint, type-check and build the documentation; changes nothing
 # make docs    build the documentation into site/
 # make dist    build wheel and source archive into dist/ and try both in clean environments
@@ -14,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test check docs dist audit chaos bench figures install clean
+.PHONY: train test quick oldest check docs dist audit chaos bench figures install clean
 
 install: $(STAMP)
 
@@ -28,6 +30,12 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+quick: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+oldest: $(STAMP)
+	$(BIN)/python tests/project/oldest.py $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

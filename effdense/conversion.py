@@ -84,10 +84,12 @@ def _class_for(kind: Kind, original: type[Any]) -> type[Any]:
     """The subclass of ``original``, always the same one: types are compared by identity."""
     if (kind, original) in _classes:
         return _classes[kind, original]
+    # what torch.export of torch 2.7 finds in torch.nn it runs without looking into it
+    of_torch = original.__module__.startswith("torch.nn.")
     names = {
         "original": original,
         "kind": kind,
-        "__module__": original.__module__,
+        "__module__": __name__ if of_torch else original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }

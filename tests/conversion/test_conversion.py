@@ -205,6 +205,7 @@ def _full_size(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     return nets.DenseNet121(spatial_dims=3, in_channels=1, out_channels=2), (6, 1, 32, 32, 33)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm", "monai"])
 def test_a_full_densenet121_equals_the_original(name: str) -> None:
     model, shape = _full_size(name)
@@ -518,6 +519,7 @@ def test_converting_twice_changes_the_settings_only(converted: Any) -> None:
     assert {m.save for m in ours.modules() if hasattr(m, "save")} == {"input"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled(converted: Any, training: bool) -> None:
     torch.compiler.reset()
@@ -534,6 +536,7 @@ def test_exported(converted: Any) -> None:
     assert_close(exported(x), naive.eval()(x))
 
 
+@pytest.mark.slow
 def test_exported_to_onnx(tmp_path: Any) -> None:
     onnx = _package("onnx.reference")
     _package("onnxscript")

@@ -81,6 +81,7 @@ def test_the_averaged_weights_are_an_exponential_moving_average() -> None:
     assert all(int(m.num_batches_tracked or 0) > 0 for m in moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

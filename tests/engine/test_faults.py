@@ -18,6 +18,8 @@ from tests.helpers.launch import REPOSITORY, flags
 from tests.helpers.pictures import write_folder
 from tests.helpers.ranks import RUN, Ranks, final_state, wait_for
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = REPOSITORY / "train_ddp.py"
 
 

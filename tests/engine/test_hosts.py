@@ -16,6 +16,8 @@ import pytest
 from tests.helpers.launch import REPOSITORY
 from tests.helpers.ranks import RUN, Ranks, final_state, wait_for
 
+pytestmark = pytest.mark.slow
+
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 

@@ -18,6 +18,8 @@ from effdense.errors import UserError
 from effdense.machine.memory import show_size
 from effdense.memory.planning import choices
 
+pytestmark = pytest.mark.slow
+
 NETWORK: dict[str, Any] = {"data": "fake", "depth": 22, "growth_rate": 12, "image_size": 32}
 OPTIONS: dict[str, Any] = {**NETWORK, "epochs": 1, "batch_size": 32, "device": "cpu"}
 

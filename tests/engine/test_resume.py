@@ -20,6 +20,8 @@ from tests.helpers.launch import flags
 from tests.helpers.pictures import write_folder, write_shards
 from tests.helpers.ranks import RUN, Ranks, final_state, wait_for
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("published", ["epoch-00001-step-0000006", "epoch-00002-step-0000000"])
 def test_killed_and_started_again(published: str, uninterrupted: Path, tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(reader)
 
 
+@pytest.mark.slow
 def test_every_rank_s_rows_at_the_interval_and_the_epochs_ends(
     launch: Launch, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def same_weights(one: Path, other: Path) -> bool:
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_four_processes_learn_the_digits(launch: Launch, tmp_path: Path) -> None:
     """The README's command without any option: under 3 minutes on two cores, under 3 % error.
 
@@ -86,6 +87,7 @@ def test_four_processes_learn_the_digits(launch: Launch, tmp_path: Path) -> None
     assert sum(p.numel() for p in network.parameters()) == recorded["model"]["parameters"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_take_the_step_of_one(
     processes: int, launch: Launch, tmp_path: Path, alone: World
@@ -99,6 +101,7 @@ def test_processes_take_the_step_of_one(
         torch.testing.assert_close(together[name], expected[name], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_evaluation_counts_every_sample_once(launch: Launch, tmp_path: Path, alone: World) -> None:
     process = launch(3, WORKERS, "evaluations", tmp_path / "result.pt")
     assert process.returncode == 0, process.stderr
@@ -111,6 +114,7 @@ def test_evaluation_counts_every_sample_once(launch: Launch, tmp_path: Path, alo
         assert score[2] == size
 
 
+@pytest.mark.slow
 def test_two_runs_end_with_the_same_bits(launch: Launch, tmp_path: Path) -> None:
     for name in ("a", "b"):
         options = flags(**SMALL, epochs=2, augment="standard", drop_rate=0.2, work_dir=name)
@@ -171,6 +175,7 @@ def test_options_train(options: dict[str, Any], tmp_path: Path) -> None:
     assert rates[0] > rates[1]
 
 
+@pytest.mark.slow
 def test_imagenet_architecture_on_a_folder_of_images(tmp_path: Path) -> None:
     for part in ("train", "val"):
         for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
@@ -194,6 +199,7 @@ def test_imagenet_architecture_on_a_folder_of_images(tmp_path: Path) -> None:
     assert read(path / "train.csv")["step"] == [2]
 
 
+@pytest.mark.slow
 def test_config_yaml_reproduces_the_run(tmp_path: Path, launch: Launch) -> None:
     options = flags(**SMALL, epochs=1, work_dir="run", lr=0.05, milestones=0.25)
     process = launch(0, SCRIPT, *options)
@@ -218,6 +224,7 @@ def test_config_yaml_reproduces_the_run(tmp_path: Path, launch: Launch) -> None:
     assert not same_weights(tmp_path / "run", tmp_path / "changed")
 
 
+@pytest.mark.slow
 def test_a_missing_data_set_is_said_once(launch: Launch, tmp_path: Path) -> None:
     process = launch(2, SCRIPT, *flags(data="cifar10", data_dir="nowhere"))
     assert process.returncode != 0
@@ -228,6 +235,7 @@ def test_a_missing_data_set_is_said_once(launch: Launch, tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -251,6 +259,7 @@ def test_a_user_s_mistake_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_mistake_that_one_process_sees_stops_all(launch: Launch, tmp_path: Path) -> None:
     process = launch(3, WORKERS, "mistake_on_rank_1", tmp_path / "result.pt")
     assert process.returncode != 0
@@ -258,6 +267,7 @@ def test_a_mistake_that_one_process_sees_stops_all(launch: Launch, tmp_path: Pat
     assert "every process must have raised" not in process.stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_does_not_hang_the_others(launch: Launch, tmp_path: Path) -> None:
     process = launch(3, WORKERS, "defect_on_rank_1", tmp_path / "result.pt", timeout=300)
     assert process.returncode != 0
@@ -271,6 +281,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "model.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_said_once(launch: Launch) -> None:
     process = launch(2, SCRIPT, *flags(**SMALL, lr=1e30))
     assert process.returncode != 0
@@ -294,6 +305,7 @@ def test_a_second_run_in_one_work_dir_is_refused(tmp_path: Path) -> None:
     assert (path / "model.pt").read_bytes() != before[path / "model.pt"]
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), *map(str, flags(**SMALL, epochs=1, threads=1))]
     terminal, end = pty.openpty()
@@ -331,6 +343,7 @@ def test_a_memory_budget_chooses_what_the_blocks_save(
         small_run(tmp_path / "none", budget="much")
 
 
+@pytest.mark.slow
 def test_a_budget_makes_a_run_fit_where_the_naive_network_dies(tmp_path: Path) -> None:
     """Under a limit on the process's memory that plain autograd exceeds."""
     options = {**SMALL, "depth": 40, "growth_rate": 12, "image_size": 32, "batch_size": 64}

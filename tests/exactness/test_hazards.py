@@ -414,6 +414,7 @@ def test_an_outer_checkpoint_changes_nothing(part: str, reentrant: bool, save: s
 # ---------------------------------------------------------------- compilers and tracers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
@@ -511,6 +512,7 @@ def _rank_step(rank: int, store: str, results: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_average_their_gradients(tmp_path: Any) -> None:
     results = str(tmp_path / "gradients.pt")
     # forkserver's processes end without tearing the interpreter down, in which a thread of gloo's

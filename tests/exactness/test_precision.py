@@ -63,6 +63,7 @@ def _runner(
     return run
 
 
+@pytest.mark.slow
 @saves
 @pytest.mark.parametrize("bn_size", [4, None])
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
@@ -70,6 +71,7 @@ def test_error_of_a_narrow_model(save: str, bn_size: int | None, dtype: torch.dt
     _assert_at_most_twice_the_naive_error(_runner(save, dtype, False, bn_size=bn_size), dtype)
 
 
+@pytest.mark.slow
 @saves
 @pytest.mark.parametrize("bn_size", [4, None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -77,6 +79,7 @@ def test_error_under_autocast(save: str, bn_size: int | None, dtype: torch.dtype
     _assert_at_most_twice_the_naive_error(_runner(save, dtype, True, bn_size=bn_size), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_error_under_autocast_with_the_imagenet_stem(dims: int, dtype: torch.dtype) -> None:

@@ -40,6 +40,8 @@ from tests.helpers.compare import (
     twins,
 )
 
+pytestmark = pytest.mark.slow
+
 TORCHS = nn.SyncBatchNorm.convert_sync_batchnorm
 OURS = effdense.SyncBatchNorm.convert_sync_batchnorm
 Networks = tuple[Any, Any]

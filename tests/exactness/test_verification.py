@@ -229,6 +229,7 @@ def test_operations_are_rows() -> None:
 # --------------------------------------------------------------- measurements
 
 
+@pytest.mark.slow
 def test_memory_and_time_are_measured_in_a_fresh_process() -> None:
     network = Network("densenet_bc", 22, 12)
     job = Job(network, "features", (16, 3, 32, 32), (16,), 10)
@@ -260,6 +261,7 @@ def measurements(monkeypatch: pytest.MonkeyPatch, device: str, **peaks: int) -> 
     return list(found._measurements())
 
 
+@pytest.mark.slow
 def test_measurements_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = measurements(monkeypatch, "cpu", naive=68, features=13, bottlenecks=22)
     assert not [row for row in rows if row.failed]

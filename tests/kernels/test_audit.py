@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,6 +35,8 @@ def audit(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_representative_kernels(device: str, dtype: str, kernels: str, matrix: str) -> None:
     options = ["--devices", device, "--dtypes", dtype, "--shapes", "k24"]
     done = audit(*options, "--kernels", kernels)
+    if "ROCm linker" in done.stderr:
+        pytest.skip("this Triton brings no linker for AMD's code")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1].endswith(" 0 with faults")

@@ -232,6 +232,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, threads: int) -> I
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_the_loops_are_compiled_once_and_without_warnings(unloaded: Path) -> None:
     CpuBackend(torch.float32)
     [made] = (unloaded / "effdense" / "loops").iterdir()
@@ -245,6 +246,7 @@ def test_the_loops_are_compiled_once_and_without_warnings(unloaded: Path) -> Non
     subprocess.run([compiler, *strict, cpu_library._SOURCES / "loops.c"], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("march", ["haswell", "ivybridge", "x86-64"])
 def test_the_loops_for_lesser_processors(
     unloaded: Path, monkeypatch: pytest.MonkeyPatch, march: str
@@ -284,6 +286,7 @@ def test_types_and_devices_without_loops(unloaded: Path) -> None:
     assert select.get_backend("auto", CPU, torch.bfloat16).name == "torch"
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     unloaded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +295,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     assert select.get_backend("auto", CPU, torch.float32).name == "cpu"
 
 
+@pytest.mark.slow
 def test_many_processes_may_compile_at_once(unloaded: Path) -> None:
     code = (
         "import torch; from effdense.backends.cpu_backend import CpuBackend; "

@@ -185,6 +185,7 @@ def test_an_estimate_of_a_deep_network_is_quick() -> None:
     assert asked < 16_000
 
 
+@pytest.mark.slow
 def test_resident_memory_is_predicted() -> None:
     found = effdense.estimate(effdense.densenet_bc(100, 12), (64, 3, 32, 32))
     resident = measure(model="effdense", save="features", depth=100, growth_rate=12, batch=64)
@@ -392,6 +393,7 @@ def test_the_device_s_free_memory_is_a_budget(network: effdense.DenseNet) -> Non
     assert effdense.plan(network, (2, 3, 32, 32)).save == ("bottlenecks",) * 3
 
 
+@pytest.mark.slow
 def test_largest_batch_and_deepest_network_just_fit(network: effdense.DenseNet) -> None:
     limit = 60 << 20
     images = effdense.largest_batch(network, (1, 3, 32, 32), limit)

@@ -9,6 +9,8 @@ import pytest
 
 from tests.helpers.measure_memory import measure
 
+pytestmark = pytest.mark.slow
+
 
 @functools.cache
 def _measured(depth: int, batch: int, save: str | None) -> dict[str, int]:

@@ -132,6 +132,7 @@ def test_flags_per_block() -> None:
         model.offload = "yes"  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 def test_resident_memory_falls(tmp_path: Path) -> None:
     """Plain autograd's kept tensors in files: in a fresh process, less than half remains."""
     job = {"model": "effdense", "save": "all", "depth": 40, "growth_rate": 12, "batch": 64}

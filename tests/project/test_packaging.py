@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import effdense
-from tests.project import release
+from tests.project import oldest, release
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +68,15 @@ def test_the_version_stands_in_one_place() -> None:
     holders = {path.name for path in files if re.search(number, path.read_text())}
     # the changelog names it as the head of what it brought
     assert holders - {"CHANGELOG.md"} == {"version.py"}
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    requirements = ["torch<3,>=2.7", "triton>=3.3; platform_system == 'Nowhere'"]
+    requirements += ["pytest>=8.2; extra == 'test'", "mypy>=1; extra == 'dev'"]
+    assert oldest.oldest(requirements, ["test"]) == ["torch==2.7", "pytest==8.2"]
+    assert oldest.oldest_python(">=3.10") == "python3.10"
+    with pytest.raises(ValueError, match="tqdm has no lower bound"):
+        oldest.oldest(["tqdm"])
 
 
 def test_the_wheel_holds_the_license(wheel_names: list[str]) -> None:

@@ -21,7 +21,8 @@ def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return real(*size, dtype=dtype, **options)
         shape = torch.Size(size[0] if size and not isinstance(size[0], int) else size)
         flat = real(shape.numel() + 2 * GUARD, dtype=dtype, **options).fill_(CANARY)
-        allocated.append(flat)
+        if not flat.is_meta:
+            allocated.append(flat)
         return flat[GUARD : GUARD + shape.numel()].view(shape).fill_(float("nan"))
 
     monkeypatch.setattr(torch, "empty", poisoned)
