@@ -54,7 +54,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         path = _resolved(source, target)
         shown = BESIDE.get(str(path), str(path).removeprefix("docs/"))
         if files.get_file_from_path(shown) is None:
-            return text
+            return f"`{text}`" if "/" in target and "`" not in text else text
         return f"{picture}[{text}]({os.path.relpath(shown, os.path.dirname(uri) or '.')}{anchor})"
 
     return PART.sub(link, markdown)

@@ -81,3 +81,16 @@ def test_the_names_in_contributing_are_in_the_code() -> None:
 
 def test_the_traffic_of_kernels_is_as_they_say() -> None:
     assert traffic.markdown() in (ROOT / "docs" / "traffic.md").read_text()
+
+
+def test_the_messages_in_troubleshooting_are_said() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    headings = re.findall(r"^\*\*(.*?)\*\*", text, re.MULTILINE | re.DOTALL)
+    headings += re.findall(r"^\| (\".*?) \|", text, re.MULTILINE)
+    quoted = {message for heading in headings for message in re.findall(r'"([^"]+)"', heading)}
+    sources = (path for path in tracked() if path.parts[0] in ("effdense", "kernels"))
+    code = "".join((ROOT / path).read_text() for path in sources if path.suffix == ".py")
+    torchs = {"Expected more than 1 value per channel"}
+    parts = [part for message in quoted - torchs for part in message.split("…")]
+    assert len(parts) > 8
+    assert [part for part in parts if part not in code] == []
