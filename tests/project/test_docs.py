@@ -7,11 +7,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from harness import roofline
+from harness.case import Case
 
 import effdense
 from effdense.kernels import traffic
 
 ROOT = Path(__file__).resolve().parents[2]
+# the columns of docs/traffic.md, after naive and checkpointed
+SAVED = ("bottlenecks", "features", "input")
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
@@ -94,3 +98,23 @@ def test_the_messages_in_troubleshooting_are_said() -> None:
     parts = [part for message in quoted - torchs for part in message.split("…")]
     assert len(parts) > 8
     assert [part for part in parts if part not in code] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("row", "case"),
+    [
+        ("DenseNet-BC (100, k 12), 64", Case("densenet_bc", 100, 12, 64, 32)),
+        ("DenseNet-BC (250, k 24), 64", Case("densenet_bc", 250, 24, 64, 32)),
+        ("densenet121, 224x224, 32", Case("densenet121", 0, 0, 32, 224)),
+    ],
+)
+def test_the_bytes_of_a_step_are_the_roofline_s(row: str, case: Case) -> None:
+    text = (ROOT / "docs" / "traffic.md").read_text()
+    said = re.findall(r"([\d.]+) GB", text[text.index(f"| {row} |") :].partition("\n")[0])
+    providers = ["naive", "checkpoint", *(f"effdense-{m}" for m in SAVED)]
+    # plain autograd's operations are counted by taking a step, which takes seconds where it is deep
+    skipped = 2 if case.depth > 100 else 0
+    for provider, gigabytes in list(zip(providers, said, strict=True))[skipped:]:
+        counted = sum(operation.nbytes for operation in roofline.operations(provider, case))
+        assert f"{counted / 1e9:.1f}" == gigabytes, provider
