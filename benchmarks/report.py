@@ -101,7 +101,8 @@ def keep(rows: Sequence[Row], folder: Path = KEPT) -> Path:
         )
     if any(row["kind"] == "projection" for row in rows):
         raise UserError("projections are not kept: they are no measurements")
-    machine = re.sub(r"[^a-z0-9]+", "-", (first["gpu"] or first["processor"]).lower()).strip("-")
+    machine = re.sub(r"\((r|tm)\)", "", (first["gpu"] or first["processor"]).lower())
+    machine = re.sub(r"[^a-z0-9]+", "-", machine).strip("-")
     path = folder / f"{machine}-{first['date'][:10]}-{first['git_revision'][:7]}.csv"
     new = {_figure(row) for row in rows}
     before = results.read(path) if path.exists() else []

@@ -23,18 +23,10 @@ from ..block.forwards import BlockForward
 from ..choices import DtypeName
 from ..errors import UserError
 from ..machine.memory import show_size
-from ..verification.claims import (
-    Comparison,
-    Row,
-    Status,
-    Twins,
-    block_inputs,
-    first_tensor,
-    guarded,
-    not_checked,
-    operations,
-)
+from ..verification.claims import Comparison, Twins, operations
 from ..verification.comparison import near_prediction
+from ..verification.hidden_states import block_inputs, first_tensor
+from ..verification.rows import Row, Status, guarded, not_checked
 from .measure import Job, measured
 from .network import Batch, Network, converted
 

@@ -16,7 +16,7 @@ from tyro.conf import arg
 
 from ..errors import UserError
 from ..machine.tables import table
-from ..verification.claims import Row
+from ..verification.rows import Row
 from . import front_end
 from .env import as_text, environment
 from .network import Batch, Network

@@ -1,3 +1,3 @@
 """Claims about a network, and the rules by which numbers are compared."""
 
-__all__ = ["claims"]
+__all__ = ["claims", "comparison", "hidden_states", "rows"]

@@ -1,40 +1,25 @@
-"""Is it correct? A network held against its naive twin, claim by claim.
-
-NOTE [ how hidden states are seen ]
-Hooks inside a dense block would put it on the plain path, so nobody can watch a layer's
-output there. But what a block keeps for backward is everything it computed: its buffer
-holds the block's input and every layer's new features, and with save="bottlenecks" the
-bottlenecks stand beside it. They are read out of autograd's graph and compared with what
-hooks see in the naive twin. Blocks that are recomputed have no such buffer and never run
-together with their reader: those are hooked.
-"""
+"""Is it correct? A network held against its naive twin, claim by claim."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import statistics
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..autocast import autocast
-from ..backends.layout import channels, rows
 from ..backends.precision import exact_float32
 from ..backends.self_check import operation_errors
 from ..block.forwards import BlockForward
 from ..conversion import convert
-from ..memory.timeline import stages
-from ..recognition.reading import read_block
 from .comparison import (
     FLOOR,
     Step,
@@ -44,54 +29,14 @@ from .comparison import (
     step,
     weighted_sum,
 )
-
-Status = Literal["ok", "FAILED", "measured", "not checked"]
-
-TOLERANCE = 1e-10
-"""Largest accepted relative error in float64."""
+from .hidden_states import INPUT, RECOMPUTED, block_inputs, first_tensor, hidden_states
+from .rows import TOLERANCE, Largest, Row, Status, guarded, judged, with_nan_last
 
 # Central differences along a direction of length 1: further, and ReLUs change sides on the way
 # (along one of length 300 the slope in a 3-D block was off by a hundredth); nearer, and rounding
 # shows in gradients smaller than a thousandth of the output.
 _STEP, _DIFFERENCE_TOLERANCE, _LEAST_GRADIENT = 1e-6, 1e-5, 1e-3
 _LEARNING_RATE, _MOMENTUM = 0.01, 0.9
-
-
-@dataclass(frozen=True)
-class Row:
-    """One claim: what was compared, the largest error, the largest accepted, and the verdict.
-
-    ``error`` and ``limit`` are numbers with their units where they have any.
-    """
-
-    claim: str
-    compared: str
-    error: str
-    limit: str
-    status: Status
-
-    @property
-    def failed(self) -> bool:
-        return self.status == "FAILED"
-
-
-def not_checked(claim: str, why: str) -> Row:
-    return Row(claim, why, "", "", "not checked")
-
-
-def judged(claim: str, compared: str, error: float, limit: float) -> Row:
-    # written so that a NaN fails
-    status: Status = "ok" if error <= limit else "FAILED"
-    return Row(claim, compared, f"{error:.1e}", f"{limit:.0e}" if limit else "0", status)
-
-
-def guarded(claim: str, check: Callable[[], Iterator[Row]]) -> Iterator[Row]:
-    """The rows of a check, and one more that says how it ended where it raised an error."""
-    try:
-        yield from check()
-    except Exception as error:
-        line = (str(error) or "no message").splitlines()[0][:200]
-        yield Row(claim, f"{type(error).__name__}: {line}", "", "", "FAILED")
 
 
 class Twins(NamedTuple):
@@ -122,11 +67,6 @@ def _without_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "drop_rate", None), float):
             module.drop_rate = 0.0  # type: ignore[assignment]
-
-
-def first_tensor(output: Any) -> Tensor:
-    """A model's output, or the first tensor in the structure that it returns."""
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 def training_loss(output: Tensor) -> Tensor:
@@ -170,11 +110,11 @@ class Comparison:
     # ------------------------------------------------------------------ checks
 
     def _hidden_states(self) -> Iterator[Row]:
-        twins, errors = self._twins.copies(), _Largest()
+        twins, errors = self._twins.copies(), Largest()
         convert(twins.ours, "bottlenecks")
-        seen, found = 0, _hidden(twins, self._input(0))
+        seen, found = 0, hidden_states(*twins, self._input(0))
         for kind, name, actual, expected in found:
-            seen += kind in (_INPUT, _RECOMPUTED)
+            seen += kind in (INPUT, RECOMPUTED)
             errors.add(kind, name, relative_error(actual, expected))
         blocks = [m for m in twins.ours.modules() if isinstance(m, BlockForward)]
         status: Status = "ok" if 0 < seen == len(blocks) else "FAILED"
@@ -182,7 +122,7 @@ class Comparison:
         yield from errors.rows("float64")
 
     def _one_step(self) -> Iterator[Row]:
-        twins, errors, x = self._twins.copies(), _Largest(), self._input(0)
+        twins, errors, x = self._twins.copies(), Largest(), self._input(0)
         naive, ours = (_step(model, x, training_loss) for model in twins)
         errors.add("output", "", relative_error(ours.output, naive.output))
         losses = (training_loss(s.output).double() for s in (ours, naive))
@@ -210,7 +150,7 @@ class Comparison:
             pairs = [(found.output, base.output), (found.input_gradient, base.input_gradient)]
             pairs += [(found.gradients[name], g) for name, g in base.gradients.items()]
             pairs += [(found.buffers[name], b) for name, b in base.buffers.items()]
-            largest = max((_both(a, e) for a, e in pairs), key=_with_nan_last)
+            largest = max((_both(a, e) for a, e in pairs), key=with_nan_last)
             claim = f'save="{save}" is save="features"'
             if save == "all":
                 yield judged(claim, f"float64, {len(pairs)} tensors", largest, TOLERANCE)
@@ -221,7 +161,7 @@ class Comparison:
 
     def _finite_differences(self) -> Iterator[Row]:
         """Of one dense block, along a random direction in the input and in each parameter."""
-        twins, errors = self._twins.copies(), _Largest()
+        twins, errors = self._twins.copies(), Largest()
         found = {name: m for name, m in twins.ours.named_modules() if isinstance(m, BlockForward)}
         name, block = next(iter(found.items()))
         channels = block_inputs(twins.naive, [name], self._input(0))[name][1]
@@ -254,7 +194,7 @@ class Comparison:
         yield from errors.rows(f"float64, {name or 'the block'}", _DIFFERENCE_TOLERANCE)
 
     def _lockstep(self) -> Iterator[Row]:
-        twins, errors = self._twins.copies(), _Largest()
+        twins, errors = self._twins.copies(), Largest()
         optimizers = [
             torch.optim.SGD(model.parameters(), _LEARNING_RATE, momentum=_MOMENTUM)
             for model in twins
@@ -304,7 +244,7 @@ class Comparison:
 
 def operations(backend: Any, device: torch.device, dtype: torch.dtype, each: bool) -> Iterator[Row]:
     """A backend's operations against float64: a row each, or one for all."""
-    tolerance, largest = 0.0, _Largest()
+    tolerance, largest = 0.0, Largest()
     for operation, error, tolerance in operation_errors(backend, device, dtype):
         compared = f"{_name(dtype)} on {device} against float64"
         if isinstance(error, Exception):
@@ -319,29 +259,6 @@ def operations(backend: Any, device: torch.device, dtype: torch.dtype, each: boo
 
 
 # -------------------------------------------------------------------- helpers
-
-
-class _Largest:
-    """The largest error of each claim, and whose it is."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, list[tuple[float, str]]] = defaultdict(list)
-
-    def add(self, claim: str, name: str, error: float) -> None:
-        self._found[claim].append((error, name))
-
-    def rows(
-        self, dtype: str, tolerance: float = TOLERANCE, what: str = "tensors"
-    ) -> Iterator[Row]:
-        for claim, errors in self._found.items():
-            error, name = max(errors, key=lambda pair: _with_nan_last(pair[0]))
-            count = f", {len(errors)} {what}" if len(errors) > 1 else ""
-            worst = f", worst {name}" if name and error != 0 else ""
-            yield judged(claim, f"{dtype}{count}{worst}", error, tolerance)
-
-
-def _with_nan_last(error: float) -> float:
-    return math.inf if math.isnan(error) else error
 
 
 def _both(actual: Tensor | None, expected: Tensor | None) -> float:
@@ -370,81 +287,6 @@ def _step(
             return first_tensor(model(x))
 
     return step(model, x, call=call, loss=loss)
-
-
-_INPUT, _RECOMPUTED = "input of dense blocks", "output of recomputed dense blocks"
-
-
-def _hidden(twins: Twins, x: Tensor) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    """(kind, name, ours, naive) of every hidden state; see NOTE [ how hidden states are seen ]."""
-    blocks = {n: m for n, m in twins.ours.named_modules() if isinstance(m, BlockForward)}
-    fused = {name: block for name, block in blocks.items() if block.fused_layers}
-    outputs: dict[str, Tensor] = {}
-    convolved: dict[nn.Module, Tensor] = {}
-    hooked: dict[str, Tensor] = {}
-
-    def keep(into: dict[Any, Tensor], key: Any) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            into[key] = rows(output.detach()).clone()
-
-        return hook
-
-    parts = {}
-    for name in blocks:
-        block = twins.naive.get_submodule(name)
-        block.register_forward_hook(keep(outputs, name))
-        read = read_block(block, type(block)) if name in fused else "recomputed"
-        parts[name] = read
-        for layer in () if isinstance(read, str) else read.layers:
-            layer.conv1.register_forward_hook(keep(convolved, layer.conv1))
-    for name in blocks.keys() - fused.keys():
-        module: Any = blocks[name]
-        module.register_forward_hook(keep(hooked, name))
-
-    with torch.no_grad():
-        twins.naive(x)
-    places = {
-        p.untyped_storage()._cdata: name
-        for name in blocks
-        for p in twins.ours.get_submodule(name).parameters()
-    }
-    for stage in stages(first_tensor(twins.ours(x))):
-        here = (places.get(t.untyped_storage()._cdata) for t in stage.parameters)
-        name = next((place for place in here if place is not None), "")
-        read = parts.get(name, "")
-        if isinstance(read, str) or not read.layers:
-            continue
-        expected, layers = outputs[name], read.layers
-        width, first = expected.shape[1], layers[0].norm1.num_features
-        growth = (width - first) // len(layers)
-        # the first layer reads the block's input
-        starts = [0] + [first + i * growth for i in range(len(layers) + 1)]
-        for i, (start, stop) in enumerate(itertools.pairwise(starts)):
-            own = channels(start, stop, width, read.newest_first)
-            kind = "new features of dense layers" if i else _INPUT
-            where = f"{name}, layer {i}" if i else name
-            yield kind, where, stage.features[:, own], expected[:, own]
-        for i, (y, layer) in enumerate(zip(stage.bottlenecks, layers, strict=False)):
-            yield "bottlenecks of dense layers", f"{name}, layer {i + 1}", y, convolved[layer.conv1]
-    for name, output in hooked.items():
-        yield _RECOMPUTED, name, output, outputs[name]
-
-
-def block_inputs(model: nn.Module, names: Iterable[str], x: Tensor) -> dict[str, torch.Size]:
-    """The shapes that the modules of these names are called with."""
-    found: dict[str, torch.Size] = {}
-    handles = []
-    for name in names:
-
-        def look(module: nn.Module, inputs: Any, name: str = name) -> None:
-            found[name] = first_tensor(inputs).shape
-
-        handles.append(model.get_submodule(name).register_forward_pre_hook(look))
-    with torch.no_grad():
-        model(x)
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 @contextmanager

@@ -51,7 +51,7 @@ DAY_AND_REVISION: Any = (("date", 10), ("git_revision", 7))
 def test_results_are_kept_by_machine_day_and_revision(tmp_path: Path) -> None:
     first = rows(tmp_path, 10, date="2026-01-02T03:04:05+00:00")
     path = report.keep(first, tmp_path)
-    assert path.name == "some-cpu-r-2026-01-02-0123456.csv"
+    assert path.name == "some-cpu-2026-01-02-0123456.csv"
     # measured again, the same figure is replaced, and others stay
     other = [row | {"provider": "checkpoint"} for row in first]
     report.keep(other, tmp_path)

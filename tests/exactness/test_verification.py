@@ -20,8 +20,9 @@ from effdense.block import dense_block, stage
 from effdense.commands import verification
 from effdense.commands.measure import Job, measured
 from effdense.commands.network import Batch, Network
-from effdense.verification.claims import Comparison, Row, Twins, operations
+from effdense.verification.claims import Comparison, Twins, operations
 from effdense.verification.comparison import near_prediction
+from effdense.verification.rows import Row
 
 TINY = ["densenet_bc", "--depth", "10", "--growth-rate", "4", "--batch-size", "2"]
 TINY += ["--image-size", "9", "--no-measurements"]
