@@ -1,12 +1,13 @@
-"""What compilers and exporters may look into."""
+"""What compilers and exporters may look into, and what autograd recorded."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -31,3 +32,19 @@ def outside_graphs(function: Callable[_Arguments, _Result]) -> Callable[_Argumen
         return disabled(*args, **kwargs)
 
     return call
+
+
+def nodes_behind(*outputs: Tensor) -> list[Any]:
+    """The nodes of autograd's graph behind some tensors, each once and after what it reads."""
+    order: list[Any] = []
+    seen = set()
+    waiting = [(output.grad_fn, False) for output in outputs]
+    while waiting:
+        node, done = waiting.pop()
+        if done:
+            order.append(node)
+        elif node is not None and node not in seen:
+            seen.add(node)
+            waiting.append((node, True))
+            waiting += [(parent, False) for parent, _ in node.next_functions]
+    return order

@@ -16,6 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..tracing import nodes_behind
+
 # Distinct modules that one node is named after; a node of more is named after their parents.
 _MOST_NAMES = 3
 LOSS = "loss"
@@ -58,8 +60,8 @@ def autograd_graph(model: nn.Module, x: Tensor, nesting: int = 2) -> Graph:
     if output.grad_fn is None:
         raise ValueError("the output depends on no parameter that needs a gradient")
     loss = output.square().mean()
-    nodes = _in_order(loss.grad_fn)
-    before_loss = set(_in_order(output.grad_fn))
+    nodes = [node for node in nodes_behind(loss) if not _is_leaf(node)]
+    before_loss = {node for node in nodes_behind(output) if not _is_leaf(node)}
     names = {id(p): name for name, p in model.named_parameters()}
     places = _places(nodes, before_loss, names, nesting)
     not_kept = [*model.parameters(), *model.buffers(), x]
@@ -141,22 +143,6 @@ def _producers(node: Any) -> list[Any]:
     """The nodes whose results this one reads, parameters aside."""
     found = [parent for parent, _ in node.next_functions if parent is not None]
     return [parent for parent in found if not _is_leaf(parent)]
-
-
-def _in_order(last: Any) -> list[Any]:
-    """All nodes behind one, each after what it reads."""
-    order: list[Any] = []
-    seen = set()
-    waiting = [(last, False)]
-    while waiting:
-        node, done = waiting.pop()
-        if done:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            waiting.append((node, True))
-            waiting += [(parent, False) for parent in _producers(node)]
-    return order
 
 
 def _saved(node: Any) -> Iterator[Tensor]:

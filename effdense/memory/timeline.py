@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..block.dense_block import DenseStage
 from ..block.recomputation import Recomputed
+from ..tracing import nodes_behind
 from .meta import autocast, meta_result, simulation_of, stands_for
 
 ROLES = (
@@ -435,14 +436,7 @@ class KeptByStage(NamedTuple):
 
 def stages(output: Tensor) -> Iterator[KeptByStage]:
     """The dense blocks in linear memory behind ``output``, as autograd's graph knows them."""
-    waiting: list[Any] = [output.grad_fn]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting += [parent for parent, _ in node.next_functions]
+    for node in nodes_behind(output):
         if isinstance(node, _RECOMPUTED):
             features, *parameters = node.saved_tensors
             yield KeptByStage(features, (), parameters)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import effdense
+from effdense.tracing import nodes_behind
 from tests.helpers.compare import assert_identical, assert_same_step, images, step, twins
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "each_backend")
@@ -81,13 +82,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], bool]] = {
 
 
 def _operations(output: Tensor) -> set[str]:
-    waiting, seen = [output.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
-    return {type(node).__name__ for node in seen}
+    return {type(node).__name__ for node in nodes_behind(output)}
 
 
 @fused_saves

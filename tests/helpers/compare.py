@@ -18,6 +18,7 @@ from torch import Tensor
 import effdense
 from effdense import reference
 from effdense.backends.dropout import dropout_mask
+from effdense.tracing import nodes_behind
 from effdense.verification.comparison import Step, randomize_norms, relative_error
 from effdense.verification.comparison import norms_of as norms_of
 from effdense.verification.comparison import step as step
@@ -113,14 +114,7 @@ def images(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Te
 
 def stages_in(*outputs: Tensor) -> int:
     """How many fused stages (blocks with their tails) stand in the outputs' graph."""
-    seen: set[Any] = set()
-    waiting = [output.grad_fn for output in outputs]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
-    return sum(type(node).__name__ == "DenseStageBackward" for node in seen)
+    return sum(type(node).__name__ == "DenseStageBackward" for node in nodes_behind(*outputs))
 
 
 @contextlib.contextmanager
