@@ -59,6 +59,8 @@ def code_blocks(page: Path, language: str) -> list[str]:
 def code_in_prose(page: Path) -> list[str]:
     text = page.read_text(encoding="utf-8")
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    # below a table stand the commands of the revisions that its figures are of
+    prose = re.sub(r"<!-- table: .*?<!-- end -->", "", prose, flags=re.DOTALL)
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
 
 
