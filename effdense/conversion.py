@@ -53,7 +53,8 @@ class _Converted:
 
 
 class _FusedBlock(_Converted, BlockForward):
-    pass
+    # what is changed later (another norm, another activation) is recomputed where it can be
+    any_layers = True
 
 
 class _RecomputedBlock(_Converted, BlockForward):

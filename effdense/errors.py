@@ -16,6 +16,12 @@ from contextlib import contextmanager
 _GRACE_SECONDS = 10.0
 
 
+def spelled_shape(channels: int, dimensions: int) -> str:
+    """An input's shape as torch's documentation spells it: (N, 3, H, W) for 3 channels, 4-D."""
+    spatial = {3: "L", 4: "H, W", 5: "D, H, W"}.get(dimensions, "*")
+    return f"(N, {channels}, {spatial})"
+
+
 class UserError(ValueError):
     """A mistake of the user's, whose message says how to mend it; exit status 2."""
 

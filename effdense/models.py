@@ -25,6 +25,7 @@ from .block.forwards import (
     set_save,
 )
 from .choices import NetworkName, Save
+from .errors import spelled_shape
 from .recognition.objections import has_hooks, refuse_replica
 from .reference import Init
 from .tracing import graph_is_recorded
@@ -154,9 +155,11 @@ class DenseNet(reference.DenseNet):
             return
         weight = conv0.weight
         if x.dim() != weight.dim() or x.shape[1] != conv0.in_channels:
-            spatial = ", ".join(["spatial"] * (weight.dim() - 2))
+            expected = spelled_shape(conv0.in_channels, weight.dim())
+            hint = "; a single image needs a batch dimension: x[None]"
+            missing = x.dim() == weight.dim() - 1 and x.shape[0] == conv0.in_channels
             raise ValueError(
-                f"expected input of shape (N, {conv0.in_channels}, {spatial}), got {tuple(x.shape)}"
+                f"expected input of shape {expected}, got {tuple(x.shape)}{hint if missing else ''}"
             )
         if x.device != weight.device:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What compilers and exporters may look into, and what autograd recorded."""
+"""What compilers, exporters and subclasses of Tensor have a say in; what autograd recorded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -48,3 +49,37 @@ def nodes_behind(*outputs: Tensor) -> list[Any]:
             waiting.append((node, True))
             waiting += [(parent, False) for parent, _ in node.next_functions]
     return order
+
+
+def torch_function(
+    position: int,
+) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+    """A function of a tensor, its argument at ``position``, as one of torch's own.
+
+    Where the tensor is of a subclass, its ``__torch_function__`` says what is made of the
+    result; inside, it is a plain tensor.
+    """
+
+    def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        @functools.wraps(function)
+        def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+            x: Any = args[position]
+            if type(x) is Tensor:
+                return function(*args, **kwargs)
+            if has_torch_function((x,)):
+                return handle_torch_function(call, (x,), *args, **kwargs)
+            if _wraps_plainly(type(x)):
+                given: Any = list(args)
+                given[position] = x.as_subclass(Tensor)
+                return function(*given, **kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def _wraps_plainly(kind: type) -> bool:
+    """Whether a subclass of Tensor is one with more attributes, whose data is its own."""
+    dispatch = getattr(kind, "__torch_dispatch__", None)
+    return dispatch is torch._C._disabled_torch_dispatch_impl

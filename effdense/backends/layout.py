@@ -40,3 +40,16 @@ def channels(start: int, stop: int, width: int, newest_first: bool) -> slice:
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple that is at least ``n``."""
     return -(-n // multiple) * multiple
+
+
+def like_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient in its parameter's shape, type and strides, which DDP's buckets have too."""
+    gradient = gradient.to(parameter.dtype).view(parameter.shape)
+    if gradient.stride() == parameter.stride():
+        return gradient
+    if math.prod(parameter.shape[2:]) == 1 and parameter.is_contiguous():
+        # the same order of elements: only strides along sizes of 1 differ
+        return gradient.as_strided(parameter.shape, parameter.stride())
+    return torch.empty_strided(
+        parameter.shape, parameter.stride(), dtype=gradient.dtype, device=gradient.device
+    ).copy_(gradient)

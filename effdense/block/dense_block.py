@@ -69,7 +69,7 @@ from ..backends.base import (
     Unfinished,
     accumulate_dtype,
 )
-from ..backends.layout import channels, channels_first, round_up
+from ..backends.layout import channels, channels_first, like_parameter, round_up
 from ..backends.layout import rows as rows_of
 from ..choices import SAVE_MODES, Save
 from ..differentiation import Anchor, first_order
@@ -620,10 +620,8 @@ def _growth(layer: LayerTensors) -> int:
 def _as_gradients(
     found: Iterable[Tensor | None], parameters: Iterable[Tensor | None], needs: Iterable[bool]
 ) -> list[Tensor | None]:
-    """Gradients shaped and typed like their parameters; None where none is needed."""
+    """Gradients shaped, laid out and typed like their parameters; None where none is needed."""
     return [
-        _given(gradient).to(parameter.dtype).view(parameter.shape)
-        if needed and parameter is not None
-        else None
+        like_parameter(_given(gradient), parameter) if needed and parameter is not None else None
         for gradient, parameter, needed in zip(found, parameters, needs, strict=True)
     ]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, TypeGuard, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
@@ -22,10 +23,16 @@ from ..choices import Save
 from ..norms.buffers import differing_groups
 from ..norms.sync_batch_norm import refuse_torchs, sync_batch_norm
 from ..norms.synchronization import synchronises
-from ..recognition.objections import has_hooks, norm_objection, refuse_replica, warn_once
+from ..recognition.objections import (
+    BATCH_NORMS,
+    has_hooks,
+    norm_objection,
+    refuse_replica,
+    warn_once,
+)
 from ..recognition.parts import TransitionParts
 from ..recognition.reading import read_block, read_chain, read_transition
-from ..tracing import graph_is_recorded, outside_graphs
+from ..tracing import graph_is_recorded, outside_graphs, torch_function
 from .dense_block import check_save
 from .offloading import offload
 from .recomputation import run_chain
@@ -89,7 +96,7 @@ class SequentialForward:
     original: ClassVar[type[nn.Module]]
 
     def forward(self, input: Tensor) -> Tensor:
-        if _may_run(self, input) and not has_global_hooks():
+        if not has_global_hooks() and _may_run(self, input):
             return self._by_stages(input, pool=False)
         refuse_torchs(self.children(), input)  # type: ignore[attr-defined]
         return super().forward(input)  # type: ignore[misc]
@@ -217,8 +224,11 @@ def is_unchanged(module: nn.Module | None, mixin: type[_Mixin]) -> TypeGuard[_Mi
 
 def has_global_hooks() -> bool:
     """Whether hooks for all modules are set, which must see every module called."""
-    return bool(module_globals._global_forward_hooks) or bool(
-        module_globals._global_forward_pre_hooks
+    return bool(
+        module_globals._global_forward_hooks
+        or module_globals._global_forward_pre_hooks
+        or module_globals._global_backward_hooks
+        or module_globals._global_backward_pre_hooks
     )
 
 
@@ -230,6 +240,9 @@ def _may_run(module: Any, x: Any) -> bool:
         or not isinstance(x, Tensor)
         or not x.is_floating_point()
     ):
+        return False
+    if has_global_hooks():
+        warn_once(module, "hooks for all modules are set, and are to see all that are in it")
         return False
     # a process without images still owes the others its part of their statistics
     return x.numel() > 0 or synchronises(module)
@@ -244,12 +257,30 @@ def _saved_behind(modules: Sequence[nn.Module]) -> Save:
 
 
 def _call(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``, and for torch's SyncBatchNorm what it would be on a CPU too."""
+    """``module(x)``, and for torch's SyncBatchNorm what it would be on a CPU too.
+
+    A batch norm moves its running statistics once, also where a checkpoint around it computes
+    it again in backward.
+    """
     if type(module) is nn.SyncBatchNorm and not has_hooks(module):
         return sync_batch_norm(x, module)
+    if (
+        torch._C._current_graph_task_id() != -1
+        and type(module) in BATCH_NORMS
+        and module.training
+        and not has_hooks(module)
+    ):
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+        # on copies: a checkpoint counts the tensors that are saved
+        mean, var = (
+            None if buffer is None else buffer.clone()
+            for buffer in (module.running_mean, module.running_var)
+        )
+        return F.batch_norm(x, mean, var, module.weight, module.bias, True, 0.0, module.eps)
     return module(x)
 
 
+@torch_function(1)
 @outside_graphs
 def run_block(block: Any, x: Tensor, tail: Any = None) -> Tensor | None:
     """A dense block and its reader in linear memory, either may be absent; None where it can't be.

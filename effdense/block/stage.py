@@ -14,6 +14,7 @@ from ..backends.layout import channels
 from ..backends.select import get_backend
 from ..choices import Save
 from ..differentiation import Anchor
+from ..errors import spelled_shape
 from ..norms.buffers import batch_of, read_norm, update_running_statistics
 from ..recognition.parts import BlockParts, TransitionParts
 from .dense_block import DenseStage, LayerSpec, LayerTensors, StageSpec, TailTensors
@@ -126,21 +127,18 @@ def _move_buffers(
     update_running_statistics(norms, means, variances, count)
 
 
-def _check_input(x: Tensor, norm: nn.Module, tensors: Sequence[Tensor]) -> torch.dtype:
+def _check_input(x: Tensor, norm: Any, tensors: Sequence[Tensor]) -> torch.dtype:
     """The dtype to compute in: autocast's where it is on, else x's, which must be the weights'."""
     weights = [t for t in tensors if t.dim() > 1]
     device = tensors[0].device
     if x.device != device:
         raise ValueError(f"input is on {x.device}, the parameters are on {device}")
     if any(weight.dim() != x.dim() for weight in weights):
-        raise ValueError(
-            f"expected input (N, C, *spatial) of {weights[0].dim()} dimensions, "
-            f"got shape {tuple(x.shape)}"
-        )
+        expected = spelled_shape(norm.num_features, weights[0].dim())
+        raise ValueError(f"expected input of shape {expected}, got {tuple(x.shape)}")
     if x.shape[1] != norm.num_features:
-        raise ValueError(
-            f"expected input with {norm.num_features} channels, got shape {tuple(x.shape)}"
-        )
+        expected = spelled_shape(norm.num_features, x.dim())
+        raise ValueError(f"expected input of shape {expected}, got {tuple(x.shape)}")
     autocast = autocast_dtype(x.device)
     if autocast is not None:
         # As torch's own operations: autocast leaves double alone.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..autocast import autocast_dtype, without_autocast
 from ..backends.base import Backend, Normalization, Statistics, accumulate_dtype
 from ..backends.empty import EmptyBackend
-from ..backends.layout import channels_first, channels_last
+from ..backends.layout import channels_first, channels_last, like_parameter
 from ..backends.layout import rows as rows_of
 from ..backends.select import get_backend
 from ..choices import Save
@@ -34,9 +34,13 @@ from ..norms.buffers import NormSpec, batch_of, read_norm, update_running_statis
 from ..norms.synchronization import Batch
 from ..recognition.objections import BATCH_NORMS, CONVOLUTIONS, has_hooks, module_objection
 from ..recognition.reading import read_norm_relu
-from ..tracing import outside_graphs
+from ..tracing import outside_graphs, torch_function
 
-_MAX_POOL = {nn.MaxPool1d: F.max_pool1d, nn.MaxPool2d: F.max_pool2d, nn.MaxPool3d: F.max_pool3d}
+_MAX_POOL: dict[type[nn.Module], Any] = {
+    nn.MaxPool1d: F.max_pool1d,
+    nn.MaxPool2d: F.max_pool2d,
+    nn.MaxPool3d: F.max_pool3d,
+}
 _MAX_POOL_BACKWARD = (
     torch.ops.aten.max_pool2d_with_indices_backward,
     torch.ops.aten.max_pool3d_with_indices_backward,
@@ -54,14 +58,15 @@ def run_stem(
     norm = modules[at] if len(modules) > at else None
     if not isinstance(norm, BATCH_NORMS) or has_hooks(norm):
         return None, 1
-    return _run_stem(modules[:at], modules[at:], x, backend, save)
+    return _run_stem(x, modules[:at], modules[at:], backend, save)
 
 
+@torch_function(0)
 @outside_graphs
 def _run_stem(
+    x: Tensor,
     convolution: Sequence[Any],
     modules: Sequence[nn.Module],
-    x: Tensor,
     backend: str,
     save: Save,
 ) -> tuple[Tensor | None, int]:
@@ -71,6 +76,10 @@ def _run_stem(
     norm, used = found
     pool = modules[used]
     if type(pool) not in _MAX_POOL or has_hooks(pool) or pool.return_indices:
+        return None, 1
+    channels = convolution[0].in_channels if convolution else norm.num_features
+    if x.dim() != 3 + list(_MAX_POOL).index(type(pool)) or x.shape[1] != channels:
+        # torch's own error
         return None, 1
     if not convolution:
         return _norm_relu_max_pool(x, norm, pool, backend), used + 1
@@ -266,7 +275,7 @@ class _Convolution(NamedTuple):
                 new = found[1].to(accumulate_dtype(dx.dtype))
                 dweight = new if dweight is None else dweight.add_(new)
             del part, found
-        return dimage, None if dweight is None else dweight.to(weight.dtype)
+        return dimage, None if dweight is None else like_parameter(dweight, weight)
 
 
 class _Pooling:
