@@ -61,9 +61,10 @@ class Chain(NamedTuple):
 
 
 def layers_of(block: nn.Module) -> list[nn.Module]:
-    """A block's layers: its children, or those of the one container it holds."""
+    """A block's layers: its children, or those of the one container that it holds, being none."""
     children = [child for child in block._modules.values() if child is not None]
-    if len(children) == 1 and type(children[0]) in _CONTAINERS:
+    holds_layers = isinstance(block, _CONTAINERS)
+    if len(children) == 1 and type(children[0]) in _CONTAINERS and not holds_layers:
         return [child for child in children[0]._modules.values() if child is not None]
     return children
 

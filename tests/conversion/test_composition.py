@@ -267,3 +267,12 @@ def test_reference_networks_have_a_first_derivative_of_a_derivative() -> None:
         for m in (ours, naive)
     ]
     assert_close(products[0], products[1])
+
+
+def test_a_single_layer_that_is_a_sequence_is_one_layer() -> None:
+    """It was taken for the container of the layers."""
+    layer = nn.Sequential(nn.Conv2d(5, 3, 3, padding=1), nn.Tanh()).double()
+    ours, naive = effdense.DenseBlock([layer]), reference.DenseBlock([copy.deepcopy(layer)])
+    x = images(2, 5, 6, 4)
+    assert ours(x).shape == (2, 8, 6, 4)
+    assert_same_step(step(ours, x), step(naive, x))
