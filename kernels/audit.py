@@ -206,8 +206,14 @@ def _matrix(rows: int, columns: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, width, dtype=dtype, device="meta")[:, :columns]
 
 
+def _times(factor: float, shape: Shape, element: int) -> float:
+    """Bytes of an element's ``factor`` accesses."""
+    return element * factor
+
+
 def _norm(c: int) -> Normalization:
-    return Normalization(*torch.empty(4, c, device="meta"), 1e-5)
+    mean, var, gamma, beta = torch.empty(4, c, device="meta")
+    return Normalization(mean, var, gamma, beta, 1e-5)
 
 
 def _operations() -> list[Operation]:
@@ -329,10 +335,10 @@ def _operations() -> list[Operation]:
                 # a bottleneck of several tiles reads X again for each tile of dW
                 lambda s, e: e * (3 + 2 * per(s) + (s.bottleneck > 128) * cdiv(s.bottleneck, 128)),
                 lambda s: 10 + 4 * s.bottleneck,
-                partial(conv_backward, **options),
+                partial(conv_backward, need=need, frozen=frozen),
             )
-            for name, options in (
-                *(("", {}), (", no dW", {"need": False}), (", frozen", {"frozen": True})),
+            for name, need, frozen in (
+                *(("", True, False), (", no dW", False, False), (", frozen", True, True)),
             )
         ),
         Operation(*("BN-ReLU-GlobalPool", lambda s, e: e, lambda s: 4, global_), tail=True),
@@ -346,7 +352,7 @@ def _operations() -> list[Operation]:
         found.append(
             Operation(
                 f"BN-ReLU-AvgPool {dims}-D",
-                lambda s, e, dims=dims: e * (1 + tiles[dims]),
+                partial(_times, 1 + tiles[dims]),
                 lambda s: 4,
                 partial(avg, dims=dims),
                 tail=True,
@@ -355,7 +361,7 @@ def _operations() -> list[Operation]:
         found.append(
             Operation(
                 f"BN-ReLU-AvgPool {dims}-D backward",
-                lambda s, e, dims=dims: e * (2 + 2 * tiles[dims]),
+                partial(_times, 2 + 2 * tiles[dims]),
                 lambda s: 10,
                 partial(avg_backward, dims=dims),
                 tail=True,

@@ -255,8 +255,10 @@ def bn_relu_conv1x1_backward(
     starts, shape, sums = found
     part = empty(x, *shape)
     s2, t2, count = (mean, mean, 1.0) if correction is None else correction
-    tensors = (x, mean, var, gamma, beta, weight, dz, y, norm2.mean, norm2.var, gamma2, beta2)
-    tensors += (s2, t2, d, part)
+    tensors = (
+        *(x, mean, var, gamma, beta, weight, dz, y, norm2.mean, norm2.var, gamma2, beta2),
+        *(s2, t2, d, part),
+    )
     floats = eps, norm2.eps, 1.0 / count
     for start in starts:
         start(tensors, floats)
@@ -288,7 +290,7 @@ def _prepare(
     constants = {"CORRECT": correct, "WHOLE_B": n_b == 1, "PAD": min(pad(x), pad(d))}
     constants |= {"DOT": operand_type(kernel, x)}
     together = need_weight and n_b == 1
-    modes = [((n_c, ranges), True, together)]
+    modes: list[tuple[tuple[int, ...], bool, bool]] = [((n_c, ranges), True, together)]
     if need_weight and not together:
         modes.append(((n_c, ranges, n_b), False, True))
     starts = [

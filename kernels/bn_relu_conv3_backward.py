@@ -381,7 +381,7 @@ def bn_relu_conv3_backward(
         found = launcher.prepared[key] = _prepare(*arguments, launcher)
     base_d = aligned_columns(gradient.d, found.first_d)
     base_x = aligned_columns(gradient.x, found.first_x)
-    tensors = base_d, base_x, gradient.mean, gradient.s, gradient.t
+    tensors: tuple[Tensor, ...] = base_d, base_x, gradient.mean, gradient.s, gradient.t
     tensors += (source if mask is None else mask, source, norm.mean, norm.var, gamma, beta)
     floats = 1.0 / gradient.count, norm.eps
     part = empty(source, *found.part)
