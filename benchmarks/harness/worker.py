@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from effdense.errors import first_line
 from effdense.machine.measurement import timed
 from effdense.machine.memory import volunteer_for_the_oom_killer
 from effdense.memory.timeline import Training
@@ -122,8 +123,7 @@ def main() -> None:
         try:
             answer = getattr(worker, request.pop("do"))(**request)
         except Exception as error:
-            text = (str(error) or "no message").splitlines()[0][:300]
-            answer = {"error": f"{type(error).__name__}: {text}"}
+            answer = {"error": f"{type(error).__name__}: {first_line(error)}"}
         print(json.dumps(answer), file=answers)
 
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ..errors import first_line
 from .memory import peak_resident_bytes, resident_bytes, volunteer_for_the_oom_killer
 
 # glibc raises this threshold as large blocks are freed, up to 32 MiB, and then keeps what
@@ -165,8 +166,10 @@ def in_fresh_process(
     try:
         found: dict[str, Any] = json.loads(lines[-1])
     except (IndexError, json.JSONDecodeError):
-        said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        return {"error": said[:300], "out_of_memory": "MemoryError" in said}
+        said = first_line(
+            (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        )
+        return {"error": said, "out_of_memory": "MemoryError" in said[-1]}
     return found
 
 
@@ -178,16 +181,12 @@ def _answer(name: str, threads: str, arguments: str) -> None:
     try:
         found = getattr(importlib.import_module(module), path)(**json.loads(arguments))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        found = {"error": _first_line(error), "out_of_memory": True}
+        found = {"error": first_line(error), "out_of_memory": True}
     except Exception as error:
         # torch has no type of its own for a failed allocation on CPU
-        found = {"error": f"{type(error).__name__}: {_first_line(error)}"}
+        found = {"error": f"{type(error).__name__}: {first_line(error)}"}
         found["out_of_memory"] = "allocate" in str(error).lower()
     print(json.dumps(found), flush=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 if __name__ == "__main__":
