@@ -25,7 +25,8 @@ from ..norms.synchronization import process_groups
 from ..reference import DenseBlock
 from .meta import DeviceType, simulation
 from .optimizers import check_optimizer, make_optimizer
-from .timeline import Peak, Training, is_compiled_for, record_step
+from .timeline import Peak, Training, record_step
+from .workspaces import is_compiled_for
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,6 @@ the same tensors in the same order: its timeline is the prediction of the real o
 
 from __future__ import annotations
 
-import bisect
-import functools
 import heapq
 import math
 import time
@@ -39,7 +37,8 @@ from torch.utils._pytree import tree_leaves
 from ..block.dense_block import DenseStage
 from ..block.recomputation import Recomputed
 from ..tracing import nodes_behind
-from .meta import autocast, meta_result, simulation_of, stands_for
+from .meta import autocast, meta_result, simulation_of
+from .workspaces import Workspaces
 
 ROLES = (
     "parameters",
@@ -149,7 +148,7 @@ class Moment(NamedTuple):
 class Timeline(TorchDispatchMode):
     """Records storages made while it is active; ``peak`` analyses them afterwards.
 
-    Sees what operators return, not scratch memory inside one (a library's workspace).
+    Sees what operators return; what a CPU's take inside is in workspaces.py.
     """
 
     def __init__(self) -> None:
@@ -163,11 +162,7 @@ class Timeline(TorchDispatchMode):
         self._phases: list[tuple[int, float, str]] = []
         self._kept: dict[str, int] = {}
         self._positions: dict[str, int] = {}
-        # (when, bytes) of what convolutions take inside
-        self._scratch: list[tuple[int, int]] = []
-        # by what a product was compiled for: when
-        self._compiled: dict[tuple[Any, ...], int] = {}
-        self._stands_for_cpu = stands_for() == "cpu"
+        self._workspaces = Workspaces()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -186,15 +181,8 @@ class Timeline(TorchDispatchMode):
             for leaf in tree_leaves(out):
                 if isinstance(leaf, torch.Tensor):
                     self._see(leaf)
-        if func in _CONVOLUTIONS and args[0].is_meta and self._stands_for_cpu:
-            self._scratch.append((self._clock, _columns_bytes(func, args, out)))
-        if func in _PRODUCTS and self._is_compiled(out):
-            shapes = [(t.shape, t.stride()) for t in (*args, out) if isinstance(t, Tensor)]
-            self._compiled.setdefault((out.dtype, *shapes), self._clock)
+        self._workspaces.see(self._clock, func, args, out)
         return out
-
-    def _is_compiled(self, product: Tensor) -> bool:
-        return product.is_meta and self._stands_for_cpu and is_compiled_for(product.dtype)
 
     def _see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -253,14 +241,9 @@ class Timeline(TorchDispatchMode):
         live = most = when = 0
         highs: dict[tuple[str, str], int] = {}
         last, resident = None, 0
-        scratch: dict[int, int] = {}
-        for at, nbytes in self._scratch:
-            scratch[at] = max(nbytes, scratch.get(at, 0))
-        compiled = sorted(self._compiled.values())[:_COMPILED_PRODUCTS]
         for clock, change, storage in sorted(births + deaths, key=lambda event: event[0]):
             live += change
-            code = bisect.bisect_right(compiled, clock) * _CODE_BYTES
-            taken = live + scratch.get(clock, 0) + code
+            taken = live + self._workspaces.at(clock)
             resident = max(resident, taken)
             if change > 0:
                 moment = storage.phase, storage.born_at
@@ -313,53 +296,6 @@ class Timeline(TorchDispatchMode):
             now["temporaries"] -= buffer
             found.append(Moment(seconds - began, phase, now))
         return found
-
-
-_CONVOLUTIONS = (
-    torch.ops.aten.convolution.default,
-    torch.ops.aten.convolution_backward.default,
-)
-_PRODUCTS = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten.mm.out,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.addmm_.default,
-)
-# oneDNN compiles a product of 16-bit matrices anew for every shape, and keeps the code:
-# measured, so much of each, and of so many (its documented capacity).
-_CODE_BYTES, _COMPILED_PRODUCTS = 512 << 10, 1024
-
-
-def is_compiled_for(dtype: torch.dtype) -> bool:
-    """Whether matrix products of this type are oneDNN's on this machine's CPU."""
-    return dtype.itemsize == 2 and _is_onednn_s(dtype)
-
-
-def _columns_bytes(func: Any, args: tuple[Any, ...], out: Any) -> int:
-    """What a convolution on a CPU takes inside, where oneDNN doesn't have the type.
-
-    torch then lays out each output position's window as a column (im2col) of the whole batch.
-    Measured: one such matrix, three in backward in 3-D; none for 1x1.
-    """
-    forward = func is _CONVOLUTIONS[0]
-    (x, weight), y = (args[:2], out) if forward else (args[1:3], args[0])
-    taps = math.prod(weight.shape[2:])
-    if taps == 1 or _is_onednn_s(x.dtype):
-        return 0
-    columns = x.shape[1] * taps * y.shape[0] * math.prod(y.shape[2:]) * x.element_size()
-    return columns * (1 if forward or weight.dim() < 5 else 3)
-
-
-@functools.cache
-def _is_onednn_s(dtype: torch.dtype) -> bool:
-    """Whether torch computes convolutions of this type by oneDNN, on this machine's CPU."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return dtype == torch.float32
 
 
 def record_step(

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import effdense
 from effdense import reference
 from effdense.choices import OptimizerName
-from effdense.memory import meta, timeline
+from effdense.memory import meta, timeline, workspaces
 from effdense.memory.estimation import Rehearsal, places, reserved_bytes
 from effdense.memory.optimizers import make_optimizer, state_copies
 from effdense.memory.planning import CANDIDATES, BudgetError
@@ -377,7 +377,7 @@ def test_what_does_not_fit_is_offloaded_where_it_may_be() -> None:
 
 
 @pytest.mark.skipif(
-    not timeline.is_compiled_for(torch.bfloat16), reason="no products in 16 bits by oneDNN here"
+    not workspaces.is_compiled_for(torch.bfloat16), reason="no products in 16 bits by oneDNN here"
 )
 def test_code_compiled_for_16_bits_is_counted() -> None:
     model = effdense.densenet_bc(22, 12)
