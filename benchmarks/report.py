@@ -212,11 +212,12 @@ def _sources(rows: Iterable[Row]) -> str:
     lines = []
     for row in {_source(row): row for row in rows}.values():
         memory = f", {float(row['memory_bytes']) / 2**30:.1f} GiB" if row["memory_bytes"] else ""
+        command = re.sub(r" --output \S+", "", row["command"])
         threads = f", {row['threads']} thread{'s' if row['threads'] != '1' else ''}"
         lines.append(
             f"- {row['gpu'] or row['processor']}, {row['cores']} cores{memory}"
             f"{threads if row['threads'] else ''}, torch {row['torch']}, Python {row['python']}, "
-            f"revision {row['git_revision'][:7]}, {row['date'][:10]}: `{row['command']}`"
+            f"revision {row['git_revision'][:7]}, {row['date'][:10]}: `{command}`"
         )
     return "\n".join(lines)
 
