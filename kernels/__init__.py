@@ -26,6 +26,8 @@ __all__ = [
     "bn_relu",
     "bn_relu_conv1x1",
     "bn_relu_conv1x1_backward",
+    "bn_relu_conv3",
+    "bn_relu_conv3_backward",
     "bn_relu_pool",
     "finish_gradient",
     "launch",
