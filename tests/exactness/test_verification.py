@@ -313,7 +313,7 @@ def test_on_a_gpu_autocast_and_channels_last_are_measured_too(
             ["densenet_bc", "--depth", "10", "--image-size", "4", "--batch-size", "7"],
             "leaves 7 values",
         ),
-        (["densenet_bc", "--batch-size", "0"], "positive integers"),
+        (["densenet_bc", "--batch-size", "0"], "a positive integer"),
         (["densenet_bc", "--steps", "0"], "positive integer"),
         (["densenet_bc", "--device", "tpu9"], "cpu, cuda or cuda:N"),
         (["densenet_bc", "--device", "cuda:7"], "torch sees"),
