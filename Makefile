@@ -1,5 +1,5 @@
-# make train   install into .venv and train on real images with four processes
-# make test    install into .venv and run the test suite
+# make train   install what running needs into .venv and train on real images with four processes
+# make test    install the rest too and run the test suite
 # make quick   what of the suite takes three minutes, of every subject
 # make oldest  the suite with the oldest versions that pyproject.toml claims, in .oldest
 # make check   lint, type-check and build the documentation; changes nothing
@@ -14,18 +14,23 @@ PYTHON ?= python3
 NPROC ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 
 .PHONY: train test quick oldest check docs dist audit chaos bench figures install clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml effdense/version.py
+$(RUNS): pyproject.toml effdense/version.py
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(STAMP): $(RUNS)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
-train: $(STAMP)
+train: $(RUNS)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc_per_node $(NPROC) train_ddp.py $(ARGS)
 
 test: $(STAMP)
