@@ -33,7 +33,8 @@ from tyro.conf import arg
 from effdense.commands import front_end
 from effdense.errors import UserError
 from effdense.machine.environment import headline
-from effdense.machine.memory import available_bytes, parse_size
+from effdense.machine.memory import available_bytes
+from effdense.machine.sizes import parse_size
 from effdense.machine.tables import table
 from effdense.memory.planning import largest
 from effdense.memory.timeline import ROLES

@@ -18,7 +18,8 @@ from ..backends.cpu_library import DTYPES as LOOP_DTYPES
 from ..backends.cpu_library import compilers
 from ..errors import first_line
 from ..machine import environment as machine
-from ..machine.memory import available_bytes, show_size, total_bytes
+from ..machine.memory import available_bytes, total_bytes
+from ..machine.sizes import show_size
 from ..machine.tables import columns
 
 

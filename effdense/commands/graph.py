@@ -14,7 +14,7 @@ from tyro.conf import arg
 
 from ..choices import Save
 from ..errors import UserError, first_line
-from ..machine.memory import show_size
+from ..machine.sizes import show_size
 from ..memory.graphs import Graph, as_dot, autograd_graph, module_graph
 from . import front_end
 from .network import Batch, Network

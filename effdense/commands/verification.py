@@ -22,7 +22,7 @@ from ..backends.cpu_library import CannotLoad
 from ..block.forwards import BlockForward
 from ..choices import DtypeName
 from ..errors import UserError
-from ..machine.memory import show_size
+from ..machine.sizes import show_size
 from ..verification.claims import Comparison, Twins, operations
 from ..verification.comparison import near_prediction
 from ..verification.hidden_states import block_inputs, first_tensor

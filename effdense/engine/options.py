@@ -17,7 +17,7 @@ import tyro
 from ..choices import BackendName, NetworkName, OptimizerName, Save
 from ..errors import UserError
 from ..machine.environment import usable_cores
-from ..machine.memory import parse_size
+from ..machine.sizes import parse_size
 from .recipes import ADAPTIVE_LR, RECIPES, UNAUGMENTED_DROP_RATE, Recipe
 
 DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagefolder", "webdataset", "fake"]

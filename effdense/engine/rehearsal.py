@@ -15,7 +15,7 @@ from torch import nn
 
 from ..autocast import AUTOCAST_DTYPES
 from ..errors import UserError
-from ..machine.memory import show_size
+from ..machine.sizes import show_size
 from ..memory.estimation import bucket_bytes
 from ..memory.optimizers import state_copies
 from ..norms.synchronization import unsynchronised

@@ -33,7 +33,8 @@ from torch import nn
 
 from ..block.forwards import dense_blocks, set_offload, set_save
 from ..choices import Save
-from ..machine.memory import available_bytes, parse_size, show_size
+from ..machine.memory import available_bytes
+from ..machine.sizes import parse_size, show_size
 from ..machine.tables import columns
 from ..models import densenet_bc
 from ..recognition.reading import read_block

@@ -15,7 +15,7 @@ from effdense.engine.distributed import World, joined_world
 from effdense.engine.options import TrainConfig
 from effdense.engine.training import run
 from effdense.errors import UserError
-from effdense.machine.memory import show_size
+from effdense.machine.sizes import show_size
 from effdense.memory.planning import choices
 
 pytestmark = pytest.mark.slow
