@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 
+from ..errors import first_line
+from ..machine.environment import cache_folder
+
 _SOURCES = Path(__file__).parent / "loops"
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 # Neither changes a result: nobody reads errno or traps, and loops vectorise without them.
@@ -90,9 +93,8 @@ def _compiled(real: str) -> Path:
         _processor(),
     ]
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = f"{real}-{key}.so"
-    target = cache / "effdense" / "loops" / name
+    target = cache_folder("loops") / name
     if target.exists():
         return target
     try:
@@ -109,8 +111,8 @@ def _compiled(real: str) -> Path:
         )
         made.replace(target)
     except subprocess.CalledProcessError as error:
-        first_line = (error.stderr.splitlines() or ["no message"])[0]
-        raise CannotLoad(f"{compiler} failed: {first_line}") from error
+        said = first_line(error.stderr or f"exit status {error.returncode}")
+        raise CannotLoad(f"{compiler} failed: {said}") from error
     except OSError as error:
         raise CannotLoad(f"{compiler} or the cache failed: {error}") from error
     finally:

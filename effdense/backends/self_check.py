@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..errors import first_line
 from .base import (
     Backend,
     Deferred,
@@ -43,8 +44,7 @@ _TF32_TOLERANCE = 5e-3
 
 
 def describe(error: Exception) -> str:
-    first_line = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line}"[:500]
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def self_check(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:

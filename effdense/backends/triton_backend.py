@@ -39,6 +39,8 @@ from effdense.kernels import (
     statistics,
 )
 
+from ..machine.environment import cache_folder
+
 INTERPRETED: bool = launch.interpreted(statistics.statistics_fwd_kernel)
 """Whether this process runs the kernels in Triton's interpreter, on any device."""
 
@@ -70,8 +72,7 @@ class TritonBackend(Stepwise):
     ) -> None:
         if search is None:
             search = os.environ.get("EFFDENSE_LAUNCH_SEARCH", "0") == "1"
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self._search_directory = search_directory or cache / "effdense" / "launch"
+        self._search_directory = search_directory or cache_folder("launch")
         self._search = search
         self._table = table
         self._precision = "tf32" if (tf32_convolutions() if tf32 is None else tf32) else "ieee"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from ..machine.memory import peak_resident_bytes
 from .data.order import Batch
 from .distributed import World
 from .options import ResolvedConfig
@@ -44,8 +44,7 @@ def peak_memory(device: torch.device) -> int:
     """The most memory this process has held, bytes: resident, or allocated on its GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
+    return peak_resident_bytes()
 
 
 def _duration(seconds: float) -> str:

@@ -27,6 +27,12 @@ _PACKAGES = (
 )
 
 
+def cache_folder(name: str) -> Path:
+    """``$XDG_CACHE_HOME/effdense/NAME``, for what is made once per machine."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "effdense" / name
+
+
 def usable_cores() -> int:
     """Cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):

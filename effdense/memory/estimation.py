@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..autocast import AUTOCAST_DTYPES
 from ..block.forwards import BlockForward, dense_blocks, set_offload, set_save
 from ..choices import OptimizerName
+from ..errors import first_line
 from ..machine.tables import columns
 from ..norms.synchronization import process_groups
 from ..reference import DenseBlock
@@ -169,7 +170,7 @@ class Rehearsal:
             with simulation(self._device, every_shape):
                 return record_step(lambda: self._training(shape), places=places)
         except (RuntimeError, IndexError, NotImplementedError) as error:
-            line = str(error).splitlines()[0]
+            line = first_line(error)
             raise ValueError(f"the model refuses input of shape {shape}: {line}") from error
 
     def _training(self, shape: tuple[int, ...]) -> Training:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import first_line
 from ..norms.synchronization import process_groups
 from .objections import CONVOLUTIONS, SYNC_BATCH_NORMS
 from .parts import _PLAIN_NORMS, Chain, LayerParts, _Layer, _read_layer, input_width, layers_of
@@ -36,7 +37,7 @@ def _proved(signature: tuple[Any, ...], prove: Callable[[], Any]) -> Any:
         except _Unproved as objection:
             _proofs[signature] = str(objection)
         except Exception as error:
-            line = (str(error) or type(error).__name__).splitlines()[0]
+            line = first_line(error)
             _proofs[signature] = f"running a copy of it failed: {line}"
     return _proofs[signature]
 

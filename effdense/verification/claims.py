@@ -20,6 +20,7 @@ from ..backends.precision import exact_float32
 from ..backends.self_check import operation_errors
 from ..block.forwards import BlockForward
 from ..conversion import convert
+from ..errors import first_line
 from .comparison import (
     FLOOR,
     Step,
@@ -248,7 +249,7 @@ def operations(backend: Any, device: torch.device, dtype: torch.dtype, each: boo
     for operation, error, tolerance in operation_errors(backend, device, dtype):
         compared = f"{_name(dtype)} on {device} against float64"
         if isinstance(error, Exception):
-            line = (str(error).splitlines() or [""])[0][:200]
+            line = first_line(error)
             raised = f"{compared}: {type(error).__name__}: {line}"
             yield Row(f"{backend.name}: {operation}", raised, "", f"{tolerance:.0e}", "FAILED")
         elif each:
