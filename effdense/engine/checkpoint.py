@@ -140,6 +140,9 @@ class CheckpointStore:
         """The newest checkpoint that is what was written; None if there is none.
 
         Those that are not are set aside as ``damaged-...``, and said, with the reason.
+
+        Raises:
+            UserError: for one that a newer version of this package has written.
         """
         for leftover in self.folder.glob(".epoch-*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -177,6 +180,7 @@ def verified(path: Path) -> dict[str, bytes]:
 
     Raises:
         Damaged: says which file is not, and how.
+        UserError: for one that a newer version of this package has written.
     """
 
     def content(name: str) -> bytes:
@@ -189,14 +193,16 @@ def verified(path: Path) -> dict[str, bytes]:
 
     try:
         manifest: dict[str, Any] = json.loads(content(MANIFEST))
-        if manifest["format"] != _FORMAT:
-            raise Damaged(f"{MANIFEST} has format {manifest['format']}, not {_FORMAT}")
-        expected = {
-            str(name): (int(fact["bytes"]), str(fact["sha256"]))
-            for name, fact in manifest["files"].items()
-        }
+        written = int(manifest["format"])
+        facts = manifest["files"].items() if written <= _FORMAT else ()
+        expected = {str(name): (int(fact["bytes"]), str(fact["sha256"])) for name, fact in facts}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(f"{MANIFEST} cannot be understood") from None
+    if written > _FORMAT:
+        raise UserError(
+            f"{path} was written by a newer effdense (format {written}, this one reads "
+            f"{_FORMAT}): go on with that one, or choose another --work-dir"
+        )
     files = {}
     for name, (size, digest) in expected.items():
         files[name] = content(name)

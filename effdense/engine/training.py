@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from ..errors import TrainingError, UserError
 from . import plots
-from .checkpoint import Position
+from .checkpoint import CheckpointStore, Position
 from .data.datasets import load, needs_preparation
 from .data.order import ImageData
 from .distributed import World, all_or_none, gathered, joined_world, largest, launched_processes
@@ -128,27 +128,12 @@ def _train(
     """The run from where its newest checkpoint is, or else from the beginning, to its end."""
     config, world = trainer.config, trainer.world
     trainer.settle_buckets((data.in_channels, config.image_size, config.image_size))
-    store = found = None
-    if work_dir is not None:
-        store = work_dir.checkpoints(config.keep_checkpoints)
-        found = store.newest(progress.say)
-    rows, said = go_on(trainer, found, config, world)
-    logs: dict[str, CsvLog] = {}
-    with all_or_none():
-        if work_dir is not None:
-            if found is None:
-                work_dir.write_config(config, world, facts)
-            wanted = set(LOG_COLUMNS) - (set() if config.system_interval else {"system.csv"})
-            logs = work_dir.logs(rows, wanted)
-    for line in said:
-        progress.say(line)
-
-    board = Board(work_dir.path / "tensorboard" if config.tensorboard and work_dir else None)
-    keeper = Keeper(trainer, config, world, store, logs, signals)
-    steps_per_epoch = len(data.train) // config.batch_size
-    telemetry = Telemetry(world, config.system_interval, logs.get("system.csv"))
+    records = _Records.of(trainer, work_dir, facts, progress)
+    keeper = Keeper(trainer, config, world, records.store, records.logs, signals)
+    telemetry = Telemetry(world, config.system_interval, records.logs.get("system.csv"))
     if telemetry.warning:
         progress.say(telemetry.warning)
+    steps_per_epoch = len(data.train) // config.batch_size
 
     def after_step(steps_left: int) -> None:
         # the row first: a checkpoint of this step holds it
@@ -156,7 +141,7 @@ def _train(
         telemetry.after_step(trainer.position.epoch, step, steps_left == 0)
         keeper.after_step(steps_left)
 
-    test = None
+    test = records.tested
     while trainer.position.epoch <= config.epochs:
         epoch, done = trainer.position.epoch, trainer.position.step
         progress.epoch(epoch)
@@ -164,50 +149,112 @@ def _train(
         try:
             train = trainer.train_epoch(data.train, progress, after_step)
         except TrainingError as error:
-            raise TrainingError(f"{error}; {store.left()}" if store else str(error)) from None
-        seconds, waited, memory = largest(
-            [time.monotonic() - began, trainer.waited, peak_memory(world.device)]
-        )
-        speed = Speed((steps_per_epoch - done) * config.batch_size, seconds, waited, round(memory))
+            raise TrainingError(f"{error}{records.left()}") from None
+        images = (steps_per_epoch - done) * config.batch_size
+        speed = _speed(trainer, images, time.monotonic() - began)
         test = trainer.evaluate(data.test)
         with all_or_none():
-            if work_dir is not None:
-                step = epoch * steps_per_epoch
-                lr = trainer.optimizer.param_groups[0]["lr"]
-                logs["train.csv"].add(
-                    epoch=epoch, step=step, lr=lr, loss=train.loss, error=train.error
-                )
-                logs["test.csv"].add(
-                    epoch=epoch, step=step, loss=test.loss, error=test.error, samples=test.samples
-                )
-                logs["speed.csv"].add(
-                    epoch=epoch,
-                    step=step,
-                    seconds=round(seconds, 3),
-                    images_per_second=round(speed.images_per_second, 1),
-                    wait_percent=round(speed.wait_percent, 1),
-                    memory_mib=round(memory / 2**20, 1),
-                )
-                plots.draw([work_dir.path], work_dir.path)
-                board.add(epoch, train, test, speed)
+            records.add(epoch, epoch * steps_per_epoch, train, test, speed)
         _say_left_out(trainer, data, progress)
         progress.end(train, test, speed)
         trainer.position = Position(epoch + 1, 0)
         keeper.after_epoch(test.error)
-    if test is None:
-        test = last_score(rows["test.csv"])
+    assert test is not None
     with all_or_none():
-        if work_dir is not None:
-            plots.draw([work_dir.path], work_dir.path, plots.ALL)
-            weights = trainer.tested.state_dict()
-            about = {"arch": config.arch, "classes": json.dumps(data.classes)}
-            work_dir.write_file("model.safetensors", safetensors_bytes(weights, about))
-            path = work_dir.write_file("model.pt", saved(weights))
-            work_dir.write_file("report.html", html_report(work_dir.path).encode())
-            progress.say(
-                f"test error {test.error:.2f} % on {test.samples} images; weights in {path}"
-            )
+        records.finish(data.classes, test)
     return test
+
+
+def _speed(trainer: Trainer, images: int, seconds: float) -> Speed:
+    """Of the slowest and the largest process; a collective."""
+    own = [seconds, trainer.waited, peak_memory(trainer.world.device)]
+    slowest, waited, memory = largest(own)
+    return Speed(images, slowest, waited, round(memory))
+
+
+class _Records:
+    """What rank 0 keeps of a run in its work directory; other processes keep nothing."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        work_dir: WorkDir | None,
+        store: CheckpointStore | None,
+        logs: dict[str, CsvLog],
+        tested: Score | None,
+        progress: Progress,
+    ) -> None:
+        self._trainer, self._work_dir, self._progress = trainer, work_dir, progress
+        self.store, self.logs = store, logs
+        self.tested = tested
+        """The last test before this process began, if there was one."""
+        shown = work_dir if trainer.config.tensorboard else None
+        self._board = Board(shown.path / "tensorboard" if shown else None)
+
+    @classmethod
+    def of(
+        cls,
+        trainer: Trainer,
+        work_dir: WorkDir | None,
+        facts: Mapping[str, Any],
+        progress: Progress,
+    ) -> _Records:
+        """Go on with what the work directory holds, or begin it; a collective."""
+        config, world = trainer.config, trainer.world
+        store = found = None
+        with all_or_none():
+            if work_dir is not None:
+                store = work_dir.checkpoints(config.keep_checkpoints)
+                found = store.newest(progress.say)
+        rows, said = go_on(trainer, found, config, world)
+        logs: dict[str, CsvLog] = {}
+        with all_or_none():
+            if work_dir is not None:
+                if found is None:
+                    work_dir.write_config(config, world, facts)
+                wanted = set(LOG_COLUMNS) - (set() if config.system_interval else {"system.csv"})
+                logs = work_dir.logs(rows, wanted)
+        for line in said:
+            progress.say(line)
+        tested = last_score(rows["test.csv"]) if trainer.position.epoch > config.epochs else None
+        return cls(trainer, work_dir, store, logs, tested, progress)
+
+    def left(self) -> str:
+        """What a run that has to stop can go on from, to be put after why it stops."""
+        return "" if self.store is None else f"; {self.store.left()}"
+
+    def add(self, epoch: int, step: int, train: Score, test: Score, speed: Speed) -> None:
+        """The rows and curves of an epoch."""
+        if self._work_dir is None:
+            return
+        place = {"epoch": epoch, "step": step}
+        lr = self._trainer.optimizer.param_groups[0]["lr"]
+        self.logs["train.csv"].add(**place, lr=lr, loss=train.loss, error=train.error)
+        self.logs["test.csv"].add(**place, loss=test.loss, error=test.error, samples=test.samples)
+        self.logs["speed.csv"].add(
+            **place,
+            seconds=round(speed.seconds, 3),
+            images_per_second=round(speed.images_per_second, 1),
+            wait_percent=round(speed.wait_percent, 1),
+            memory_mib=round(speed.memory / 2**20, 1),
+        )
+        plots.draw([self._work_dir.path], self._work_dir.path)
+        self._board.add(epoch, train, test, speed)
+
+    def finish(self, classes: Sequence[str], test: Score) -> None:
+        """The run's weights and its page."""
+        if self._work_dir is None:
+            return
+        folder = self._work_dir.path
+        plots.draw([folder], folder, plots.ALL)
+        weights = self._trainer.tested.state_dict()
+        about = {"arch": self._trainer.config.arch, "classes": json.dumps(classes)}
+        self._work_dir.write_file("model.safetensors", safetensors_bytes(weights, about))
+        path = self._work_dir.write_file("model.pt", saved(weights))
+        self._work_dir.write_file("report.html", html_report(folder).encode())
+        self._progress.say(
+            f"test error {test.error:.2f} % on {test.samples} images; weights in {path}"
+        )
 
 
 def _say_left_out(trainer: Trainer, data: ImageData, progress: Progress) -> None:

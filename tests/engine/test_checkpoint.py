@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from effdense.engine.checkpoint import CheckpointStore, Position
+from effdense.engine.checkpoint import MANIFEST, CheckpointStore, Position
+from effdense.errors import UserError
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -22,3 +24,14 @@ def test_the_newest_and_the_best_stay(keep: int, tmp_path: Path) -> None:
     newest = store.newest(pytest.fail)
     assert newest is not None
     assert newest.path.name == str(Position(100000, 7))
+
+
+def test_what_a_newer_version_wrote_is_refused_and_no_damage(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    store.publish(Position(1, 0), {"state.pt": b"older"})
+    path = store.publish(Position(2, 0), {"state.pt": b"newer"})
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    (path / MANIFEST).write_text(json.dumps(manifest | {"format": 2, "files": ["otherwise"]}))
+    with pytest.raises(UserError, match=r"newer effdense \(format 2, this one reads 1\)"):
+        store.newest(pytest.fail)
+    assert store.positions() == [Position(1, 0), Position(2, 0)]

@@ -104,6 +104,29 @@ def test_other_options_are_named(uninterrupted: Path, tmp_path: Path) -> None:
     assert final_state(tmp_path / "run") == before
 
 
+def test_runs_that_recorded_the_options_old_names_go_on(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))
+    file = tmp_path / "run" / "config.yaml"
+    recorded = yaml.safe_load(file.read_text())
+    options = recorded["options"]
+    names = {"opt": "optimizer", "sync_bn": "sync_batch_norm", "memory_budget": "budget"}
+    for old, new in names.items():
+        options[old] = options.pop(new)
+    assert options.pop("dtype") == "float32"
+    options["amp"] = "none"
+    file.write_text(yaml.safe_dump(recorded))
+    with Ranks(tmp_path, [*RUN, "--dtype", "bfloat16"], 1) as ranks:
+        assert ranks.wait() == [2]
+    assert "with other options: --dtype is bfloat16, was float32 (config.yaml)" in ranks.said()
+    with Ranks(tmp_path, RUN, 3) as ranks:
+        assert ranks.wait() == [0, 0, 0], ranks.said()
+    assert "going on from epoch 2 of 2" in ranks.said()
+    assert final_state(tmp_path / "run") == final_state(uninterrupted)
+
+
 def test_another_number_of_processes(tmp_path: Path) -> None:
     """The samples and their order stay; what is no longer bit-exact is said."""
     run = [*RUN, "--drop-rate", 0.0]
