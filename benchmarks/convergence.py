@@ -39,7 +39,7 @@ from effdense.choices import DtypeName
 from effdense.commands import front_end
 from effdense.engine.checkpoint import Position
 from effdense.engine.data.datasets import load
-from effdense.engine.data.order import ImageData
+from effdense.engine.data.images import ImageData
 from effdense.engine.distributed import World, joined_world
 from effdense.engine.networks import make_network
 from effdense.engine.options import ResolvedConfig, TrainConfig

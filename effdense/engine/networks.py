@@ -12,7 +12,8 @@ import effdense
 
 from ..errors import UserError
 from ..models import configuration
-from .data.order import ImageData, random_key
+from .data.images import ImageData
+from .data.order import random_key
 from .distributed import World
 from .options import ResolvedConfig
 

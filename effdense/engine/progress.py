@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ..machine.memory import peak_resident_bytes
-from .data.order import Batch
+from .data.images import Batch
 from .distributed import World
 from .options import ResolvedConfig
 from .scores import Score

@@ -18,7 +18,8 @@ from ..autocast import AUTOCAST_DTYPES
 from ..errors import TrainingError
 from ..memory.optimizers import make_optimizer
 from .checkpoint import Position
-from .data.order import Batch, Split, global_batches, random_key, share
+from .data.images import Batch, Split
+from .data.order import global_batches, random_key, share
 from .distributed import World, average_running_statistics, data_parallel, largest
 from .options import ResolvedConfig
 from .progress import Progress

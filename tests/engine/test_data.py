@@ -14,15 +14,8 @@ from torchvision import datasets
 
 from effdense.engine.data import order as data_module
 from effdense.engine.data.datasets import load
-from effdense.engine.data.order import (
-    ImageData,
-    InMemory,
-    Normalization,
-    ShiftAndFlip,
-    Split,
-    global_batches,
-    share,
-)
+from effdense.engine.data.images import ImageData, InMemory, Normalization, ShiftAndFlip, Split
+from effdense.engine.data.order import global_batches, share
 from effdense.engine.options import TrainConfig
 from effdense.errors import UserError
 

@@ -15,7 +15,7 @@ import torch
 from effdense.engine.data import image_files, shards
 from effdense.engine.data.datasets import load
 from effdense.engine.data.image_files import prefetched
-from effdense.engine.data.order import ImageData, Split
+from effdense.engine.data.images import ImageData, Split
 from effdense.engine.data.shards import INDEX, Shards
 from effdense.engine.options import TrainConfig
 from effdense.errors import UserError

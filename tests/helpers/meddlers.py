@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from effdense.engine.data.order import InMemory
+from effdense.engine.data.images import InMemory
 from effdense.engine.distributed import joined_world
 from tests.helpers import workers
 

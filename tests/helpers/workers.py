@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import effdense
 from effdense.engine import training
-from effdense.engine.data.order import Batch, InMemory, Normalization, share
+from effdense.engine.data.images import Batch, InMemory, Normalization
+from effdense.engine.data.order import share
 from effdense.engine.distributed import World, all_or_none, joined_world, launched_processes
 from effdense.engine.options import TrainConfig
 from effdense.engine.signals import StopSignals

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..options import ResolvedConfig
 from .image_files import Folder, ImageFiles, Source
-from .order import (
+from .images import (
     CIFAR10_NORMALIZATION,
     CIFAR100_NORMALIZATION,
     DIGITS_NORMALIZATION,
@@ -21,8 +21,8 @@ from .order import (
     InMemory,
     Normalization,
     ShiftAndFlip,
-    generator,
 )
+from .order import generator
 from .shards import Shards
 
 

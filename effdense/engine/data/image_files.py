@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...errors import UserError
 from ..signals import outlive_stop_signals
-from .order import (
+from .images import (
     CIFAR10_NORMALIZATION,
     CIFAR100_NORMALIZATION,
     DIGITS_NORMALIZATION,
@@ -29,8 +29,8 @@ from .order import (
     Batch,
     Normalization,
     ShiftAndFlip,
-    random_key,
 )
+from .order import random_key
 
 # Batches that are ready on the device before they are asked for.
 _AHEAD = 2

@@ -1,24 +1,16 @@
-"""What a run reads: the order of samples, their augmentation, and data that fit in memory.
+"""The order of samples, and the keys of everything that is drawn at random.
 
 Nothing is drawn from a generator whose state lives on from step to step. The order of an epoch
 is a function of (seed, epoch) and what augmentation does to a sample one of (seed, epoch, index
-of the sample), whatever the number of processes and loader workers. The data sets themselves are
-in :mod:`effdense.engine.data.datasets`.
+of the sample), whatever the number of processes and loader workers.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-Batch = tuple[Tensor, Tensor]
-"""Normalised images (N, C, H, W) in float32 and their labels (N,) in int64."""
 
 
 def random_key(*parts: int | str) -> int:
@@ -44,131 +36,3 @@ def global_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> 
 def share(indices: Tensor, rank: int, world_size: int) -> Tensor:
     """What process ``rank`` takes of ``indices``: shares differ by one at most, all are used."""
     return indices.tensor_split(world_size)[rank]
-
-
-class Split(Protocol):
-    """The training or the test part of a data set."""
-
-    unreadable: set[str]
-    """Image files that this process has found it cannot read."""
-
-    def __len__(self) -> int:
-        """Samples in it."""
-
-    def batches(
-        self, indices: Sequence[Tensor], epoch: int | None, device: torch.device
-    ) -> Iterator[Batch]:
-        """One batch for each tensor of indices; augmented unless ``epoch`` is None."""
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """A data set: its two splits and the shape of the problem."""
-
-    train: Split
-    test: Split
-    num_classes: int
-    in_channels: int
-    class_names: tuple[str, ...] = ()
-    """In the order of the labels; none: their numbers."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """A name for each class."""
-        return self.class_names or tuple(map(str, range(self.num_classes)))
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """Per-channel mean and standard deviation, in units of the stored pixel values."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
-        return (images.float() - mean) / std
-
-
-# Raw 0..255 pixel values. The CIFAR constants are those of the paper's own code; on SVHN the
-# paper divides by 255 and no more (section 4.1).
-CIFAR10_NORMALIZATION = Normalization((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
-CIFAR100_NORMALIZATION = Normalization((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))
-SVHN_NORMALIZATION = Normalization((0.0,) * 3, (255.0,) * 3)
-IMAGENET_NORMALIZATION = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-# Raw 0..16 grey values.
-DIGITS_NORMALIZATION = Normalization((4.9,), (6.0,))
-
-
-@dataclass(frozen=True)
-class ShiftAndFlip:
-    """Shift by up to ``pad`` pixels, zeros coming in, and mirror every other image.
-
-    Applied to normalised images, as in the paper's code: the zeros are the mean colour. A batch at
-    a time, on the device that holds it, each image in its own way, where torchvision's transforms
-    do the same to a whole batch.
-    """
-
-    pad: int
-    flip: bool
-
-    def draw(self, num_samples: int, seed: int, epoch: int) -> Tensor:
-        """What to do to each sample in an epoch: (num_samples, 3) of offset y, x, mirrored."""
-        shape = (num_samples, 1)
-        source = generator("augmentation", seed, epoch)
-        offsets = torch.randint(2 * self.pad + 1, (num_samples, 2), generator=source)
-        flips = torch.randint(2 if self.flip else 1, shape, generator=source)
-        return torch.cat([offsets, flips], dim=1)
-
-    def __call__(self, images: Tensor, drawn: Tensor) -> Tensor:
-        """Images (N, C, H, W) and their rows of :meth:`draw`."""
-        if not self.pad:
-            mirrored = drawn[:, 2].to(images.device).bool().view(-1, 1, 1, 1)
-            return torch.where(mirrored, images.flip(3), images)
-        height, width = images.shape[2:]
-        y, x, flip = drawn.to(images.device).unsqueeze(-1).unbind(1)
-        rows = torch.arange(height, device=images.device) + y
-        columns = torch.arange(width, device=images.device)
-        columns = torch.where(flip.bool(), columns.flip(0), columns) + x
-        padded = F.pad(images, (self.pad,) * 4)
-        sample = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1)
-        channel = torch.arange(images.shape[1], device=images.device).view(1, -1, 1, 1)
-        return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-class InMemory:
-    """Images (N, C, H, W), held as they were stored on the device that trains."""
-
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        normalization: Normalization,
-        augment: ShiftAndFlip | None = None,
-        seed: int = 0,
-    ) -> None:
-        assert len(images) == len(labels)
-        self.images = images
-        self.labels = labels
-        self.normalization = normalization
-        self.augment = augment
-        self.seed = seed
-        self.unreadable: set[str] = set()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batches(
-        self, indices: Sequence[Tensor], epoch: int | None, device: torch.device
-    ) -> Iterator[Batch]:
-        self.images, self.labels = self.images.to(device), self.labels.to(device)
-        drawn = None
-        if epoch is not None and self.augment is not None:
-            drawn = self.augment.draw(len(self), self.seed, epoch)
-        for chosen in indices:
-            there = chosen.to(device)
-            images = self.normalization(self.images[there])
-            if drawn is not None and self.augment is not None:
-                images = self.augment(images, drawn[chosen])
-            yield images, self.labels[there]
