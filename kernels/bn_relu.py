@@ -33,7 +33,7 @@ def bn_relu_reference(x: Tensor, norm: Normalization) -> Tensor:
 def bn_relu_backward_reference(
     x: Tensor, norm: Normalization, dz: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dz [z > 0], S and T of x (P, c)."""
+    """dz [z > 0], S and T of x (P, c)."""
     masked = dz * (bn_relu_reference(x, norm) > 0)
     xhat = (x - norm.mean) * norm.rstd
     return masked, masked.sum(0), (masked * xhat).sum(0)
@@ -161,7 +161,7 @@ def bn_relu_bwd_apply_kernel(
 
 
 def bn_relu(x: Tensor, norm: Normalization, out: Tensor, launcher: Launcher) -> None:
-    """Out = relu(norm(x)); x, out (P, c) of any row stride and storage type.
+    """out = relu(norm(x)); x, out (P, c) of any row stride and storage type.
 
     Reads P c elements, writes P c.
     """

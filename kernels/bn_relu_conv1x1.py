@@ -130,7 +130,7 @@ def bn_relu_conv1x1(
     statistics: Statistics | None,
     launcher: Launcher,
 ) -> None:
-    """Out = relu(norm(x)) @ weight^T, its mean and biased variance into ``statistics``.
+    """out = relu(norm(x)) @ weight^T, its mean and biased variance into ``statistics``.
 
     x (P, c), weight (B, c) of any float type, out (P, B); statistics (B,) float32 each.
     Reads P c elements of x once per ``block_b`` columns of the product, and weight once

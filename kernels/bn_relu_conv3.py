@@ -188,7 +188,7 @@ def bn_relu_conv3(
     statistics: Statistics | None,
     launcher: Launcher,
 ) -> None:
-    """Out = conv(relu(norm(source))) * mask, the statistics of what was stored into theirs.
+    """out = conv(relu(norm(source))) * mask, the statistics of what was stored into theirs.
 
     source (P, B); weight (k, B, 3, ...) of any float type and strides, best with channels side
     by side; out (P, k), a column range of a wider matrix or not; ``shape`` = (n, *spatial),

@@ -33,7 +33,7 @@ def rectified(b_y):
 
 @triton.jit
 def backward_terms(b_x, b_dz, b_mean, b_rstd, b_scale, b_shift):
-    """Dz [z > 0] and its product with xhat: what S and T are sums of, and D a multiple."""
+    """dz [z > 0] and its product with xhat: what S and T are sums of, and D a multiple."""
     b_g = tl.where(normalized(b_x, b_scale, b_shift) <= 0, 0.0, b_dz)
     return b_g, b_g * ((b_x.to(tl.float32) - b_mean[None, :]) * b_rstd[None, :])
 

@@ -199,7 +199,7 @@ class Backend(Protocol):
         ...
 
     def bn_relu(self, x: Tensor, norm: Normalization, out: Tensor) -> None:
-        """Out = relu(scale * x + shift); x, out (P, c)."""
+        """out = relu(scale * x + shift); x, out (P, c)."""
         ...
 
     def bn_relu_backward_reduce(
@@ -236,7 +236,7 @@ class Backend(Protocol):
         out: Tensor,
         statistics: Statistics | None,
     ) -> None:
-        """Out = relu(norm(x)) @ weight^T, and its statistics where there is a place for them.
+        """out = relu(norm(x)) @ weight^T, and its statistics where there is a place for them.
 
         x (P, c), weight (B, c) in any type, out (P, B) dense.
         """
@@ -273,7 +273,7 @@ class Backend(Protocol):
         mask: Tensor | None,
         statistics: Statistics | None,
     ) -> None:
-        """Out = mask * conv(relu(norm(source))), 3 wide in every spatial dimension, zero-padded.
+        """out = mask * conv(relu(norm(source))), 3 wide in every spatial dimension, zero-padded.
 
         ``shape`` = (n, *spatial) with n * prod(spatial) = P; source (P, B), weight
         (k, B, 3, ...) in any type, out and mask (P, k). Statistics of out as in bn_relu_conv1x1.

@@ -21,15 +21,15 @@ from .network import Network
 
 @dataclass(frozen=True)
 class Job:
-    """One training: of the naive network (``save`` None) or ours, in float32 or under autocast.
-
-    ``classes`` is the output's shape without its channels: the shape of the target.
-    """
+    """One training, with float32 parameters."""
 
     network: Network
     save: str | None
+    """What ours saves; None for the naive network."""
     shape: tuple[int, ...]
+    """Of the input."""
     target: tuple[int, ...]
+    """Its shape: the output's without channels."""
     num_classes: int
     device: str = "cpu"
     dtype: DtypeName = "float32"

@@ -46,10 +46,11 @@ class Position:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are those that were written; ``files`` are their contents."""
+    """A checkpoint whose files are those that were written."""
 
     path: Path
     files: Mapping[str, bytes]
+    """Their contents by name."""
 
 
 class Damaged(Exception):

@@ -13,11 +13,7 @@ from ..machine.tables import columns
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The defaults of one data set.
-
-    ``epochs`` in passes over the training set, ``milestones`` in fractions of them,
-    ``batch_size`` in images over all processes, ``image_size`` in pixels.
-    """
+    """The defaults of one data set; each field is the option of the same name."""
 
     arch: NetworkName
     depth: int

@@ -12,10 +12,12 @@ from .distributed import summed
 
 @dataclass(frozen=True)
 class Score:
-    """Mean loss (nats per sample) and error (per cent) over ``samples`` samples."""
+    """What a network is worth on some samples."""
 
     loss: float
+    """Mean cross-entropy, nats per sample."""
     error: float
+    """Per cent."""
     samples: int
 
 

@@ -32,33 +32,33 @@ from .workspaces import is_compiled_for
 
 @dataclass(frozen=True)
 class BlockEstimate:
-    """One dense block: what it saves, and the bytes it keeps for backward."""
+    """One dense block of a network."""
 
     name: str
     save: str
+    """Its mode."""
     kept: int
+    """Bytes that it keeps for backward."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one training step at the moment of its peak.
-
-    ``parts`` splits the peak: parameters (with buffers), gradients, optimizer, input,
-    features, bottlenecks, gradient buffer, temporaries, and "ddp buckets" where there are.
-    ``moment`` says when the peak is. ``reserved`` is what CUDA's caching allocator takes
-    from the device for them, on "cuda" only: not in it are the CUDA context and the
-    libraries' workspaces (some hundred MiB, by driver and device). ``resident`` is what the
-    process grows by on a CPU: more than the peak where torch's convolutions have to lay out
-    their windows (float64, 16 bits on processors without them, volumes in those), and where
-    code compiled for products in 16 bits is kept.
-    """
+    """Bytes of one training step at the moment of its peak."""
 
     peak: int
     parts: dict[str, int]
+    """Of the peak: parameters (with buffers), gradients, optimizer, input, features, bottlenecks,
+    gradient buffer, temporaries, and "ddp buckets" where there are."""
     moment: str
+    """When the peak is."""
     blocks: tuple[BlockEstimate, ...]
     reserved: int | None = None
+    """What CUDA's caching allocator takes from the device for them, on "cuda" only: not in it are
+    the CUDA context and the libraries' workspaces (some hundred MiB, by driver and device)."""
     resident: int | None = None
+    """What the process grows by on a CPU: more than the peak where torch's convolutions have to lay
+    out their windows (float64, 16 bits on processors without them, volumes in those), and where
+    code compiled for products in 16 bits is kept."""
 
     @property
     def needed(self) -> int:

@@ -25,11 +25,14 @@ LOSS = "loss"
 
 @dataclass
 class Node:
-    """``place`` names the modules, ``operations`` are autograd's, ``kept`` is in bytes."""
+    """One or more of autograd's nodes."""
 
     place: str
+    """The modules that they are of."""
     operations: list[str] = field(default_factory=list)
+    """By autograd's names."""
     kept: int = 0
+    """Bytes."""
 
 
 @dataclass

@@ -48,10 +48,11 @@ _AUTO_SHARE = 0.9
 
 
 class _Mode(NamedTuple):
-    """What a block keeps, and whether elsewhere; None: as the model has it."""
+    """What a block keeps, and where."""
 
     save: Save
     offload: bool | None = None
+    """Whether elsewhere; None: as the model has it."""
 
 
 _AS_IT_IS = tuple(_Mode(save) for save in CANDIDATES)
@@ -70,21 +71,22 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What each dense block is to save, and whether to keep it elsewhere until backward.
-
-    Bytes: ``budget``, ``peak`` (predicted), ``naive`` (what the naive
-    network needs), ``moved`` (out of the device and back in a step, by offloading). ``slowdown``
-    is the predicted time of a step over that of the fastest plan, by arithmetic.
-    """
+    """What each dense block is to save, and whether to keep it elsewhere until backward."""
 
     save: tuple[Save, ...]
     offload: tuple[bool, ...]
     names: tuple[str, ...]
+    """Of the blocks."""
     budget: int
+    """Bytes."""
     peak: int
+    """Predicted, bytes."""
     slowdown: float
+    """Predicted time of a step over that of the fastest plan, by arithmetic."""
     moved: int
+    """Bytes out of the device and back in a step, by offloading."""
     naive: int
+    """Bytes that the naive network needs."""
     estimate: Estimate
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -345,11 +347,13 @@ def _work(block: Any, save: Save) -> int:
 
 
 class Choice(NamedTuple):
-    """A save mode per block, its predicted peak in bytes, and its time over the fastest's."""
+    """A save mode per block."""
 
     save: tuple[Save, ...]
     peak: int
+    """Predicted, bytes."""
     slowdown: float
+    """Predicted time over that of the fastest choice."""
 
 
 def choices(model: nn.Module, input_shape: Sequence[int], **options: Any) -> list[Choice]:

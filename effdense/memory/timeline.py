@@ -70,16 +70,17 @@ class _Storage:
 class Training:
     """A network ready to be trained on one batch by cross-entropy, on meta tensors or real ones.
 
-    ``target`` are classes, None for class 0 of every image, or of every position where the
-    network classifies each; where it returns several tensors, their losses are added. ``amp``
-    is what autocast computes in, None for no autocast.
+    Where it returns several tensors, their losses are added.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     x: Tensor
     target: Tensor | None
+    """Classes; None for class 0 of every image, or of every position where the network classifies
+    each."""
     amp: torch.dtype | None = None
+    """What autocast computes in; None for no autocast."""
 
     def make_optimizer_state(self) -> None:
         """Give the optimizer the state it has after a first step, by one with gradients of 0."""
@@ -112,31 +113,33 @@ class Training:
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment of most live bytes.
-
-    Bytes by role (their sum is ``total``), the phase, and the place: the group of
-    parameters that was in use. ``kept`` is what forward left alive for backward, by place;
-    ``sizes`` are the bytes of each storage alive at the peak; ``resident`` is the highest sum
-    of live bytes, of what convolutions take inside, and of compiled code that is kept (the
-    latter two on meta tensors that stand for a CPU's), and ``highs`` are the highest by phase
-    and place; ``positions`` are those of each dense block in linear memory.
-    """
+    """The moment of most live bytes."""
 
     parts: dict[str, int]
+    """Bytes by role."""
     total: int
+    """Their sum."""
     phase: str
     place: str
+    """The group of parameters that was in use."""
     kept: dict[str, int]
+    """Bytes that forward left alive for backward, by place."""
     sizes: tuple[int, ...]
+    """Bytes of each storage alive at the peak."""
     highs: dict[tuple[str, str], int]
+    """The highest of what ``resident`` is the highest of, by phase and place."""
     resident: int
+    """The highest sum of live bytes, of what convolutions take inside, and of compiled code that is
+    kept; the latter two on meta tensors that stand for a CPU's."""
     positions: dict[str, int]
+    """Batch times pixels of each dense block in linear memory."""
 
 
 class Moment(NamedTuple):
-    """Live bytes by role just after a storage was made or died; ``seconds`` since forward began."""
+    """Live bytes by role just after a storage was made or died."""
 
     seconds: float
+    """Since forward began."""
     phase: str
     parts: dict[str, int]
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import first_line
+
 Status = Literal["ok", "FAILED", "measured", "not checked"]
 
 TOLERANCE = 1e-10
@@ -16,15 +18,15 @@ TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Row:
-    """One claim: what was compared, the largest error, the largest accepted, and the verdict.
-
-    ``error`` and ``limit`` are numbers with their units where they have any.
-    """
+    """One claim, and what came of it."""
 
     claim: str
     compared: str
+    """What was."""
     error: str
+    """The largest, with its unit where it has one."""
     limit: str
+    """The largest accepted, likewise."""
     status: Status
 
     @property
@@ -47,8 +49,7 @@ def guarded(claim: str, check: Callable[[], Iterator[Row]]) -> Iterator[Row]:
     try:
         yield from check()
     except Exception as error:
-        line = (str(error) or "no message").splitlines()[0][:200]
-        yield Row(claim, f"{type(error).__name__}: {line}", "", "", "FAILED")
+        yield Row(claim, f"{type(error).__name__}: {first_line(error)}", "", "", "FAILED")
 
 
 class Largest:
