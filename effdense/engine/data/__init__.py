@@ -1,3 +1,3 @@
 """Images and their order."""
 
-__all__ = ["datasets", "images", "order"]
+__all__ = ["datasets", "images"]
