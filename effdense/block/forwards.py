@@ -46,7 +46,7 @@ class BlockForward:
     """A dense block: (N, C0, *spatial) -> (N, C0 + L k, *spatial).
 
     ``save`` says what a layer keeps for backward: "all" (plain autograd), "bottlenecks",
-    "features" or "input"; ``backend`` is "auto", "torch" or "triton". Both may be
+    "features" or "input"; ``backend`` is "auto", "torch", "cpu" or "triton". Both may be
     changed between forwards. ``offload`` keeps it elsewhere: see :func:`effdense.offload`.
     """
 
