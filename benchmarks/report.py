@@ -11,10 +11,12 @@ in several, the newest is shown, and below each table stands where its figures a
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Annotated
 
 from harness import counts, results
@@ -300,7 +302,7 @@ def growth(kept: Kept) -> str:
 
 
 def _shares(kept: Kept, case: Case, provider: str) -> list[Row]:
-    """naive-channels-last's time over a provider's: as stated, or formed within each round."""
+    """naive-channels-last's time over a provider's: formed within each round, or as stated."""
     times = kept.of("throughput", "step time", case)
     own = times.newest(provider=provider)
     rivals = {
@@ -313,7 +315,22 @@ def _shares(kept: Kept, case: Case, provider: str) -> list[Row]:
         for row in own
         if row["sample"] in rivals and not row["statistic"]
     ]
-    return formed or kept.of("throughput", SHARE, case).newest(provider=provider)
+    run = {"git_revision": own[0]["git_revision"]} if own else {}
+    return formed or kept.of("throughput", SHARE, case).newest(provider=provider, **run)
+
+
+def _of_a_product(kept: Kept, case: Case, provider: str) -> str:
+    """The naive network's arithmetic by a provider's time, of the same run's matrix product."""
+    own = kept.of("throughput", "step time", case).newest(provider=provider)
+    if not own:
+        return ""
+    run = {"git_revision": own[0]["git_revision"], "command": own[0]["command"]}
+    stated = kept.of("throughput", "speed, of a matrix product's", case)
+    share = [float(row["value"]) for row in stated.newest(provider=provider, **run)]
+    for row in kept.of("throughput", "matrix product", case).newest(provider="machine", **run):
+        flops = counts.training_flops(case) / _quantiles(own)[0]
+        share.append(flops / float(row["value"]))
+    return f"{100 * share[-1]:.0f} %" if share else ""
 
 
 def speed(kept: Kept) -> str:
@@ -331,10 +348,8 @@ def speed(kept: Kept) -> str:
         cells.append(
             [f"naive channels-last / {name.removeprefix('effdense-')}, per round", *shares]
         )
-    product = "speed, of a matrix product's"
     for name in ("effdense-features", "effdense-bottlenecks"):
-        own = [kept.of("throughput", product, c).newest(provider=name) for c in cases]
-        shares = [f"{100 * _quantiles(rows)[0]:.0f} %" if rows else "" for rows in own]
+        shares = [_of_a_product(kept, case, name) for case in cases]
         cells.append([f"{name.removeprefix('effdense-')}, of a matrix product's speed", *shares])
     return _with_sources(["s/step", *map(_network, cases)], cells, sources)
 
@@ -384,23 +399,41 @@ def scaling(kept: Kept) -> str:
 
 
 def convergence(kept: Kept) -> str:
-    """Test errors at the end of whole training runs."""
-    errors = kept.of("convergence", "test error")
+    """Test errors at the end of whole training runs, and how far the weights are apart."""
+    run = kept.of("convergence", "test error").newest(provider="naive")[0]["git_revision"]
     cells, sources = [], []
-    for name in errors.values("provider"):
-        row = [NAMES[name]]
-        for metric in ("test error", "test error minus naive's"):
-            own = kept.of("convergence", metric, dtype="float32").newest(provider=name)
-            sources += own
-            stated = {each["statistic"]: float(each["value"]) for each in own}
-            row.append(f"{stated['mean']:.2f} ± {stated['standard deviation']:.2f}" if own else "")
-        cells.append(row)
-    (gap,) = kept.of("convergence", "weight difference", dtype="float64").newest()
-    cells.append(
-        ["weights in float64, largest relative distance", f"{float(gap['value']):.1e}", ""]
-    )
-    header = ["test error, %: mean ± standard deviation of 5 seeds", "", "minus naive's, by seed"]
+
+    def last(metric: str, name: str, dtype: str) -> list[Row]:
+        rows = kept.of("convergence", metric, dtype=dtype).newest(provider=name, git_revision=run)
+        sources.extend(rows)
+        steps = max((int(row["steps"]) for row in rows), default=0)
+        return [row for row in rows if int(row["steps"]) == steps]
+
+    naive = {row["sample"]: float(row["value"]) for row in last("test error", "naive", "float32")}
+    for name in ("naive", "naive-channels-last", "effdense-features"):
+        errors = last("test error", name, "float32")
+        gaps = last("test error minus naive's", name, "float32") or [
+            row | {"value": str(float(row["value"]) - naive[row["sample"]])}
+            for row in errors
+            if not row["statistic"] and name != "naive"
+        ]
+        weights = [float(row["value"]) for row in last("weight difference", name, "float64")]
+        largest = f"{max(weights):.1e}" if weights and name != "naive" else ""
+        cells.append([NAMES[name], _mean(errors), _mean(gaps), largest])
+    header = ["at the end of a run; mean ± standard deviation over the seeds", "test error, %"]
+    header += ["minus naive's, by seed", "distance of weights in float64, largest"]
     return _with_sources(header, cells, sources)
+
+
+def _mean(rows: Sequence[Row]) -> str:
+    """Mean and standard deviation: of samples, or as they were stated."""
+    if not rows:
+        return ""
+    stated = {row["statistic"]: float(row["value"]) for row in rows}
+    values = [float(row["value"]) for row in rows]
+    middle = stated.get("mean", fmean(values))
+    spread = stated.get("standard deviation", stdev(values) if len(values) > 1 else math.nan)
+    return f"{middle:.2f} ± {spread:.2f}"
 
 
 def conversion(kept: Kept) -> str:
@@ -431,15 +464,21 @@ def conversion(kept: Kept) -> str:
 
 def plans(kept: Kept) -> str:
     """Slowdowns of plans against the fastest, predicted and measured."""
-    predicted = kept.of("pareto", "predicted slowdown")
-    measured = kept.of("pareto", "slowdown")
-    names = measured.values("provider")
+    rows = kept.of("pareto", "slowdown").newest() or kept.of("pareto", "step time").newest()
+    run = Kept(row for row in kept.rows if _source(row) == _source(rows[0]))
+    times = {
+        name: _quantiles(Kept(rows).newest(provider=name))[0]
+        for name in Kept(rows).values("provider")
+    }
+    predicted = {
+        row["provider"]: float(row["value"]) for row in run.of("pareto", "predicted slowdown").rows
+    }
+    names = sorted(times.keys() & predicted.keys(), key=lambda name: predicted[name])
     cells = [
-        [title, *(f"{float(found.newest(provider=name)[0]['value']):.2f}" for name in names)]
-        for title, found in (("predicted", predicted), ("measured", measured))
+        ["predicted", *(f"{predicted[name]:.2f}" for name in names)],
+        ["measured", *(f"{times[name] / times[names[0]]:.2f}" for name in names)],
     ]
-    header = [f"time of a plan, of the fastest's; {_network(_case(measured.rows[0]))}", *names]
-    return _with_sources(header, cells, measured.rows)
+    return _with_sources(["time of a plan, of the fastest's", *names], cells, rows)
 
 
 def estimates(kept: Kept) -> str:

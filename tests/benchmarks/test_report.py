@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import report
-from harness import results
+from harness import counts, results
 from harness.case import Case
+from harness.grid import GRID
 from harness.results import Recorder, Row
 
 from effdense.errors import UserError
@@ -98,3 +100,59 @@ def test_a_table_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(report, "ROOT", tmp_path)
     with pytest.raises(UserError, match="no table nobody"):
         report.written()
+
+
+def test_samples_make_the_tables_that_stated_figures_make(tmp_path: Path) -> None:
+    def recorded(benchmark: str, figures: list[tuple[Any, ...]]) -> report.Kept:
+        path = tmp_path / f"{benchmark}.csv"
+        with Recorder(path, benchmark, "cpu", 1) as recorder:
+            for provider, case, metric, value, sample, more in figures:
+                recorder.add(provider, case, metric, value, "1", sample=sample, **more)
+        return report.Kept(results.read(path))
+
+    seeds = [("naive", 1.0, 0), ("naive", 3.0, 1), ("effdense-features", 2.0, 0)]
+    seeds += [("effdense-features", 5.0, 1)]
+    ends = [(name, CASE, "test error", value, i, {"steps": 2}) for name, value, i in seeds]
+    early = [("naive", CASE, "test error", 90.0, i, {"steps": 1}) for i in range(2)]
+    float64 = dataclasses.replace(CASE, dtype="float64")
+    apart = [("effdense-features", float64, "weight difference", 3e-15, 0, {"steps": 2})]
+    shown = report.convergence(recorded("convergence", [*early, *ends, *apart]))
+    assert "2.00 ± 1.41" in shown
+    assert "1.50 ± 0.71" in shown
+    assert "3.0e-15" in shown
+
+    times: list[tuple[Any, ...]] = [
+        ("features", CASE, "step time", 4.0, 0, {}),
+        ("input", CASE, "step time", 6.0, 0, {}),
+    ]
+    guesses = [
+        (name, CASE, "predicted slowdown", value, 0, {"kind": "formula"})
+        for name, value in (("input", 1.25), ("features", 1.0))
+    ]
+    shown = report.plans(recorded("pareto", [*times, *guesses]))
+    lines = [line.split("|")[2:-1] for line in shown.splitlines()[2:4]]
+    assert [[float(cell) for cell in line] for line in lines] == [[1.0, 1.25], [1.0, 1.5]]
+
+    weak = [
+        ("naive", CASE, "weak step time", seconds, 0, {"processes": n})
+        for n, seconds in ((1, 1.0), (2, 1.25))
+    ]
+    assert "3.2 (80 %)" in report.scaling(recorded("scaling", weak))
+
+    flops = counts.training_flops(CASE)
+    race: list[tuple[Any, ...]] = [("effdense-features", CASE, "step time", 2.0, 0, {})]
+    race += [("machine", CASE, "matrix product", flops, 0, {})]
+    assert "50 %" in report.speed(recorded("throughput", race))
+
+    configuration = GRID[0]
+    grid: list[tuple[Any, ...]] = [
+        ("features", configuration, metric, value, 0, {})
+        for metric, value in (("live", 100), ("peak", 100))
+    ]
+    grid += [
+        ("features", configuration, f"predicted {metric}", value, 0, {"kind": "formula"})
+        for metric, value in (("live", 101), ("peak", 90))
+    ]
+    shown = report.estimates(recorded("estimates", grid))
+    assert "+1.000 %" in shown
+    assert "-10.0 %" in shown
