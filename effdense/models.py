@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -29,6 +30,7 @@ from .errors import spelled_shape
 from .recognition.objections import has_hooks, refuse_replica
 from .reference import Init
 from .tracing import graph_is_recorded
+from .weights import read_weights
 
 TORCHVISION_VARIANTS: dict[str, dict[str, Any]] = {
     "densenet121": {"growth_rate": 32, "block_config": (6, 12, 24, 16), "num_init_features": 64},
@@ -187,19 +189,33 @@ class DenseNet(reference.DenseNet):
         )
 
 
-def densenet_bc(depth: int, growth_rate: int, num_classes: int = 10, **kwargs: Any) -> DenseNet:
+def densenet_bc(
+    depth: int,
+    growth_rate: int,
+    num_classes: int | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> DenseNet:
     """The paper's CIFAR family, DenseNet-BC: three blocks of (depth - 4) / 6 bottleneck layers.
 
     Args:
         depth: 6 n + 4; the paper's are 100, 190 and 250.
         growth_rate: the paper's k: 12 with depth 100, 24 with 250, 40 with 190.
-        num_classes: width of the classifier.
+        num_classes: width of the classifier; otherwise that of the weights, or 10.
+        weights: a file of weights or a run's directory, as of :func:`densenet121`.
         kwargs: any other argument of :class:`DenseNet`.
 
     Raises:
         ValueError: for another depth; the message names the nearest valid ones.
     """
-    return DenseNet(**reference.densenet_bc_config(depth, growth_rate, num_classes, **kwargs))
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    config = reference.densenet_bc_config(depth, growth_rate, **kwargs)
+    if weights is None:
+        return DenseNet(**config)
+    if not isinstance(weights, (str, os.PathLike)):
+        raise ValueError(f"weights must be None or a path, got {weights!r}")
+    return _with_weights(config, read_weights(weights), "num_classes" in kwargs)
 
 
 def configuration(name: str, depth: int, growth_rate: int, **kwargs: Any) -> dict[str, Any]:
@@ -226,13 +242,17 @@ def densenet121(weights: Any = None, **kwargs: Any) -> DenseNet:
     """torchvision's DenseNet-121.
 
     Args:
-        weights: None, a member of torchvision's weights enum or its name (which torchvision
-            downloads), or the path of a saved state dict.
-        kwargs: any argument of :class:`DenseNet`; ``num_classes`` is otherwise that of the
-            weights.
+        weights: None; a member of torchvision's weights enum or its name (which torchvision
+            downloads); a safetensors file, a saved state dict, checkpoint or module; or the
+            directory of a run.
+        kwargs: any argument of :class:`DenseNet`. ``num_classes`` is otherwise that of the
+            weights; where it is another, the classifier stays as initialised, with a warning.
+            For another ``in_channels`` the first convolution is summed over its channels, or
+            repeated and scaled. torchvision's ``progress`` and timm's ``pretrained`` too;
+            torchvision's ``memory_efficient`` changes nothing here.
 
     Raises:
-        ValueError: for ``weights`` that are none of these.
+        ValueError: for ``weights`` that are none of these, or another architecture's.
     """
     return _torchvision_variant("densenet121", weights, **kwargs)
 
@@ -254,37 +274,103 @@ def densenet201(weights: Any = None, **kwargs: Any) -> DenseNet:
 
 def _torchvision_variant(name: str, weights: Any, **kwargs: Any) -> DenseNet:
     """A torchvision architecture; arguments as of :func:`densenet121`."""
-    state = None if weights is None else _load_weights(name, weights)
-    if state is not None and "num_classes" not in kwargs and "classifier.bias" in state:
-        kwargs["num_classes"] = state["classifier.bias"].numel()
-    model = DenseNet(**(TORCHVISION_VARIANTS[name] | kwargs))
-    if state is not None:
-        model.load_state_dict(state)
+    progress = bool(kwargs.pop("progress", False))
+    # saves memory there; the memory here is linear with or without
+    kwargs.pop("memory_efficient", None)
+    if kwargs.pop("pretrained", False) and weights is None:
+        weights = "DEFAULT"
+    config = TORCHVISION_VARIANTS[name] | kwargs
+    if weights is None:
+        return DenseNet(**config)
+    return _with_weights(config, _load_weights(name, weights, progress), "num_classes" in kwargs)
+
+
+def _with_weights(config: dict[str, Any], state: dict[str, Tensor], own_head: bool) -> DenseNet:
+    """A network with the weights ``state``, of as many classes unless it has its ``own_head``."""
+    # torchvision's published files carry the names of its first release (norm.1, conv.2)
+    old = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
+    state = {old.sub(r"\1\2", name): tensor for name, tensor in state.items()}
+    bias = state.get("classifier.bias")
+    if bias is not None and not own_head:
+        config = config | {"num_classes": bias.numel()}
+    model = DenseNet(**config)
+    wanted = model.state_dict()
+    if bias is not None and bias.shape != wanted["classifier.bias"].shape:
+        warnings.warn(
+            f"effdense: the weights are for {bias.numel()} classes, the classifier for "
+            f"{model.classifier.out_features} stays as initialised",
+            stacklevel=4,
+        )
+        for part in ("classifier.weight", "classifier.bias"):
+            state[part] = wanted[part]
+    first, expected = state.get("features.conv0.weight"), wanted["features.conv0.weight"]
+    if first is not None and first.shape[1] != expected.shape[1]:
+        state["features.conv0.weight"] = _for_channels(first, expected.shape[1])
+    differing = [
+        name
+        for name in [*wanted, *(name for name in state if name not in wanted)]
+        if name not in wanted or name not in state or state[name].shape != wanted[name].shape
+    ]
+    # old files lack the counters
+    differing = [name for name in differing if not name.endswith("num_batches_tracked")]
+    if differing:
+        raise ValueError(
+            f"the weights are those of {_described(state)}, not of {_described(wanted)}; "
+            f"the first difference is {differing[0]}"
+        )
+    model.load_state_dict(wanted | state)
     return model
 
 
-def _load_weights(name: str, weights: Any) -> dict[str, Tensor]:
+def _for_channels(weight: Tensor, channels: int) -> Tensor:
+    """A first convolution's weight for another number of channels, as timm adapts it.
+
+    One channel is as if repeated to all the old ones; for more, the old are repeated in turn and
+    scaled so that the sum stays what it was.
+    """
+    if channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    before = weight.shape[1]
+    times = -(-channels // before)
+    repeated = weight.repeat(1, times, *[1] * (weight.dim() - 2))[:, :channels]
+    return repeated * (before / channels)
+
+
+def _described(state: dict[str, Tensor]) -> str:
+    """A state dict in a few words."""
+    layers: dict[str, set[str]] = {}
+    for name in state:
+        found = re.match(r"features\.denseblock(\d+)\.denselayer(\d+)\.", name)
+        if found:
+            layers.setdefault(found[1], set()).add(found[2])
+    if not layers:
+        return f"something else ({len(state)} tensors, the first {next(iter(state), None)})"
+    counts = ", ".join(str(len(layers[block])) for block in sorted(layers, key=int))
+    last = state.get("features.denseblock1.denselayer1.conv2.weight")
+    if last is None:
+        last = state.get("features.denseblock1.denselayer1.conv1.weight")
+    growth = "" if last is None else f" of {last.shape[0]} features"
+    return f"a DenseNet with blocks of {counts} layers{growth}"
+
+
+def _load_weights(name: str, weights: Any, progress: bool) -> dict[str, Tensor]:
     from torchvision import models as torchvision_models
 
-    enum = torchvision_models.get_model_weights(name)
-    if isinstance(weights, str) and weights in enum.__members__:
-        weights = enum[weights]
-    elif weights == "DEFAULT":
-        weights = enum.DEFAULT
+    enum: Any = torchvision_models.get_model_weights(name)
+    if isinstance(weights, str):
+        spelled = weights.rpartition(".")[2] if weights.startswith(enum.__name__) else weights
+        members = {member.upper(): enum[member] for member in enum.__members__}
+        weights = members.get(spelled.upper(), weights)
     if isinstance(weights, enum):
-        state = weights.get_state_dict(progress=False, check_hash=True)
-    else:
-        if not isinstance(weights, (str, os.PathLike)):
-            raise ValueError(
-                f"weights must be None, a {enum.__name__}, one of {list(enum.__members__)} or "
-                f"a path, got {weights!r}"
-            )
-        if not os.path.isfile(weights):
-            raise FileNotFoundError(
-                f"no weights named {os.fspath(weights)!r}: neither one of "
-                f"{list(enum.__members__)} nor an existing file"
-            )
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    # torchvision's published files carry the names of its first release (norm.1, conv.2).
-    old = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
-    return {old.sub(r"\1\2", key): value for key, value in state.items()}
+        return dict(weights.get_state_dict(progress=progress, check_hash=True))
+    if not isinstance(weights, (str, os.PathLike)):
+        raise ValueError(
+            f"weights must be None, a {enum.__name__}, one of {list(enum.__members__)} or "
+            f"a path, got {weights!r}"
+        )
+    if not os.path.exists(weights):
+        raise FileNotFoundError(
+            f"no weights named {os.fspath(weights)!r}: neither one of "
+            f"{list(enum.__members__)} nor an existing file"
+        )
+    return read_weights(weights)

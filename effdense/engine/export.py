@@ -1,88 +1,19 @@
-"""A run's weights for others: the safetensors format, and its network used on images.
-
-The format, of https://github.com/huggingface/safetensors: the length of the header in 8 bytes,
-little-endian; the header in JSON, for each tensor its dtype, shape and where its bytes are; the
-bytes. No code runs when it is read.
-"""
+"""A run's network with its weights, used on images."""
 
 from __future__ import annotations
 
-import json
-import math
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..weights import read_safetensors
 from .data.image_files import Preparation, image_preparation
 from .networks import build
 from .records import read_config
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    contents, end = [], 0
-    for name, tensor in tensors.items():
-        flat = tensor.detach().cpu().contiguous().flatten()
-        content = flat.view(torch.uint8).numpy().tobytes()
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + len(content)],
-        }
-        contents.append(content)
-        end += len(content)
-    described = json.dumps(header, separators=(",", ":")).encode()
-    # the bytes begin at a multiple of 8
-    described += b" " * (-len(described) % 8)
-    return struct.pack("<Q", len(described)) + described + b"".join(contents)
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        UserError: if it is missing or is not one.
-    """
-    try:
-        content = bytearray(path.read_bytes())
-        (length,) = struct.unpack_from("<Q", content)
-        header = json.loads(content[8 : 8 + length])
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, about in header.items():
-            begin, end = (8 + length + offset for offset in about["data_offsets"])
-            dtype, shape = _DTYPES[about["dtype"]], about["shape"]
-            if end - begin != math.prod(shape) * dtype.itemsize or end > len(content):
-                raise ValueError
-            piece = content[begin:end]
-            flat = torch.frombuffer(piece, dtype=dtype) if piece else torch.empty(0, dtype=dtype)
-            tensors[name] = flat.view(shape)
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} holds no weights: there is no {path.name}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
-        raise UserError(f"cannot read {path}: it is not a safetensors file") from None
-    return tensors
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ..errors import TrainingError, UserError
+from ..weights import safetensors_bytes
 from . import plots
 from .checkpoint import CheckpointStore, Position
 from .data.datasets import load, needs_preparation
 from .data.images import ImageData
 from .distributed import World, all_or_none, gathered, joined_world, largest, launched_processes
-from .export import safetensors_bytes
 from .networks import fit_to_budget, largest_share, make_network
 from .options import ResolvedConfig, TrainConfig
 from .progress import Progress, Speed, peak_memory

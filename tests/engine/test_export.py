@@ -18,11 +18,11 @@ from sklearn.datasets import load_digits
 import effdense
 from effdense.__main__ import main
 from effdense.engine.data.order import generator
-from effdense.engine.export import read_safetensors, safetensors_bytes
 from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
 from effdense.engine.training import run
 from effdense.errors import UserError
+from effdense.weights import read_safetensors, safetensors_bytes
 
 
 @pytest.fixture(scope="module")

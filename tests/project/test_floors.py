@@ -22,7 +22,7 @@ from tests.helpers.launch import REPOSITORY
 
 FLOORS = (
     {"autocast", "choices", "differentiation", "errors", "reference", "tracing", "version"},
-    {"machine"},
+    {"machine", "weights"},
     # the operations; the kernels are one way of doing them, in their terms
     {"backends", "kernels"},
     {"norms"},

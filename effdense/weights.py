@@ -1,0 +1,224 @@
+"""Weights from files of many kinds, read without running anybody's code.
+
+safetensors, of https://github.com/huggingface/safetensors: the length of the header in 8 bytes,
+little-endian; the header in JSON, for each tensor its dtype, shape and where its bytes are; the
+bytes.
+
+What ``torch.save`` wrote may name any function to be called on loading. State dicts need none;
+for pickled modules and checkpoints that hold other objects, those are replaced by inert ones
+that keep what would have been their state, in which the tensors are found.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+import pickle
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# Under which checkpoints keep a state dict, and what wrappers put before its names.
+_KEYS = ("state_dict", "model_state_dict", "model", "network", "net")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The content of a safetensors file."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    contents, end = [], 0
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().contiguous().flatten()
+        content = flat.view(torch.uint8).numpy().tobytes()
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + len(content)],
+        }
+        contents.append(content)
+        end += len(content)
+    described = json.dumps(header, separators=(",", ":")).encode()
+    # the bytes begin at a multiple of 8
+    described += b" " * (-len(described) % 8)
+    return struct.pack("<Q", len(described)) + described + b"".join(contents)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: if it is missing or is not one.
+    """
+    try:
+        content = bytearray(path.read_bytes())
+        (length,) = struct.unpack_from("<Q", content)
+        header = json.loads(content[8 : 8 + length])
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, about in header.items():
+            begin, end = (8 + length + offset for offset in about["data_offsets"])
+            dtype, shape = _DTYPES[about["dtype"]], about["shape"]
+            if end - begin != math.prod(shape) * dtype.itemsize or end > len(content):
+                raise ValueError
+            piece = content[begin:end]
+            flat = torch.frombuffer(piece, dtype=dtype) if piece else torch.empty(0, dtype=dtype)
+            tensors[name] = flat.view(shape)
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} holds no weights: there is no {path.name}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+        raise UserError(f"cannot read {path}: it is not a safetensors file") from None
+    return tensors
+
+
+def read_weights(source: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """A state dict from a file, or from a run's work directory.
+
+    Args:
+        source: a safetensors file; what ``torch.save`` made of a state dict, of a checkpoint
+            that holds one (``{"state_dict": ...}``, ``{"model": ...}``) or of a module; or a
+            directory with ``model.safetensors``. Prefixes of wrappers (``module.``) are taken
+            off.
+
+    Raises:
+        UserError: where there is none; the message says what there is.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if path.suffix == ".safetensors":
+        return _without_prefix(read_safetensors(path))
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        found = _inertly_loaded(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read {path}: {line}") from None
+    state = _state_in(found)
+    if state is None:
+        kind = f"a {type(found).__name__}"
+        if isinstance(found, Mapping):
+            kind = f"entries {', '.join(map(repr, list(found)[:6]))}"
+        raise UserError(f"{path} holds {kind}, and no state dict among them")
+    return _without_prefix(state)
+
+
+def _state_in(found: Any) -> dict[str, Tensor] | None:
+    if isinstance(found, _Inert):
+        return _state_of(found.__dict__) or None
+    if not isinstance(found, Mapping):
+        return None
+    for key in _KEYS:
+        if key in found and not isinstance(found[key], Tensor):
+            state = _state_in(found[key])
+            if state is not None:
+                return state
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    return tensors if tensors and len(tensors) == len(found) else None
+
+
+def _state_of(own: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """The state dict of a module from its attributes."""
+    state = {}
+    for held in ("_parameters", "_buffers"):
+        for name, tensor in (own.get(held) or {}).items():
+            if isinstance(tensor, Tensor):
+                state[prefix + name] = tensor.detach()
+    for name, child in (own.get("_modules") or {}).items():
+        if isinstance(child, _Inert):
+            state |= _state_of(child.__dict__, f"{prefix}{name}.")
+    return state
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    while state:
+        prefix = next((p for p in _PREFIXES if all(n.startswith(p) for n in state)), None)
+        if prefix is None:
+            break
+        state = {name[len(prefix) :]: tensor for name, tensor in state.items()}
+    return state
+
+
+class _Inert:
+    """In place of an object whose class is not loaded: its state, and nothing done with it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        parts = state if isinstance(state, tuple) else (state,)
+        for part in parts:
+            if isinstance(part, dict):
+                self.__dict__.update({str(name): value for name, value in part.items()})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
+        return self
+
+    def append(self, *args: Any) -> None:
+        """What pickles of list subclasses ask for."""
+
+    extend = __setitem__ = append
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Makes tensors and the containers of a state dict; anything else is inert."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+            ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+            ("torch", "Size"): torch.Size,
+            ("builtins", "set"): set,
+        }
+        if (module, name) in known:
+            return known[module, name]
+        if module == "torch" and name.endswith("Storage"):
+            return getattr(torch, name)
+        return type(name, (_Inert,), {})
+
+
+class _InertPickle:
+    """What ``torch.load`` asks of a pickle module."""
+
+    Unpickler = _InertUnpickler
+    UnpicklingError = pickle.UnpicklingError
+    __name__ = "inert"
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        return _InertUnpickler(file, **options).load()
+
+
+def _inertly_loaded(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", pickle_module=_InertPickle, weights_only=False)
+    except Exception as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read {path}: {line}") from None
