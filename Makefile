@@ -40,7 +40,7 @@ quick: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
 
 oldest: $(STAMP)
-	$(BIN)/python tests/project/oldest.py $(ARGS)
+	$(BIN)/python -m tests.project.oldest $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

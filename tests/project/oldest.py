@@ -16,12 +16,12 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
-from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.project.release import ROOT, run
+
 FOLDER = ROOT / ".oldest"
 EXTRAS = ("test", "packages")
 
@@ -66,12 +66,10 @@ def main(arguments: list[str]) -> int:
     made_for = FOLDER / "pins.txt"
     if not made_for.exists() or made_for.read_text().split() != pins:
         shutil.rmtree(FOLDER, ignore_errors=True)
-        subprocess.run([interpreter, "-m", "venv", str(FOLDER)], check=True)
+        run([interpreter, "-m", "venv", str(FOLDER)])
         install = [python, "-m", "pip", "install", "--quiet"]
-        subprocess.run([*install, *pins], check=True)
-        subprocess.run(
-            [*install, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)], check=True
-        )
+        run([*install, *pins])
+        run([*install, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)])
         made_for.write_text("\n".join(pins))
     print(*pins, sep="\n", flush=True)
     return subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT).returncode

@@ -73,7 +73,7 @@ def build(output: Path) -> Archives:
                 (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, Path(folder) / name)
         built = Path(folder) / "dist"
-        _run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(built), folder])
+        run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(built), folder])
         output.mkdir(parents=True, exist_ok=True)
         (source,), (wheel,) = built.glob("*.tar.gz"), built.glob("*.whl")
         return Archives(*(Path(shutil.copy(path, output)) for path in (source, wheel)))
@@ -92,26 +92,27 @@ def strangers(wheel: Path) -> list[str]:
 def tried(archive: Path, python: str, full: bool = False) -> str:
     """What smoke.py says in a fresh environment into which ``archive`` was installed."""
     with tempfile.TemporaryDirectory() as folder:
-        _run([python, "-m", "venv", folder, *(() if full else ["--without-pip"])])
+        run([python, "-m", "venv", folder, *(() if full else ["--without-pip"])])
         own = Path(folder) / "bin" / "python"
         if full:
-            _run([str(own), "-m", "pip", "install", "--quiet", str(archive)])
+            run([str(own), "-m", "pip", "install", "--quiet", str(archive)])
         else:
             ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-            packages = _run([str(own), "-c", ask])
+            packages = run([str(own), "-c", ask])
             shared = [path for path in sys.path if path.endswith("site-packages")]
             (Path(packages.strip()) / "shared.pth").write_text("\n".join(shared))
             install = ["install", "--quiet", "--no-deps", "--no-build-isolation", str(archive)]
             # the environment has no pip: this interpreter's acts on it
-            _run([sys.executable, "-m", "pip", "--python", str(own), *install])
+            run([sys.executable, "-m", "pip", "--python", str(own), *install])
         # isolated: neither the script's folder nor PYTHONPATH leads to the clone
-        said = _run([str(own), "-I", str(ROOT / "tests" / "project" / "smoke.py")], folder)
+        said = run([str(own), "-I", str(ROOT / "tests" / "project" / "smoke.py")], folder)
     if not said.strip().endswith("effdense/__init__.py") or folder not in said:
         raise SystemExit(f"not the installed package was tried: {said}")
     return said.partition(folder)[0].rstrip(", \n")
 
 
-def _run(command: Sequence[str], folder: str | None = None) -> str:
+def run(command: Sequence[str], folder: str | None = None) -> str:
+    """What a command prints; where it fails, this program ends with what it said."""
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
