@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import pty
 import resource
@@ -30,6 +31,7 @@ from effdense.engine.training import run
 from effdense.errors import TrainingError, UserError
 from tests.helpers import workers
 from tests.helpers.launch import REPOSITORY, Launch, error_lines, flags
+from tests.helpers.ranks import Ranks
 
 SCRIPT = REPOSITORY / "train_ddp.py"
 WORKERS = Path(workers.__file__)
@@ -87,14 +89,20 @@ def test_four_processes_learn_the_digits(launch: Launch, tmp_path: Path) -> None
     assert sum(p.numel() for p in network.parameters()) == recorded["model"]["parameters"]
 
 
+def by_ranks(name: str, processes: int, folder: Path) -> dict[str, torch.Tensor]:
+    """What a worker of that name returns in several processes."""
+    output = folder / "result.pt"
+    meddle = functools.partial(workers.instead_of_a_run, name, output)
+    with Ranks(folder, [], processes, meddle=meddle) as ranks:
+        assert ranks.wait() == [0] * processes, ranks.said()
+    found: dict[str, torch.Tensor] = torch.load(output, weights_only=True)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_take_the_step_of_one(
-    processes: int, launch: Launch, tmp_path: Path, alone: World
-) -> None:
-    process = launch(processes, WORKERS, "equal_steps", tmp_path / "result.pt")
-    assert process.returncode == 0, process.stderr
-    together = torch.load(tmp_path / "result.pt", weights_only=True)
+def test_processes_take_the_step_of_one(processes: int, tmp_path: Path, alone: World) -> None:
+    together = by_ranks("equal_steps", processes, tmp_path)
     expected = workers.equal_steps(alone)
     assert together.keys() == expected.keys()
     for name in expected:
@@ -102,10 +110,8 @@ def test_processes_take_the_step_of_one(
 
 
 @pytest.mark.slow
-def test_evaluation_counts_every_sample_once(launch: Launch, tmp_path: Path, alone: World) -> None:
-    process = launch(3, WORKERS, "evaluations", tmp_path / "result.pt")
-    assert process.returncode == 0, process.stderr
-    together = torch.load(tmp_path / "result.pt", weights_only=True)
+def test_evaluation_counts_every_sample_once(tmp_path: Path, alone: World) -> None:
+    together = by_ranks("evaluations", 3, tmp_path)
     expected = workers.evaluations(alone)
     for size in workers.TEST_SIZES:
         assert together[f"{size} asked"].tolist() == [1] * size
@@ -115,11 +121,11 @@ def test_evaluation_counts_every_sample_once(launch: Launch, tmp_path: Path, alo
 
 
 @pytest.mark.slow
-def test_two_runs_end_with_the_same_bits(launch: Launch, tmp_path: Path) -> None:
+def test_two_runs_end_with_the_same_bits(tmp_path: Path) -> None:
     for name in ("a", "b"):
         options = flags(**SMALL, epochs=2, augment="standard", drop_rate=0.2, work_dir=name)
-        process = launch(2, SCRIPT, *options)
-        assert process.returncode == 0, process.stderr
+        with Ranks(tmp_path, options, 2) as ranks:
+            assert ranks.wait() == [0, 0], ranks.said()
     a, b = tmp_path / "a", tmp_path / "b"
     assert same_weights(a, b)
     for name in ("train.csv", "test.csv"):

@@ -5,6 +5,7 @@ Rank 0 saves what NAME returns as OUTPUT; the tests call the same functions in o
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -145,8 +146,14 @@ WORKERS: dict[str, Callable[[World], dict[str, Tensor]]] = {
 }
 
 
-def main() -> None:
-    name, output = sys.argv[1], Path(sys.argv[2])
+def instead_of_a_run(name: str, output: Path, rank: int) -> None:
+    """For ``Ranks``: the process does what is called NAME, saves as OUTPUT and ends."""
+    work(name, output)
+    os._exit(0)
+
+
+def work(name: str, output: Path) -> None:
+    """Do what is called NAME in this process among the others; rank 0 saves it as OUTPUT."""
     with one_line_errors(), joined_world("cpu", threads=1) as world:
         assert world.world_size == launched_processes()[0]
         result = WORKERS[name](world)
@@ -155,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    work(sys.argv[1], Path(sys.argv[2]))
