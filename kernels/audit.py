@@ -32,11 +32,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from effdense import reference
-from effdense.backends.base import Deferred, Normalization, PendingNorm, Statistics
+from effdense.backends.base import Deferred, Normalization, PendingNorm, Statistics, Unfinished
 from effdense.kernels import (
     bn_relu,
     bn_relu_conv1x1,
     bn_relu_conv1x1_backward,
+    bn_relu_conv3,
+    bn_relu_conv3_backward,
     bn_relu_pool,
     finish_gradient,
     statistics,
@@ -261,6 +263,44 @@ def _operations() -> list[Operation]:
         run = bn_relu_conv1x1_backward.bn_relu_conv1x1_backward
         return run(x(s, t), _norm(s.c), *args, g)
 
+    def new(s: Shape, t: torch.dtype) -> Tensor:
+        # the k columns of a wider matrix behind a layer's prefix
+        width = max(s.width, s.c + s.k)
+        width = cdiv(width, PADDING) * PADDING if s.strict else width
+        return torch.empty(s.rows, width, dtype=t, device="meta")[:, s.c : s.c + s.k]
+
+    def weight3(s: Shape, dims: int, last: bool) -> Tensor:
+        weight = torch.empty(s.k, s.bottleneck, *[3] * dims, device="meta")
+        order = (0, *range(2, 2 + dims), 1)
+        back = (0, 1 + dims, *range(1, 1 + dims))
+        return weight.permute(order).contiguous().permute(back) if last else weight
+
+    def conv3(s: Shape, t: torch.dtype, g: Launcher, dims: int, other: bool = False) -> None:
+        if dims != 2 and s.strict:
+            return
+        shape, weight = image(s, dims), weight3(s, dims, other)
+        rows = s._replace(rows=math.prod(shape))
+        mask = dense(rows, t, s.k) if other else None
+        found = None if other else Statistics(*pair(s.k))
+        args = _norm(s.bottleneck), weight, shape, new(rows, t), mask, found
+        bn_relu_conv3.bn_relu_conv3(dense(rows, t, s.bottleneck), *args, g)
+
+    def conv3_backward(
+        s: Shape, t: torch.dtype, g: Launcher, dims: int, other: bool = False
+    ) -> None:
+        if dims != 2 and s.strict:
+            return
+        shape, weight = image(s, dims), weight3(s, dims, other)
+        rows = s._replace(rows=math.prod(shape))
+        mask = dense(rows, t, s.k) if other else None
+        mean, to_s, to_t = torch.empty(3, s.k, device="meta")
+        d, x_new = new(rows, t), new(rows, t)
+        gradient = Unfinished(d, x_new, mean, to_s, to_t, 1.0, mask, lambda: d)
+        y = dense(rows, t, s.bottleneck)
+        into = (None, y) if other else (y, None)
+        args = _norm(s.bottleneck), weight, gradient, shape, True, *into
+        bn_relu_conv3_backward.bn_relu_conv3_backward(y, *args, g)
+
     def finish(s: Shape, t: torch.dtype, g: Launcher) -> Any:
         v = torch.empty(3, s.c, device="meta")
         return finish_gradient.finish_gradient(x(s, t), x(s, t), *v, 1.0, dense(s, t, s.c), g)
@@ -302,6 +342,22 @@ def _operations() -> list[Operation]:
     def per(s: Shape) -> float:
         return s.bottleneck / s.c
 
+    def conv3_operation(dims: int, other: bool) -> Operation:
+        return Operation(
+            f"BN-ReLU-Conv3 {dims}-D" + other * ", frozen, dropout, channels last",
+            lambda s, e: e * (s.bottleneck + s.k) / s.c,
+            lambda s: (5 + 2 * 3**dims * s.k) * s.bottleneck / s.c,
+            partial(conv3, dims=dims, other=other),
+        )
+
+    def conv3_backward_operation(dims: int, other: bool) -> Operation:
+        return Operation(
+            f"BN-ReLU-Conv3 {dims}-D backward" + other * ", onto D, dropout, channels last",
+            lambda s, e: e * (3 * s.bottleneck + 4 * s.k) / s.c,
+            lambda s: (15 + 4 * 3**dims * s.k) * s.bottleneck / s.c,
+            partial(conv3_backward, dims=dims, other=other),
+        )
+
     tiles = {dims: 1 / 2**dims for dims in (1, 2, 3)}
     found = [
         Operation("statistics of a prefix", lambda s, e: e, lambda s: 6, stats, tail=True),
@@ -341,6 +397,10 @@ def _operations() -> list[Operation]:
                 *(("", True, False), (", no dW", False, False), (", frozen", True, True)),
             )
         ),
+        *(conv3_operation(dims, False) for dims in (1, 2, 3)),
+        conv3_operation(2, True),
+        *(conv3_backward_operation(dims, False) for dims in (1, 2, 3)),
+        conv3_backward_operation(2, True),
         Operation(*("BN-ReLU-GlobalPool", lambda s, e: e, lambda s: 4, global_), tail=True),
         Operation(
             *("BN-ReLU-GlobalPool backward", lambda s, e: 2 * e),
@@ -403,12 +463,15 @@ class Finding(NamedTuple):
 
 # kernels that write whole matrices, so that wide stores can be asked of them
 WRITES_MATRIX = re.compile(
-    r"bn_relu_fwd|apply|finish_gradient|conv1x1_fwd|conv1x1_bwd|avg_pool|global_pool_bwd"
+    r"bn_relu_fwd|apply|finish_gradient|conv1x1_fwd|conv1x1_bwd|conv3_bwd_input|avg_pool|"
+    r"global_pool_bwd"
 )
 
 
-# passes over partial results, whose work does not grow with rows times columns
-SMALL = re.compile(r"sums|combine")
+# what reads elements that lie apart
+GATHERS = re.compile(r"pack")
+# passes over weights and partial results, whose work does not grow with rows times columns
+SMALL = re.compile(r"sums|combine|pack")
 
 
 def jobs(devices: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str]) -> list[Job]:
@@ -474,11 +537,14 @@ def examine(job: Job) -> Finding:
     product = "DOT" in constants
     if product and job.dtype != "fp32" and not matrix:
         faults.append("no tensor cores")
-    if job.strict and job.fill < 1 and not SMALL.search(job.call.kernel):
+    # a matrix unit takes no tile smaller than this
+    smallest = constants.get("BP") == constants.get("BK") == 16
+    if job.strict and job.fill < 1 and not (smallest or SMALL.search(job.call.kernel)):
         faults.append("less than a wave")
-    if job.strict and not wide_accesses_expected(job):
+    wide = wide_accesses_expected(job)
+    if job.strict and not wide and not GATHERS.search(job.call.kernel):
         faults.append("unaligned")
-    if wide_accesses_expected(job):
+    if wide and not GATHERS.search(job.call.kernel):
         if not loads:
             faults.append("no 128-bit loads")
         if WRITES_MATRIX.search(job.call.kernel) and not (stores or _stores_from_mfma(job)):
@@ -560,7 +626,7 @@ def row(finding: Finding) -> tuple[str, ...]:
     """A line of the table; a dash where none was found."""
     job = finding.job
     c = job.call.constants
-    tile = "x".join(str(c[name]) for name in ("BT", "BP", "BC", "BB", "BM") if name in c)
+    tile = "x".join(str(c[name]) for name in ("BT", "BP", "BC", "BK", "BB", "BM") if name in c)
     shared = f"{finding.shared}/{DEVICES[job.device].shared_limit}"
     dtype = f"{job.dtype}/{c['PRECISION']}" if job.dtype == "fp32" and "DOT" in c else job.dtype
     return (

@@ -31,9 +31,11 @@ from effdense.kernels.bn_relu import bn_relu_reference
 from effdense.kernels.bn_relu_conv1x1 import operand_type
 from effdense.kernels.bn_relu_conv3 import (
     CONVOLUTIONS,
+    Weight,
     aligned_columns,
     columns_before,
     positions,
+    prepare_weight,
     tap_shift,
     tap_weight,
     taps_inside,
@@ -172,7 +174,7 @@ def bn_relu_conv3_bwd_input_kernel(
         p_dk = p_d + o_p[:, None] * s_d + (first_d + o_k)[None, :]
         p_xk = p_x + o_p[:, None] * s_x + (first_x + o_k)[None, :]
         p_keep = p_mask + o_p[:, None] * K + o_k[None, :]
-        p_wk = p_w + o_k.to(tl.int64)[:, None] * s_wk + o_b[None, :] * s_wb
+        o_w = o_k[:, None] * s_wk + o_b[None, :] * s_wb
         for tap in range(TAPS):
             shift = tap_shift(tap, S1, S2, DIMS)
             m_in = ((b_taps >> tap) & 1) != 0
@@ -180,8 +182,8 @@ def bn_relu_conv3_bwd_input_kernel(
             p_dtap, p_xtap, p_keeptap = p_dk + shift * s_d, p_xk + shift * s_x, p_keep + shift * K
             b_g = finished_gradient(p_dtap, p_xtap, p_keeptap, m_g, b_x_mean, b_s, b_t, MASK)
             # what reached row p from p + shift went through the opposite tap
-            p_wtap = p_wk + tap_weight(TAPS - 1 - tap, s_w0, s_w1, s_w2, DIMS)
-            b_w = tl.load(p_wtap, m_k[:, None] & m_b[None, :], 0.0)  # [BK, BB]
+            p_tap = p_w + (o_w + tap_weight(TAPS - 1 - tap, s_w0, s_w1, s_w2, DIMS))
+            b_w = tl.load(p_tap, m_k[:, None] & m_b[None, :], 0.0)  # [BK, BB]
             if b_w.dtype != DOT:
                 b_w = b_w.to(tl.float32).to(DOT)
             b_dh = tl.dot(b_g.to(DOT), b_w, b_dh, input_precision=PRECISION)
@@ -305,12 +307,17 @@ def bn_relu_conv3_bwd_sums_kernel(
     p_sums,
     p_part_dw,
     p_dw,
+    s_wk,
+    s_wb,
+    s_w0,
+    s_w1,
+    s_w2,
     B,
     K,
     n_parts,
     n_ranges,
     n_w,
-    TAPS: tl.constexpr,
+    DIMS: tl.constexpr,
     ALIGN_B: tl.constexpr,
     ALIGN_K: tl.constexpr,
     BT: tl.constexpr,
@@ -323,7 +330,7 @@ def bn_relu_conv3_bwd_sums_kernel(
     o_t = tl.arange(0, BT)
     o_r = tl.arange(0, BR)
     if i_m < n_w:
-        M = TAPS * B * K
+        M = 3**DIMS * B * K
         o_m = i_m * BM + tl.arange(0, BM)
         m_m = o_m < M
         b_dw = tl.full([BR, BM], 0.0, tl.float32)
@@ -331,8 +338,9 @@ def bn_relu_conv3_bwd_sums_kernel(
             m_r = (start + o_r < n_ranges)[:, None] & m_m[None, :]
             p_rows = p_part_dw + (start + o_r).to(tl.int64)[:, None] * M + o_m[None, :]
             b_dw += tl.load(p_rows, m_r, 0.0)
-        # from (taps, B, k) to (k, B, taps)
-        o_dw = ((o_m % K) * B + (o_m // K) % B) * TAPS + o_m // (B * K)
+        # from (taps, B, k) to where the weight has them
+        o_dw = tap_weight(o_m // (B * K), s_w0, s_w1, s_w2, DIMS)
+        o_dw += (o_m % K) * s_wk + ((o_m // K) % B) * s_wb
         tl.store(p_dw + o_dw, tl.sum(b_dw, 0), m_m)
     else:
         o_s = (i_m - n_w) * BS + tl.arange(0, BS)
@@ -360,7 +368,8 @@ def bn_relu_conv3_backward(
 
     source (P, B); weight (k, B, 3, ...) of any float type and strides. The gradient after the
     ReLU goes to ``dz`` (P, B), masked, or, where that is None, times scale onto ``d`` (P, B).
-    dW (k, B, 3, ...) float32 contiguous, None unless ``need_weight``; S, T (B,) float32.
+    dW (k, B, 3, ...) float32, in the weight's order in memory, None unless ``need_weight``;
+    S, T (B,) float32.
 
     For the input's gradient, reads 2 P k elements (the layer's columns of D and X) and P B and
     writes P B; for the weight's, reads 2 P k and P B: from memory, and again per tap from the
@@ -385,14 +394,14 @@ def bn_relu_conv3_backward(
     tensors += (source if mask is None else mask, source, norm.mean, norm.var, gamma, beta)
     floats = 1.0 / gradient.count, norm.eps
     part = empty(source, *found.part)
-    found.input((*tensors, weight, out, part), floats)
+    found.input((*tensors, found.read.packed(weight), out, part), floats)
     written(out)
     sums = empty(source, 2, source.shape[1])
     dw, part_dw, dw_out = None, part, sums
     if need_weight:
         part_dw = empty(source, *found.part_dw)
         found.weight((*tensors, part_dw), floats)
-        dw = dw_out = empty(source, *weight.shape)
+        dw = dw_out = gradient_like(weight)
     found.sums((part, sums, part_dw, dw_out))
     return dw, sums[0], sums[1]
 
@@ -403,6 +412,7 @@ class _Prepared(NamedTuple):
     input: Callable[..., None]
     weight: Callable[..., None]
     sums: Callable[..., None]
+    read: Weight
     part: tuple[int, ...]
     part_dw: tuple[int, ...]
     first_d: int
@@ -431,10 +441,11 @@ def _prepare(
 
     launch = launcher.table("conv3_backward", source, B, k)
     n_p, n_b = cdiv(P, launch.block_p), cdiv(B, launch.block_b)
-    into = weight_strides(weight) | {"s_out": out.stride(0), "n_b": n_b}
+    read = prepare_weight(weight, source, launcher)
+    into = read.strides | {"s_out": out.stride(0), "n_b": n_b}
     start_input = launcher.prepare(
         *(bn_relu_conv3_bwd_input_kernel, launch, (n_p * n_b,), sizes | into),
-        **(constants | {"UNIT": weight.stride(1) == 1, "ACCUMULATE": accumulate}),
+        **(constants | {"UNIT": read.strides["s_wb"] == 1, "ACCUMULATE": accumulate}),
         BK=launch.block_c,
     )
 
@@ -453,13 +464,21 @@ def _prepare(
             BK=launch.block_c,
         )
         n_w = cdiv(taps * B * k, DW_COLUMNS)
-    adding = {"B": B, "K": k, "n_parts": n_p, "n_ranges": ranges, "n_w": n_w}
+    adding = weight_strides(gradient_like(weight)) if need_weight else read.strides
+    adding |= {"B": B, "K": k, "n_parts": n_p, "n_ranges": ranges, "n_w": n_w}
     grid = (n_w + cdiv(2 * B, ST_COLUMNS),)
     tile = {"BT": 128, "BS": ST_COLUMNS, "BR": 8, "BM": DW_COLUMNS}
     kernel = bn_relu_conv3_bwd_sums_kernel
-    start_sums = launcher.prepare(kernel, SUMS, grid, adding, TAPS=taps, **tile)
+    start_sums = launcher.prepare(kernel, SUMS, grid, adding, DIMS=dims, **tile)
     parts = (n_p, 2, B), (ranges, taps, B, k)
-    return _Prepared(start_input, start_weight, start_sums, *parts, first_d, first_x)
+    return _Prepared(start_input, start_weight, start_sums, read, *parts, first_d, first_x)
+
+
+def gradient_like(weight: Tensor) -> Tensor:
+    """An empty float32 tensor with the weight's own order of dimensions in memory."""
+    if weight.is_contiguous():
+        return empty(weight, *weight.shape)
+    return torch.empty_like(weight, dtype=torch.float32)
 
 
 def shares_lines(launch: Launch, P: int, taps: int, tiles: int, k: int, size: int) -> bool:

@@ -489,7 +489,15 @@ class LaunchTable:
         """
         wide = like.dtype == torch.float32
         hip = not self.family.pipelined
-        registers = self.family.registers
+        rows = like.shape[0]
+        # given no limit, the assembler spills a few bytes on all but Hopper to fit one program more
+        registers = None if hip or self.family == HOPPER else 255
+
+        def warps_of(block_p: int, columns: int, most: int) -> int:
+            # a lane has 128 bits of Y at the least
+            lanes = block_p * columns * like.element_size() // 16
+            return max(1, min(most, lanes // self.family.lanes))
+
         if operation == "conv3_weight":
             # tap by tap, or line by line, it fills any device with ranges of rows
             block_k = power_of_two(growth, 16, 32)
@@ -498,14 +506,16 @@ class LaunchTable:
             stages = 1 if wide or hip else 2
             # beside three accumulators, 64 rows are more than compact devices' registers hold
             block_p = 32 if wide or self.family.compact else 64
-            return Launch(block_p, block_k, block_b, 4, stages, programs, registers)
+            while block_p > 16 and 3 * cdiv(rows, block_p) < self.architecture.multiprocessors:
+                block_p //= 2
+            warps = warps_of(block_p, block_b, 4)
+            return Launch(block_p, block_k, block_b, warps, stages, programs, registers)
         if operation == "conv3":
             columns, block_n = growth, power_of_two(growth, 16, 64)
             block_p, least = 64 if wide else 128, 16
         else:
             columns, block_n = channels, power_of_two(channels, 16, 32 if wide else 64)
             block_p, least = 32 if wide else 64, 32
-        rows = like.shape[0]
 
         def programs_of(block_p: int, block_n: int) -> int:
             return cdiv(rows, block_p) * cdiv(columns, block_n)
@@ -519,12 +529,12 @@ class LaunchTable:
                 block_p //= 2
             else:
                 break
-        warps = 4 if block_p > 32 else 2
         if operation == "conv3":
-            stages = 2 if wide or hip else 3
-            return Launch(block_p, 16 if wide else 32, block_n, warps, stages, 0, registers)
-        block_k = power_of_two(growth, 16, 32 if wide else 64)
-        stages = 1 if wide or hip else 2
+            block_c, stages = 16 if wide else 32, 2 if wide or hip else 3
+            warps = warps_of(block_p, block_c, 4 if block_p > 32 else 2)
+            return Launch(block_p, block_c, block_n, warps, stages, 0, registers)
+        block_k, stages = power_of_two(growth, 16, 32), 1 if wide or hip else 2
+        warps = warps_of(block_p, block_n, 4)
         return Launch(block_p, block_k, block_n, warps, stages, 0, registers)
 
     def _interpreter(self, channels: int, bottleneck: int) -> Launch:

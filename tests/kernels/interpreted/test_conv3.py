@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from effdense.backends.base import Normalization, Statistics, Unfinished
+from effdense.kernels import bn_relu_conv3 as bn_relu_conv3_module
 from effdense.kernels.bn_relu import bn_relu_reference
 from effdense.kernels.bn_relu_conv3 import bn_relu_conv3, bn_relu_conv3_reference
 from effdense.kernels.bn_relu_conv3_backward import (
@@ -21,7 +22,7 @@ from effdense.kernels.bn_relu_conv3_backward import (
 from effdense.kernels.launch import Launch, Launcher
 from effdense.kernels.statistics import statistics_reference
 from tests.helpers.kernel_arena import Arena, assert_as_good, in_float64
-from tests.helpers.program_order import in_every_order
+from tests.helpers.program_order import in_every_order, programs_in
 
 Tensor = torch.Tensor
 EPS = 1e-3
@@ -266,6 +267,30 @@ def test_weights_in_any_type_and_order(dtype: torch.dtype, layout: str) -> None:
         assert torch.equal(out, other)
         assert_as_good(out, *exact_forward(layer, None))
         layer.arena.check()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@each_dtype
+def test_a_packed_weight_changes_no_bit(
+    dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for case in (CASES[0], CASES[3], CASES[9]):
+        found = []
+        for rows in (0, 1 << 14):
+            monkeypatch.setattr(bn_relu_conv3_module, "PACKED_ROWS", rows)
+            layer = Layer(case, dtype, torch.float32, layout)
+            out, dz = layer.columns(), layer.arena.out(layer.rows, case.b, dtype)
+            with programs_in(lambda programs: programs) as grids:
+                arguments = (layer.y, layer.norm, layer.weight, case.shape, out, None, None)
+                bn_relu_conv3(*arguments, launcher_of(case))
+                dw, *sums = backward(layer, gradient_of(layer, False), True, dz, None)
+            assert len(grids) == (6 if rows == 0 and layout == "contiguous" else 4)
+            assert dw is not None
+            assert dw.stride() == layer.weight.stride()
+            found.append([out, dz, dw, *sums])
+            layer.arena.check()
+        for packed, plain in zip(*found, strict=True):
+            assert torch.equal(packed, plain)
 
 
 @each_dtype
