@@ -44,10 +44,6 @@ class Options(CommonOptions):
     part: Annotated[str, arg(metavar="I/N")] = "1/1"
     """Every N-th configuration, from the I-th on."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.which  # noqa: B018, checks it
-
     @property
     def which(self) -> tuple[int, int]:
         first, _, second = self.part.partition("/")

@@ -102,8 +102,6 @@ class Options(CaseOptions):
                 parse_size(size or "1")
             except ValueError as error:
                 raise UserError(f"{option} {error}") from None
-        self.names  # noqa: B018, checks them
-        self.cases  # noqa: B018
 
     @property
     def names(self) -> list[str]:
@@ -134,15 +132,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(options: Options) -> None:
-    path = options.output or Path("results") / f"{result_name(options, options.case)}.csv"
-    with Recorder(path, "memory", options.case.device, options.threads) as recorder:
+    case, names, cases = options.case, options.names, options.cases
+    path = options.output or Path("results") / f"{result_name(options, case)}.csv"
+    with Recorder(path, "memory", case.device, options.threads) as recorder:
         print(headline(recorder.environment))
         if options.max_depth_for:
-            deepest(options, options.case, options.names, recorder)
+            deepest(options, case, names, recorder)
         elif options.sweep:
-            run_sweep(options, options.cases, options.names, recorder)
+            run_sweep(options, cases, names, recorder)
         else:
-            run_case(options, options.case, options.names, recorder)
+            run_case(options, case, names, recorder)
     if options.sweep:
         picture(draw, [path], path.with_suffix(".png"))
         print(f"\n{path.with_suffix('.png')}")

@@ -82,7 +82,6 @@ class Options(CaseOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.names  # noqa: B018, checks them
         if self.on is not None:
             DEVICES[self.on].rate(self.dtype)
             return

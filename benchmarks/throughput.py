@@ -75,7 +75,6 @@ class Options(CaseOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.names  # noqa: B018, checks them
         for name in self.baselines:
             providers.find(name)
         if self.on is not None:
