@@ -121,3 +121,20 @@ def test_the_bytes_of_a_step_are_the_roofline_s(row: str, case: Case) -> None:
     for provider, gigabytes in list(zip(providers, said, strict=True))[skipped:]:
         counted = sum(operation.nbytes for operation in roofline.operations(provider, case))
         assert f"{counted / 1e9:.1f}" == gigabytes, provider
+
+
+def test_the_changelog_is_in_its_form() -> None:
+    """Keep a Changelog 1.1.0: versions, newest first, with their kinds of changes, in order."""
+    kinds = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
+    title, *versions = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert title.startswith("# Changelog\n")
+    assert versions[0].startswith("[Unreleased]\n")
+    for version in versions:
+        assert re.match(r"\[(Unreleased|\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d)", version)
+        _, *parts = re.split(r"^### ", version, flags=re.MULTILINE)
+        named = [part.partition("\n")[0] for part in parts]
+        assert named == [kind for kind in kinds if kind in named]
+        for part in parts:
+            lines = part.splitlines()[1:]
+            assert all(re.match(r"- \S|  \S|$", line) for line in lines)
+            assert any(line.startswith("- ") for line in lines)
