@@ -27,6 +27,7 @@ from harness.pictures import picture, plain_numbers
 from harness.results import Recorder, Row, mebibytes
 
 import effdense
+from effdense import models
 from effdense.commands import front_end
 from effdense.errors import UserError
 from effdense.machine.environment import headline
@@ -34,7 +35,6 @@ from effdense.machine.measurement import in_fresh_process
 from effdense.machine.memory import available_bytes
 from effdense.machine.tables import table
 from effdense.memory.planning import CANDIDATES, Choice, choices
-from effdense.reference import densenet_bc_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: Options) -> None:
     try:
-        network = densenet_bc_config(options.depth, options.growth_rate)
+        network = models.configuration("densenet_bc", options.depth, options.growth_rate)
         with torch.device("meta"):
             model = effdense.DenseNet(**network)
         shape = (options.batch_size, 3, options.image_size, options.image_size)

@@ -13,8 +13,7 @@ from tyro.conf import arg
 from effdense.choices import DtypeName, NetworkName
 from effdense.errors import UserError
 from effdense.machine.environment import usable_cores
-from effdense.models import TORCHVISION_VARIANTS as IMAGENET_FAMILY
-from effdense.reference import densenet_bc_config
+from effdense.models import configuration
 
 CIFAR_FAMILY = "densenet_bc"
 
@@ -61,10 +60,9 @@ class Case:
 
     def network(self) -> dict[str, Any]:
         """Arguments of ``effdense.reference.DenseNet`` and ``effdense.DenseNet``."""
-        dims: dict[str, Any] = {"spatial_dims": self.spatial_dims}
-        if self.is_cifar:
-            return densenet_bc_config(self.depth, self.growth_rate, **dims)
-        return dict(IMAGENET_FAMILY[self.arch], bn_size=4, num_classes=1000, **dims)
+        more = {} if self.is_cifar else {"bn_size": 4, "num_classes": 1000}
+        more["spatial_dims"] = self.spatial_dims
+        return configuration(self.arch, self.depth, self.growth_rate, **more)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -14,9 +14,7 @@ from effdense import reference
 from effdense.choices import OptimizerName
 from effdense.memory.optimizers import make_optimizer
 from effdense.memory.timeline import Training
-from effdense.reference import densenet_bc_config
-
-from .case import IMAGENET_FAMILY
+from effdense.models import configuration
 
 
 @dataclass(frozen=True)
@@ -113,12 +111,12 @@ def _bc(
     spatial = (size, size) if isinstance(size, int) else size
     name = f"BC ({depth}, k {k}{', dropout' if own else ''})"
     return Configuration(
-        name, {**densenet_bc_config(depth, k), **own}, save, (batch, 3, *spatial), **other
+        name, configuration("densenet_bc", depth, k, **own), save, (batch, 3, *spatial), **other
     )
 
 
 def _imagenet(name: str, save: str, batch: int, size: int, **other: Any) -> Configuration:
-    return Configuration(name, dict(IMAGENET_FAMILY[name]), save, (batch, 3, size, size), **other)
+    return Configuration(name, configuration(name, 0, 0), save, (batch, 3, size, size), **other)
 
 
 def _plain(save: str, batch: int) -> Configuration:
