@@ -39,7 +39,7 @@ COMMANDS = {
     r"python -m effdense (plot|evaluate|predict)": "not run: wants a run's folder; with one in "
     "tests/project/test_cli.py and tests/engine/test_export.py",
     r"python train_ddp.py --help": RUN,
-    r"(python|torchrun .*) train_ddp.py": "not run: trains; every option in "
+    r"(python|torchrun .*) (train_ddp.py|-m effdense train)": "not run: trains; every option in "
     "tests/engine/test_training.py, and README's first command in full",
     r"python benchmarks/": "not run: minutes; the parts in tests/benchmarks/test_results.py",
     r"make ": "not run: minutes, or an index of packages; the rule is looked up",
@@ -124,7 +124,8 @@ def test_a_command_s_options_exist(
     program, *arguments = shlex.split(command)
     if program == "torchrun":
         options = get_args_parser().parse_args(arguments)
-        program, arguments = "python", [options.training_script, *options.training_script_args]
+        script = ["-m"] * options.module + [options.training_script]
+        program, arguments = "python", [*script, *options.training_script_args]
     if program == "make":
         rule = [word for word in arguments if "=" not in word]
         make = shutil.which("make") or pytest.skip("make is not installed")
