@@ -6,10 +6,10 @@
 The kernels' host code runs as on an H100, up to a driver that counts launches and makes none
 (see harness/launches.py), on CPU tensors. Counts are of a forward and a backward of the
 second step, without optimizer. Per layer: what a layer more in each block adds. Per block:
-what a block more adds beside its layers, its transition included. Host microseconds are of
-this machine's CPU, on 2 images of 8x8, where the naive network's operations cost little more
-than their calls; its own arithmetic is in them all the same. Bytes are those of the full-size
-case, by the table that the kernels' launchers declare.
+what a block more adds beside its layers, its transition included. Host microseconds are
+this process's processor time, on 2 images of 8x8, where the naive network's operations cost
+little more than their calls; its own arithmetic is in them all the same. Bytes are those of the
+full-size case, by effdense.kernels.traffic.
 """
 
 from __future__ import annotations

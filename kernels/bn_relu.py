@@ -110,14 +110,14 @@ def bn_relu_bwd_reduce_kernel(
         m_x = (o_p < last)[:, None] & m_c[None, :]
         b_x = tl.load(p_x + o_p[:, None] * s_x + o_c[None, :], m_x, 0.0)  # [BP, BC]
         b_dz = tl.load(p_dz + o_p[:, None] * s_dz + o_c[None, :], m_x, 0.0).to(tl.float32)
-        b_g, b_gx = backward_terms(b_x, b_dz, b_mean, b_rstd, b_scale, b_shift)
+        b_g, b_gx = backward_terms(b_x, b_dz, b_mean, b_scale, b_shift)
         b_s += b_g
         b_t += b_gx
         if ACCUMULATE:
             p_tile = p_d + o_p[:, None] * s_d + o_c[None, :]
             b_d = tl.load(p_tile, m_x, 0.0).to(tl.float32) + b_scale[None, :] * b_g
             tl.store(p_tile, b_d.to(p_d.dtype.element_ty), m_x)
-    store_sums(p_part, i_s, C, o_c, m_c, tl.sum(b_s, 0), tl.sum(b_t, 0))
+    store_sums(p_part, i_s, C, o_c, m_c, tl.sum(b_s, 0), tl.sum(b_t, 0), b_rstd)
 
 
 @jit(ALIGN=("s_x", "s_dz", "C"))

@@ -57,17 +57,24 @@ def bn_relu_conv1x1_backward_reference(
 
 
 @triton.jit
-def _gradient_of_y(
-    b_y, b_dz, m_p, b_mean, b_rstd, b_scale, b_shift, b_s, b_t, CORRECT: tl.constexpr
-):
+def _correction(p_s, p_t, per_count, o_b, m_b, b_mean, b_rstd, b_scale):
+    """Of BN2: the part of dY that is affine in y, as offset and slope of the columns o_b."""
+    b_s = tl.load(p_s + o_b, m_b, 0.0) * per_count
+    b_slope = b_scale * b_rstd * tl.load(p_t + o_b, m_b, 0.0) * per_count
+    return b_scale * b_s - b_slope * b_mean, b_slope
+
+
+@triton.jit
+def _gradient_of_y(b_y, b_dz, m_p, b_scale, b_shift, b_offset, b_slope, CORRECT: tl.constexpr):
     """DY of a tile, [BP, BB] float32, from Y and dZ2; zero where nothing is."""
-    b_g = tl.where(normalized(b_y, b_scale, b_shift) <= 0, 0.0, b_dz.to(tl.float32))
+    b_y = b_y.to(tl.float32)
+    b_g = b_scale[None, :] * b_dz.to(tl.float32)
+    b_g = tl.where(normalized(b_y, b_scale, b_shift) <= 0, 0.0, b_g)
     if CORRECT:
-        b_yhat = (b_y.to(tl.float32) - b_mean[None, :]) * b_rstd[None, :]
-        b_g -= b_s[None, :] + b_t[None, :] * b_yhat
+        b_g -= b_offset[None, :] + b_slope[None, :] * b_y
         # the correction is not zero in rows that don't exist
         b_g = tl.where(m_p[:, None], b_g, 0.0)
-    return b_scale[None, :] * b_g
+    return b_g
 
 
 @jit(
@@ -134,10 +141,11 @@ def bn_relu_conv1x1_bwd_kernel(
         b_mean2, b_rstd2, b_scale2, b_shift2 = normalization(
             p_mean2, p_var2, p_gamma2, p_beta2, eps2, o_b, m_b
         )
-        b_s2, b_t2 = b_mean2, b_mean2
+        b_offset2, b_slope2 = b_mean2, b_mean2
         if CORRECT:
-            b_s2 = tl.load(p_s2 + o_b, m_b, 0.0) * per_count
-            b_t2 = tl.load(p_t2 + o_b, m_b, 0.0) * per_count
+            b_offset2, b_slope2 = _correction(
+                p_s2, p_t2, per_count, o_b, m_b, b_mean2, b_rstd2, b_scale2
+            )
     # one range of partial sums: n_parts rows of C, dW's first, then S and T
     p_part += i_s * n_parts * C
     if INPUT:
@@ -162,7 +170,7 @@ def bn_relu_conv1x1_bwd_kernel(
             b_y = tl.load(p_y + o_p[:, None] * s_y + o_b[None, :], m_y, 0.0)  # [BP, BB]
             b_dy = tl.load(p_dz + o_p[:, None] * s_dz + o_b[None, :], m_y, 0.0)
             b_dy = _gradient_of_y(
-                b_y, b_dy, m_p, b_mean2, b_rstd2, b_scale2, b_shift2, b_s2, b_t2, CORRECT
+                b_y, b_dy, m_p, b_scale2, b_shift2, b_offset2, b_slope2, CORRECT
             ).to(DOT)
         if WEIGHT:
             b_z = rectified(normalized(b_x, b_scale, b_shift))
@@ -181,31 +189,23 @@ def bn_relu_conv1x1_bwd_kernel(
                     b_mean_k, b_rstd_k, b_scale_k, b_shift_k = normalization(
                         p_mean2, p_var2, p_gamma2, p_beta2, eps2, o_k, m_k
                     )
-                    b_s_k, b_t_k = b_mean_k, b_mean_k
+                    b_offset_k, b_slope_k = b_mean_k, b_mean_k
                     if CORRECT:
-                        b_s_k = tl.load(p_s2 + o_k, m_k, 0.0) * per_count
-                        b_t_k = tl.load(p_t2 + o_k, m_k, 0.0) * per_count
+                        b_offset_k, b_slope_k = _correction(
+                            p_s2, p_t2, per_count, o_k, m_k, b_mean_k, b_rstd_k, b_scale_k
+                        )
                     m_yk = m_p[:, None] & m_k[None, :]
                     b_yk = tl.load(p_y + o_p[:, None] * s_y + o_k[None, :], m_yk, 0.0)
                     b_dyk = tl.load(p_dz + o_p[:, None] * s_dz + o_k[None, :], m_yk, 0.0)
                     b_dyk = _gradient_of_y(
-                        b_yk,
-                        b_dyk,
-                        m_p,
-                        b_mean_k,
-                        b_rstd_k,
-                        b_scale_k,
-                        b_shift_k,
-                        b_s_k,
-                        b_t_k,
-                        CORRECT,
+                        b_yk, b_dyk, m_p, b_scale_k, b_shift_k, b_offset_k, b_slope_k, CORRECT
                     ).to(DOT)  # [BP, BB]
                     p_wk = p_w + o_k.to(tl.int64)[:, None] * s_w + o_c[None, :]
                     b_wk = tl.load(p_wk, m_k[:, None] & m_c[None, :], 0.0)  # [BB, BC]
                     if b_wk.dtype != DOT:
                         b_wk = b_wk.to(tl.float32).to(DOT)
                     b_dz = tl.dot(b_dyk, b_wk, b_dz, input_precision=PRECISION)
-            b_g, b_gx = backward_terms(b_x, b_dz, b_mean, b_rstd, b_scale, b_shift)
+            b_g, b_gx = backward_terms(b_x, b_dz, b_mean, b_scale, b_shift)
             b_s += tl.sum(b_g, 0)
             b_t += tl.sum(b_gx, 0)
             p_dc = p_d + o_p[:, None] * s_d + o_c[None, :]
@@ -219,7 +219,7 @@ def bn_relu_conv1x1_bwd_kernel(
         tl.store(p_dw, b_dw, m_b[:, None] & m_c[None, :])
     if INPUT:
         tl.store(p_part + (n_parts - 2) * C + o_c, b_s, m_c)
-        tl.store(p_part + (n_parts - 1) * C + o_c, b_t, m_c)
+        tl.store(p_part + (n_parts - 1) * C + o_c, b_t * b_rstd, m_c)
 
 
 def bn_relu_conv1x1_backward(

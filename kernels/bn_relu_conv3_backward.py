@@ -190,13 +190,13 @@ def bn_relu_conv3_bwd_input_kernel(
     m_y = m_p[:, None] & m_b[None, :]
     b_mean, b_rstd, b_scale, b_shift = normalization(p_mean, p_var, p_gamma, p_beta, eps, o_b, m_b)
     b_y = tl.load(p_y + o_p[:, None] * s_y + o_b[None, :], m_y, 0.0)  # [BP, BB]
-    b_dz, b_dzx = backward_terms(b_y, b_dh, b_mean, b_rstd, b_scale, b_shift)
+    b_dz, b_dzx = backward_terms(b_y, b_dh, b_mean, b_scale, b_shift)
     p_rows = p_out + o_p[:, None] * s_out + o_b[None, :]
     b_out = b_dz
     if ACCUMULATE:
         b_out = tl.load(p_rows, m_y, 0.0).to(tl.float32) + b_scale[None, :] * b_dz
     tl.store(p_rows, b_out.to(p_out.dtype.element_ty), m_y)
-    store_sums(p_part, i_p, B, o_b, m_b, tl.sum(b_dz, 0), tl.sum(b_dzx, 0))
+    store_sums(p_part, i_p, B, o_b, m_b, tl.sum(b_dz, 0), tl.sum(b_dzx, 0), b_rstd)
 
 
 @jit(

@@ -165,7 +165,7 @@ def bn_relu_avg_pool_bwd_kernel(
             o_x = o_row + ((i_0 * S1 + i_1) * S2 + i_2)
             p_xw = p_x + o_x[:, None] * s_x + o_c[None, :]
             b_x = tl.load(p_xw, m_in[:, None] & m_load[None, :], 0.0)  # [BP, BC]
-            b_g, b_gx = backward_terms(b_x, b_dz, b_mean, b_rstd, b_scale, b_shift)
+            b_g, b_gx = backward_terms(b_x, b_dz, b_mean, b_scale, b_shift)
             b_s += b_g
             b_t += b_gx
             p_dw = p_d + o_x[:, None] * s_d + o_c[None, :]
@@ -176,7 +176,7 @@ def bn_relu_avg_pool_bwd_kernel(
             b_sum = b_sum * (1.0 / (W0 * W1 * W2))
             p_tile = p_pooled + o_pooled[:, None] * s_pooled + o_c[None, :]
             store_columns(p_tile, b_sum, m_full, o_c, C)
-    store_sums(p_part, i_s, C, o_c, m_c, tl.sum(b_s, 0), tl.sum(b_t, 0))
+    store_sums(p_part, i_s, C, o_c, m_c, tl.sum(b_s, 0), tl.sum(b_t, 0), b_rstd)
 
 
 @jit(ALIGN=("s_x",), ALIGN_C=("s_out", "C"))
@@ -260,12 +260,12 @@ def bn_relu_global_pool_bwd_kernel(
         b_x = tl.load(p_x + o_p[:, None] * s_x + o_c[None, :], m_x, 0.0)  # [BP, BC]
         p_tile = p_dpooled + (o_p // positions)[:, None] * s_dpooled + o_c[None, :]
         b_dz = tl.load(p_tile, m_p[:, None] & m_c[None, :], 0.0).to(tl.float32) / positions
-        b_g, b_gx = backward_terms(b_x, b_dz, b_mean, b_rstd, b_scale, b_shift)
+        b_g, b_gx = backward_terms(b_x, b_dz, b_mean, b_scale, b_shift)
         b_s += b_g
         b_t += b_gx
         p_tile = p_d + o_p[:, None] * s_d + o_c[None, :]
         store_columns(p_tile, b_scale[None, :] * b_g, m_p, o_c, C)
-    store_sums(p_part, i_s, C, o_c, m_c, tl.sum(b_s, 0), tl.sum(b_t, 0))
+    store_sums(p_part, i_s, C, o_c, m_c, tl.sum(b_s, 0), tl.sum(b_t, 0), b_rstd)
 
 
 def _windows(shape: tuple[int, ...]) -> tuple[dict[str, int], dict[str, int]]:

@@ -454,7 +454,7 @@ class LaunchTable:
         hip = not self.family.pipelined
         block_p = 64 if wide or hip else 128
         tile = block_p * block_b
-        while cdiv(rows, block_p) * parts < self.architecture.multiprocessors and tile > 512:
+        while cdiv(rows, block_p) * parts < self.architecture.multiprocessors and tile > 256:
             if block_p > block_b or block_b == 16:
                 block_p //= 2
             else:
@@ -477,7 +477,9 @@ class LaunchTable:
                 return Launch(16, 64, block_b, 8, 1, programs, registers)
             return Launch(16 if wide else 64, 32, block_b, 4, 1, programs)
         if aligned and self.family.product_rows == 64:
-            return Launch(64, 64, block_b, 8, 2, programs)
+            # 64 channels spill 10 registers (sm_90, with 128 columns of dY) to 79 (sm_100)
+            block_c = 64 if block_b < 128 and self.family.registers is None else 32
+            return Launch(64, block_c, block_b, 8, 2, programs)
         block_c = 64 if aligned else 32
         return Launch(32, block_c, block_b, 8 if block_b == 128 else 4, 2, programs)
 
@@ -563,7 +565,7 @@ class SearchedLaunchTable(LaunchTable):
         self.time = time
         name = re.sub(r"[^\w.]+", "-", device_name)
         self.file = directory / f"{name}-triton-{triton.__version__}-torch-{torch.__version__}.json"
-        self.choices: dict[str, dict[str, int]] = {}
+        self.choices: dict[str, dict[str, Any]] = {}
         with contextlib.suppress(OSError, ValueError):
             self.choices = json.loads(self.file.read_text())
 
@@ -572,7 +574,8 @@ class SearchedLaunchTable(LaunchTable):
         """Shapes that share a choice: same type and alignment, sizes of one power of two."""
         rows, c, b = (power_of_two(n, 1, 1 << 40) for n in (like.shape[0], channels, bottleneck))
         dtype = str(like.dtype).removeprefix("torch.")
-        return f"{operation}/{dtype}/{rows}x{c}x{b}/{alignment(like.stride(0), channels)}"
+        align = pad(like) if pad(like) > 1 else alignment(like.stride(0), channels)
+        return f"{operation}/{dtype}/{rows}x{c}x{b}/{align}"
 
     def __call__(self, operation: str, like: Tensor, channels: int, bottleneck: int = 0) -> Launch:
         """The choice of this shape class where one was searched, else the table's."""
@@ -599,7 +602,27 @@ class SearchedLaunchTable(LaunchTable):
                 times.append((float(self.time(partial(run, launch))), i, launch))
         best = min(times)[2]
         names = ("block_p", "block_c", "num_warps", "num_stages")
-        self.choices[key] = {name: getattr(best, name) for name in names}
+        self._keep(key, {name: getattr(best, name) for name in names})
+
+    def choose(
+        self,
+        operation: str,
+        like: Tensor,
+        channels: int,
+        bottleneck: int,
+        alternatives: dict[str, Callable[[], Any]],
+    ) -> str:
+        """The name of the fastest of ``alternatives`` to do ``operation`` for this shape class."""
+        key = "choice of " + self.shape_class(operation, like, channels, bottleneck)
+        found = self.choices.get(key)
+        if found is None or found["name"] not in alternatives:
+            times = {name: float(self.time(run)) for name, run in alternatives.items()}
+            found = {"name": min(times, key=lambda name: times[name])}
+            self._keep(key, found)
+        return str(found["name"])
+
+    def _keep(self, key: str, choice: dict[str, Any]) -> None:
+        self.choices[key] = choice
         # a directory that cannot be written costs the next process a search, no more
         with contextlib.suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)

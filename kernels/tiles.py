@@ -32,10 +32,14 @@ def rectified(b_y):
 
 
 @triton.jit
-def backward_terms(b_x, b_dz, b_mean, b_rstd, b_scale, b_shift):
-    """dz [z > 0] and its product with xhat: what S and T are sums of, and D a multiple."""
+def backward_terms(b_x, b_dz, b_mean, b_scale, b_shift):
+    """Dz [z > 0] and its product with x - mean: what S and, but for rstd, T are sums of.
+
+    D takes the first times scale. T is multiplied by rstd when it is stored: one vector less is
+    kept in registers.
+    """
     b_g = tl.where(normalized(b_x, b_scale, b_shift) <= 0, 0.0, b_dz)
-    return b_g, b_g * ((b_x.to(tl.float32) - b_mean[None, :]) * b_rstd[None, :])
+    return b_g, b_g * (b_x.to(tl.float32) - b_mean[None, :])
 
 
 @triton.jit
@@ -48,11 +52,14 @@ def column_statistics(b_out, m_out, n_rows):
 
 
 @triton.jit
-def store_sums(p_part, i_s, C, o_c, m_c, b_s, b_t):
-    """One range's S and T as the rows 2 i_s and 2 i_s + 1 of the partial results."""
+def store_sums(p_part, i_s, C, o_c, m_c, b_s, b_t, b_rstd):
+    """One range's S and T as the rows 2 i_s and 2 i_s + 1 of the partial results.
+
+    ``b_t`` is that of :func:`backward_terms`, without rstd.
+    """
     p_part += 2 * i_s * C
     tl.store(p_part + o_c, b_s, m_c)
-    tl.store(p_part + C + o_c, b_t, m_c)
+    tl.store(p_part + C + o_c, b_t * b_rstd, m_c)
 
 
 @triton.jit

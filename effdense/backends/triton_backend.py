@@ -41,6 +41,9 @@ from effdense.kernels import (
 
 from ..machine.environment import cache_folder
 
+# what an operation asks the launch table for, where that is not one thing of its own name
+_ASKED = {"conv3_backward": ("conv3_backward", "conv3_weight")}
+
 INTERPRETED: bool = launch.interpreted(statistics.statistics_fwd_kernel)
 """Whether this process runs the kernels in Triton's interpreter, on any device."""
 
@@ -78,6 +81,9 @@ class TritonBackend(Stepwise):
         self._precision = "tf32" if (tf32_convolutions() if tf32 is None else tf32) else "ieee"
         # by the device's number, -1 for a CPU's tensors
         self._launchers: dict[int, launch.Launcher] = {}
+        # shapes for which configurations were searched, and whose convolution was the faster
+        self._searched: set[tuple[Any, ...]] = set()
+        self._vendor_chosen: dict[tuple[Any, ...], bool] = {}
 
     def _run(
         self,
@@ -94,14 +100,40 @@ class TritonBackend(Stepwise):
         launch table with, for the search alone.
         """
         launcher = self._launchers.get(x.get_device()) or self._launcher(x.device)
-        if self._search and isinstance(launcher.table, launch.SearchedLaunchTable):
-
-            def run(chosen: launch.Launch) -> None:
-                function(x, *_scratch(args), launch.Launcher(lambda *_: chosen, self._precision))
-
+        if self._search:
             like = x if like is None else like
-            launcher.table.search(operation, like, x.shape[1], bottleneck, run)
+            for asked in _ASKED.get(operation, (operation,)):
+                self._search_launch(launcher, asked, function, x, args, like, bottleneck)
         return function(x, *args, launcher)
+
+    def _search_launch(
+        self,
+        launcher: launch.Launcher,
+        operation: str,
+        function: Callable[..., Any],
+        x: Tensor,
+        args: tuple[Any, ...],
+        like: Tensor,
+        bottleneck: int,
+    ) -> None:
+        table = launcher.table
+        shape = operation, like.shape, like.stride(), like.dtype, bottleneck
+        if shape in self._searched or not isinstance(table, launch.SearchedLaunchTable):
+            return
+        self._searched.add(shape)
+        scratch = [_copied(a) for a in args]
+        launchers: dict[launch.Launch, launch.Launcher] = {}
+
+        def run(chosen: launch.Launch) -> None:
+            if chosen not in launchers:
+
+                def choose(asked: str, *shape: Any) -> launch.Launch:
+                    return chosen if asked == operation else table(asked, *shape)
+
+                launchers[chosen] = launch.Launcher(choose, self._precision)
+            function(x, *scratch, launchers[chosen])
+
+        table.search(operation, like, x.shape[1], bottleneck, run)
 
     def _launcher(self, device: torch.device) -> launch.Launcher:
         table = self._table
@@ -201,11 +233,8 @@ class TritonBackend(Stepwise):
         statistics: Statistics | None,
     ) -> None:
         given = (norm, weight, shape, out, mask, statistics)
-        if self._vendors_convolution(source, weight):
-            super().bn_relu_conv3(source, *given)
-            return
-        function = bn_relu_conv3.bn_relu_conv3
-        self._run("conv3", function, source, *given, bottleneck=weight.shape[0])
+        function, vendors = bn_relu_conv3.bn_relu_conv3, super().bn_relu_conv3
+        self._convolve("conv3", function, vendors, source, weight, given)
 
     def bn_relu_conv3_backward(
         self,
@@ -219,24 +248,65 @@ class TritonBackend(Stepwise):
         d: Tensor | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         given = (norm, weight, gradient, shape, need_weight, dz, d)
-        if self._vendors_convolution(source, weight):
-            return super().bn_relu_conv3_backward(source, *given)
         function = bn_relu_conv3_backward.bn_relu_conv3_backward
-        return self._run("conv3_backward", function, source, *given, bottleneck=weight.shape[0])
+        vendors = super().bn_relu_conv3_backward
+        return self._convolve("conv3_backward", function, vendors, source, weight, given)
 
-    def _vendors_convolution(self, source: Tensor, weight: Tensor) -> bool:
-        """Whether the 3x3 is the vendor's, beside our norms, rather than a kernel of ours.
+    def _convolve(
+        self,
+        operation: str,
+        function: Callable[..., Any],
+        vendors: Callable[..., Any],
+        source: Tensor,
+        weight: Tensor,
+        given: tuple[Any, ...],
+    ) -> Any:
+        """By our kernels, ``function``, or by the vendor's convolution beside our norms.
 
-        A kernel of ours moves 5 B + 5 k elements a row where the vendor's convolution, with what
-        must stand around it, moves 12 B + 13 k (see effdense.kernels.traffic), in 5 launches
-        where that takes 16. On tensor cores bytes decide: 54 B k operations forward and backward
-        take an H100's 990e12 operations a second 0.22 ns a row at B = 128, k = 32, the bytes that
-        the vendor's costs more 0.70 ns at 3.35e12 bytes a second; ours is faster from a third
-        of the peak on. Exact products of float32 run without tensor cores: the same operations
-        take 3.3 ns at 67e12 a second, all bytes 1.1 ns, and a library's loops come closer to
-        that rate than ours.
+        Without timing the type decides. A kernel of ours moves 5 B + 5 k elements a row where
+        the vendor's convolution, with what must stand around it, moves 12 B + 13 k (see
+        effdense.kernels.traffic), in 5 launches where that takes 16. On tensor cores bytes
+        decide: at B = 128, k = 32 the 54 B k operations of forward and backward take an H100's
+        990e12 a second 0.22 ns a row, and the bytes that the vendor's costs more 0.70 ns at
+        3.35e12 a second; ours need a quarter of the peak rate. Exact products of float32 run
+        without tensor cores: the same operations take 3.3 ns at 67e12 a second, all bytes
+        1.1 ns, and a library's loops come closer to that rate than ours.
         """
-        return source.dtype == torch.float32 and self._precision == "ieee" and not INTERPRETED
+        if self._search and not INTERPRETED:
+            vendor = self._vendor_is_faster(operation, function, vendors, source, weight, given)
+        else:
+            exact = source.dtype == torch.float32 and self._precision == "ieee"
+            vendor = exact and not INTERPRETED
+        if vendor:
+            return vendors(source, *given)
+        return self._run(operation, function, source, *given, bottleneck=weight.shape[0])
+
+    def _vendor_is_faster(
+        self,
+        operation: str,
+        function: Callable[..., Any],
+        vendors: Callable[..., Any],
+        source: Tensor,
+        weight: Tensor,
+        given: tuple[Any, ...],
+    ) -> bool:
+        """Timed once per shape, and kept with the launches that were searched."""
+        shape = operation, source.shape, source.dtype, weight.shape
+        if shape not in self._vendor_chosen:
+            scratch = [_copied(a) for a in given]
+            k = weight.shape[0]
+
+            def ours() -> None:
+                self._run(operation, function, source, *scratch, bottleneck=k)
+
+            # the search comes first: the vendor's is compared with the best of ours
+            ours()
+            table = self._launchers[source.get_device()].table
+            assert isinstance(table, launch.SearchedLaunchTable)
+            alternatives = {"ours": ours, "vendor": lambda: vendors(source, *scratch)}
+            chosen = table.choose(operation, source, source.shape[1], k, alternatives)
+            self._vendor_chosen[shape] = chosen == "vendor"
+        return self._vendor_chosen[shape]
 
     def bn_relu_avg_pool(
         self, x: Tensor, norm: Normalization, shape: tuple[int, ...], out: Tensor
@@ -279,12 +349,8 @@ class TritonBackend(Stepwise):
         self._run("map", finish_gradient.finish_gradient, d, x, mean, s, t, count, out)
 
 
-def _scratch(args: tuple[Any, ...]) -> list[Any]:
-    """``args`` with copies of what a timed operation writes into: matrices and pairs of vectors."""
-    return [_copied(a) for a in args]
-
-
 def _copied(a: Any) -> Any:
+    """A copy of what a timed operation may write into: a matrix or a pair of vectors."""
     if isinstance(a, Tensor) and a.dim() == 2:
         empty = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device)
         return empty.copy_(a)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,43 @@ def test_a_damaged_memory_is_no_error(tmp_path: Path) -> None:
     table.file.write_text("{")
     again = SearchedLaunchTable(H100, "device", tmp_path, lambda run: 1.0)
     assert again.choices == {}
+
+
+def test_the_faster_way_is_remembered(tmp_path: Path) -> None:
+    x = torch.zeros(100, 64)
+    ran: list[str] = []
+
+    def table(seconds: dict[str, float]) -> SearchedLaunchTable:
+        def time(run: Callable[[], object]) -> float:
+            run()
+            return seconds[ran[-1]]
+
+        return SearchedLaunchTable(H100, "device", tmp_path, time)
+
+    ways = {name: partial(ran.append, name) for name in ("ours", "vendor")}
+    first = table({"ours": 2.0, "vendor": 1.0})
+    assert first.choose("conv3", x, 64, 12, ways) == "vendor"
+    assert ran == ["ours", "vendor"]
+    # another process finds it there, and times nothing
+    assert table({}).choose("conv3", x[:90], 64, 12, ways) == "vendor"
+    assert len(ran) == 2
+    # what is not to be had any more is searched again
+    del ways["vendor"]
+    assert table({"ours": 2.0}).choose("conv3", x, 64, 12, ways) == "ours"
+
+
+@pytest.mark.parametrize(
+    "device", [H100, Architecture("cuda", 80, 108), Architecture("hip", 0, 304)]
+)
+@pytest.mark.parametrize(
+    ("rows", "bottleneck"),
+    # of the README's networks: their largest and smallest blocks
+    [(65536, 48), (4096, 48), (4096, 96), (100352, 128), (6272, 128), (1568, 128)],
+)
+def test_products_fill_the_device(device: Architecture, rows: int, bottleneck: int) -> None:
+    x = torch.empty(rows, 528, dtype=torch.bfloat16, device="meta")
+    found = LaunchTable(device)("product", x, 516, bottleneck)
+    programs = -(-rows // found.block_p) * -(-bottleneck // found.block_b)
+    assert programs >= device.multiprocessors
+    # and no smaller than that takes
+    assert found.block_p * found.block_b >= 64 * 64 or programs < 4 * device.multiprocessors
