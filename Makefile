@@ -10,6 +10,9 @@
 # make bench   memory, speed and scaling measured anew, kept in benchmarks/results/, in the tables
 # make figures the pictures in benchmarks/figures/ but precision.png, which plot makes of two runs;
 #              benchmarks whose results/figures/*.csv is there are not run again
+# of Material for MkDocs, about a version to come
+export NO_MKDOCS_2_WARNING := 1
+
 PYTHON ?= python3
 NPROC ?= 4
 VENV := .venv
