@@ -47,7 +47,7 @@ def like_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
     gradient = gradient.to(parameter.dtype).view(parameter.shape)
     if gradient.stride() == parameter.stride():
         return gradient
-    if math.prod(parameter.shape[2:]) == 1 and parameter.is_contiguous():
+    if gradient.is_contiguous() and parameter.is_contiguous():
         # the same order of elements: only strides along sizes of 1 differ
         return gradient.as_strided(parameter.shape, parameter.stride())
     return torch.empty_strided(
