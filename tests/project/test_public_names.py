@@ -24,10 +24,24 @@ def torch_after(code: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "module", ["effdense", "effdense.choices", "effdense.errors", "effdense.commands.front_end"]
+    "module", ["effdense", "effdense.choices", "effdense.errors", "effdense.commands.train"]
 )
 def test_nothing_here_imports_torch(module: str) -> None:
     assert not torch_after(f"import {module}")
+
+
+@pytest.mark.parametrize(
+    "run", ["run_path('train_ddp.py', ", "run_module('effdense', "], ids=["train_ddp", "effdense"]
+)
+def test_help_does_not_wait_for_torch(run: str) -> None:
+    code = f"""
+import runpy, sys
+sys.argv = ["program", "--help"]
+try:
+    runpy.{run}run_name="__main__")
+except SystemExit:
+    pass"""
+    assert not torch_after(code)
 
 
 def test_a_name_imports_what_it_needs() -> None:
