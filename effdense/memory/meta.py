@@ -37,9 +37,12 @@ from ..backends.base import (
     Backend,
     Normalization,
     Piece,
+    Statistics,
+    Unfinished,
 )
 from ..backends.cpu_backend import CpuBackend
 from ..backends.cpu_library import DTYPES as LOOP_DTYPES
+from ..backends.precision import tf32_convolutions
 from ..backends.select import fault, on_meta
 from ..backends.torch_backend import TorchBackend
 from ..block.offloading import HOLDERS
@@ -148,7 +151,11 @@ class _Idle:
 
 
 class _Kernels(_Sampled):
-    """The Triton backend: its kernels have no tiles in memory."""
+    """The Triton backend: its kernels have no tiles in memory.
+
+    Their workspaces, partial sums of some MiB, are not counted. Of the two convolutions it is
+    the one that the type decides for where none was timed.
+    """
 
     row_multiple = KERNEL_ROW_MULTIPLE
 
@@ -158,6 +165,40 @@ class _Kernels(_Sampled):
 
     def sums_from_products(self, dtype: torch.dtype) -> bool:
         return False
+
+    def bn_relu_conv3(
+        self,
+        source: Tensor,
+        norm: Normalization,
+        weight: Tensor,
+        shape: tuple[int, ...],
+        out: Tensor,
+        mask: Tensor | None,
+        statistics: Statistics | None,
+    ) -> None:
+        if _is_exact(source):
+            super().bn_relu_conv3(source, norm, weight, shape, out, mask, statistics)
+
+    def bn_relu_conv3_backward(
+        self,
+        source: Tensor,
+        norm: Normalization,
+        weight: Tensor,
+        gradient: Unfinished,
+        shape: tuple[int, ...],
+        need_weight: bool,
+        dz: Tensor | None,
+        d: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        if _is_exact(source):
+            given = source, norm, weight, gradient, shape, need_weight, dz, d
+            return super().bn_relu_conv3_backward(*given)
+        dw = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
+        return dw, torch.empty_like(norm.mean), torch.empty_like(norm.mean)
+
+
+def _is_exact(matrix: Tensor) -> bool:
+    return matrix.dtype == torch.float32 and not tf32_convolutions()
 
 
 class _Nothing:

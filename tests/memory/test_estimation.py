@@ -228,6 +228,22 @@ def test_ddp_holds_every_gradient_twice() -> None:
     assert together.peak - alone.peak == together.parts["ddp buckets"] == gradients
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernels_keep_no_copy_of_a_bottleneck(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the 3x3 makes norm and ReLU on its way; the vendor's, for exact float32, doesn't."""
+    monkeypatch.setattr(meta, "tf32_convolutions", lambda: False)
+    # one layer wide in the bottleneck: what is as wide stands out
+    model = effdense.DenseNet(4, (2,), 8, 16, small_inputs=True, save="bottlenecks")
+    found = effdense.estimate(model, (64, 3, 32, 32), device="cuda", dtype=dtype)
+    wide = 64 * 32 * 32 * 64 * dtype.itemsize
+    # the gradient of a bottleneck is one; the vendor's convolution has its input and gradient
+    expected = 1 if dtype == torch.bfloat16 else 3
+    temporaries = found.parts["temporaries"] + found.parts["gradient buffer"]
+    assert wide * expected <= temporaries < wide * (expected + 0.9)
+
+
 def test_reserved_memory_follows_the_caching_allocator_s_rules() -> None:
     mib = 1 << 20
     assert reserved_bytes([1]) == 2 * mib
