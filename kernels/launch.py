@@ -513,7 +513,7 @@ class LaunchTable:
             warps = warps_of(block_p, block_b, 4)
             return Launch(block_p, block_k, block_b, warps, stages, programs, registers)
         if operation == "conv3":
-            columns, block_n = growth, power_of_two(growth, 16, 64)
+            columns, block_n = growth, power_of_two(growth, 16, 32 if wide else 64)
             block_p, least = 64 if wide else 128, 16
         else:
             columns, block_n = channels, power_of_two(channels, 16, 32 if wide else 64)
