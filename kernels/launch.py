@@ -475,11 +475,15 @@ class LaunchTable:
                 # only the two launches of a bottleneck wider than a tile want the limit
                 registers = self.family.registers if bottleneck > 128 else None
                 return Launch(16, 64, block_b, 8, 1, programs, registers)
-            return Launch(16 if wide else 64, 32, block_b, 4, 1, programs)
+            # four warps spill 55 registers of TF32 products with 128 columns of dY (sm_90)
+            warps = 8 if wide and block_b == 128 and self.family.pipelined else 4
+            return Launch(16 if wide else 64, 32, block_b, warps, 1, programs)
         if aligned and self.family.product_rows == 64:
-            # 64 channels spill 10 registers (sm_90, with 128 columns of dY) to 79 (sm_100)
-            block_c = 64 if block_b < 128 and self.family.registers is None else 32
-            return Launch(64, block_c, block_b, 8, 2, programs)
+            if self.family.registers is not None:
+                # of 64 rows sm_100 spills 18 to 79 registers, in one mode of the kernel or another
+                return Launch(32, 64, block_b, 8, 2, programs)
+            # 64 channels with 128 columns of dY spill 10 registers (sm_90)
+            return Launch(64, 64 if block_b < 128 else 32, block_b, 8, 2, programs)
         block_c = 64 if aligned else 32
         return Launch(32, block_c, block_b, 8 if block_b == 128 else 4, 2, programs)
 
