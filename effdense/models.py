@@ -29,7 +29,7 @@ from .choices import NetworkName, Save
 from .errors import spelled_shape
 from .recognition.objections import has_hooks, refuse_replica
 from .reference import Init
-from .tracing import graph_is_recorded
+from .tracing import graph_is_recorded, is_traced
 from .weights import read_weights
 
 TORCHVISION_VARIANTS: dict[str, dict[str, Any]] = {
@@ -139,11 +139,14 @@ class DenseNet(reference.DenseNet):
             ValueError: for an input of other dimensions, channels, dtype or device.
             RuntimeError: under nn.DataParallel.
         """
-        if not graph_is_recorded():
+        traced = is_traced(x)
+        if not traced and not graph_is_recorded():
             self._check_input(x)
-        if self._must_call_modules():
+        if traced or self._must_call_modules():
             features = F.relu(self.features(x))
-            pooled = features.mean(dim=tuple(range(2, features.dim())))
+            # a traced tensor doesn't know how many dimensions it has
+            dims = (2,) if traced else tuple(range(2, features.dim()))
+            pooled = (features.flatten(2) if traced else features).mean(dim=dims)
         else:
             assert isinstance(self.features, Features)
             pooled = self.features.pooled(x)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+import torch.fx
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -17,6 +18,22 @@ _Result = TypeVar("_Result")
 def graph_is_recorded() -> bool:
     """Whether a tracer wants to see plain operations (export, tracing, scripting)."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.jit.is_scripting()
+
+
+def is_traced(x: Any) -> bool:
+    """Whether x stands for a tensor in torch.fx's symbolic tracing."""
+    return isinstance(x, torch.fx.Proxy)
+
+
+def leaf_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One node that calls a module, where torch.fx traces what holds it; None where it doesn't.
+
+    A traced model so keeps the module, and with it the memory and the bits of its forward.
+    """
+    proxy: Any = next((x for x in (*args, *kwargs.values()) if is_traced(x)), None)
+    path = "" if proxy is None else proxy.tracer.path_of_module(module)
+    # the module itself is traced through
+    return proxy.tracer.create_proxy("call_module", path, args, kwargs) if path else None
 
 
 def outside_graphs(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

@@ -32,7 +32,7 @@ from ..recognition.objections import (
 )
 from ..recognition.parts import TransitionParts
 from ..recognition.reading import read_block, read_chain, read_transition
-from ..tracing import graph_is_recorded, outside_graphs, torch_function
+from ..tracing import graph_is_recorded, leaf_call, outside_graphs, torch_function
 from .dense_block import check_save
 from .offloading import offload
 from .recomputation import run_chain
@@ -65,6 +65,9 @@ class BlockForward:
             output = run_block(self, args[0])
             if output is not None:
                 return output
+        traced = leaf_call(self, args, kwargs)
+        if traced is not None:
+            return traced
         refuse_torchs(self.modules(), *args, *kwargs.values())  # type: ignore[attr-defined]
         with offload() if self.offload else nullcontext():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -83,6 +86,9 @@ class TransitionForward:
             output = run_block(None, args[0], self)
             if output is not None:
                 return output
+        traced = leaf_call(self, args, kwargs)
+        if traced is not None:
+            return traced
         refuse_torchs(self.modules(), *args, *kwargs.values())  # type: ignore[attr-defined]
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
