@@ -496,8 +496,9 @@ class LaunchTable:
         wide = like.dtype == torch.float32
         hip = not self.family.pipelined
         rows = like.shape[0]
-        # given no limit, the assembler spills a few bytes on all but Hopper to fit one program more
-        registers = None if hip or self.family == HOPPER else 255
+        # given no limit, the assembler spills a few bytes to fit one program more; Hopper's
+        # does so in float32 alone
+        registers = None if hip or (self.family == HOPPER and not wide) else 255
 
         def warps_of(block_p: int, columns: int, most: int) -> int:
             # a lane has 128 bits of Y at the least
