@@ -470,14 +470,15 @@ class LaunchTable:
 
     def _product_backward(self, bottleneck: int, block_b: int, wide: bool, aligned: bool) -> Launch:
         programs = 2 * self.architecture.multiprocessors
-        if wide or not self.family.pipelined:
-            if self.family.compact:
-                # only the two launches of a bottleneck wider than a tile want the limit
-                registers = self.family.registers if bottleneck > 128 else None
-                return Launch(16, 64, block_b, 8, 1, programs, registers)
-            # four warps spill 55 registers of TF32 products with 128 columns of dY (sm_90)
-            warps = 8 if wide and block_b == 128 and self.family.pipelined else 4
-            return Launch(16 if wide else 64, 32, block_b, warps, 1, programs)
+        if not self.family.pipelined:
+            return Launch(16 if wide else 64, 32, block_b, 4, 1, programs)
+        if wide:
+            # half the channels would be half of a 128-bit store for each of so many threads; half
+            # the threads spill 55 registers of TF32 products (sm_90). On compact devices the two
+            # launches of a bottleneck wider than a tile want the limit.
+            limited = self.family.compact and bottleneck > 128
+            registers = self.family.registers if limited else None
+            return Launch(16, 64, block_b, 8, 1, programs, registers)
         if aligned and self.family.product_rows == 64:
             if self.family.registers is not None:
                 # of 64 rows sm_100 spills 18 to 79 registers, in one mode of the kernel or another
