@@ -30,10 +30,14 @@ def leaf_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
     A traced model so keeps the module, and with it the memory and the bits of its forward.
     """
-    proxy: Any = next((x for x in (*args, *kwargs.values()) if is_traced(x)), None)
-    path = "" if proxy is None else proxy.tracer.path_of_module(module)
+    # a list: torch.export of torch 2.7 cannot follow next() of a generator
+    proxies: list[Any] = [x for x in (*args, *kwargs.values()) if is_traced(x)]
+    if not proxies:
+        return None
+    tracer = proxies[0].tracer
+    path = tracer.path_of_module(module)
     # the module itself is traced through
-    return proxy.tracer.create_proxy("call_module", path, args, kwargs) if path else None
+    return tracer.create_proxy("call_module", path, args, kwargs) if path else None
 
 
 def outside_graphs(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
