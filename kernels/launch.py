@@ -440,8 +440,12 @@ class LaunchTable:
         block_p = max(elements // block_c, 1)
         while block_p > least and cdiv(rows, block_p) * tiles < self.architecture.multiprocessors:
             block_p //= 2
+        warps = 4
+        if self.family.lanes > 32:
+            # 128 bits for each lane, of tiles that became small too
+            warps = max(1, min(4, block_p * block_c // ((4 if wide else 8) * self.family.lanes)))
         # a range's loop is serial: hide latency with programs
-        return Launch(block_p, block_c, 16, 4, 1, 4 * self.architecture.multiprocessors)
+        return Launch(block_p, block_c, 16, warps, 1, 4 * self.architecture.multiprocessors)
 
     def _global_pool(self, images: int, channels: int, wide: bool) -> Launch:
         # a program for each image and tile of channels: 64 bytes of a row at the least
@@ -465,6 +469,9 @@ class LaunchTable:
         if wide:
             return Launch(block_p, 16, block_b, warps, 2, registers=registers)
         if hip:
+            if block_p < 64:
+                # 128 bits of X for each lane
+                warps = max(1, min(warps, block_p * 32 // (8 * self.family.lanes)))
             return Launch(block_p, 32, block_b, warps, 2)
         return Launch(block_p, 32, block_b, warps, 3, registers=registers)
 

@@ -252,9 +252,9 @@ class _Stage:
         self.buffer = buffer
         self.x = buffer[:, : self.width]
 
-    def _empty_rows(self) -> Tensor:
-        """Room for X or D: (P, C), and columns that nobody reads where the backend wants some."""
-        columns = round_up(self.width, self.ops.row_multiple)
+    def _empty_rows(self, width: int) -> Tensor:
+        """Room for (P, width), and columns that nobody reads where the backend wants some."""
+        columns = round_up(width, self.ops.row_multiple)
         return torch.empty((self.positions, columns), dtype=self.dtype, device=self.device)
 
     def _filled(self, x: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ class _Stage:
         rows = rows_of(x.to(self.dtype))
         if not self.layers:
             return rows
-        buffer = self._empty_rows()
+        buffer = self._empty_rows(self.width)
         buffer[:, self._read(0)] = rows
         return buffer
 
@@ -470,12 +470,20 @@ class _Stage:
 
         if not needs_x:
             return None, grads
+        return channels_first(self._input_gradient(d), self.images, self.spatial), grads
+
+    def _input_gradient(self, d: Tensor) -> Tensor:
+        """Of the block's input, (P, C0)."""
+        gradient = self._empty_rows(self.c0)
+        # columns behind that nobody reads are written too, so that accesses stay wide
         read = self._read(0)
-        gradient = self.x.new_empty((self.positions, self.c0))
+        if not self.spec.newest_first:
+            read = slice(0, min(gradient.shape[1], self.width))
         s, t = self._correction(read)
         mean, count = self.mean[read], float(self.spec.batch.count)
-        self.ops.finish_gradient(d[:, read], self.x[:, read], mean, s, t, count, gradient)
-        return channels_first(gradient, self.images, self.spatial), grads
+        out = gradient[:, : read.stop - read.start]
+        self.ops.finish_gradient(d[:, read], self.x[:, read], mean, s, t, count, out)
+        return gradient[:, : self.c0]
 
     def _correction(self, channels: slice) -> tuple[Tensor, Tensor]:
         """s and t of some channels, complete: every reader of them has been here."""
@@ -587,7 +595,7 @@ class _Stage:
     ) -> tuple[Tensor, list[Tensor | None]]:
         """D as the whole block's reader leaves it, and the tail's parameter gradients."""
         # See NOTE [ who owns the gradient buffer ].
-        d = self._empty_rows()[:, : self.width]
+        d = self._empty_rows(self.width)[:, : self.width]
         if self.tail is None:
             d.copy_(rows_of(grad_output))
             return d, []
