@@ -31,14 +31,14 @@ class PackageModel(NamedTuple):
     """A package's model and the input its users give it."""
 
     module: str
-    # the line that a user writes
     line: str
+    """The line that a user writes."""
     build: Callable[[], nn.Module]
     channels: int
     dims: int
     classes: int
-    # a class for every pixel
     dense: bool
+    """A class for every pixel."""
     batch_size: int
     image_size: int
 

@@ -44,13 +44,13 @@ class Provider(NamedTuple):
 
     summary: str
     build: Callable[[Case, str], nn.Module]
-    # the meaning of NAME:VARIANT, or None where there are no variants
     variant: str | None = None
+    """The meaning of NAME:VARIANT, or None where there are no variants."""
     channels_last: bool = False
-    # the spatial_dims that it has networks of
     dims: tuple[int, ...] = (1, 2, 3)
-    # torch.compile runs under no dispatch mode, so neither live bytes nor meta runs
+    """The spatial_dims that it has networks of."""
     compiled: bool = False
+    """torch.compile runs under no dispatch mode, so neither live bytes nor meta runs."""
 
 
 def _naive(case: Case, variant: str) -> nn.Module:

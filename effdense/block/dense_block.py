@@ -91,9 +91,9 @@ class LayerSpec(NamedTuple):
     norm1: NormSpec
     norm2: NormSpec | None
     drop_rate: float
-    # 0 outside training
+    """0 outside training."""
     drop_channels: bool = False
-    # a channel of an image at a time instead of element by element
+    """A channel of an image at a time instead of element by element."""
 
 
 class StageSpec(NamedTuple):
@@ -106,15 +106,15 @@ class StageSpec(NamedTuple):
     tail_norm: NormSpec | None
     compute_dtype: torch.dtype
     batch: Batch
-    # which statistics are taken over
+    """Which statistics are taken over."""
     keep: bool
-    # False under no_grad: nothing will be asked for, nothing is kept
+    """False under no_grad: nothing will be asked for, nothing is kept."""
     seed: int
-    # of this forward's dropout masks
+    """Of this forward's dropout masks."""
     anchor: Anchor
-    # what x depends on
+    """What x depends on."""
     newest_first: bool = False
-    # each layer's features stand before those it read, as after ``cat([new, x])``
+    """Each layer's features stand before those it read, as after ``cat([new, x])``."""
 
 
 class LayerTensors(NamedTuple):

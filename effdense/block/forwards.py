@@ -52,12 +52,12 @@ class BlockForward:
 
     save: Save = "features"
     backend: str = "auto"
-    # whether what is kept for backward is kept elsewhere: see offloading.py
     offload: bool = False
-    # whose forward is the plain path
+    """Whether what is kept for backward is kept elsewhere: see offloading.py."""
     original: ClassVar[type[nn.Module]]
-    # whether layers that are no BN-ReLU-Conv may be recomputed through autograd
+    """Whose forward is the plain path."""
     any_layers: ClassVar[bool] = False
+    """Whether layers that are no BN-ReLU-Conv may be recomputed through autograd."""
     fused_layers: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -76,8 +76,8 @@ class BlockForward:
 class TransitionForward:
     """BN-ReLU-Conv1x1-AvgPool that keeps only its input for backward."""
 
-    # "all" where all blocks of the network keep everything: plain autograd throughout
     save: Save = "features"
+    """Is "all" where all blocks of the network keep everything: plain autograd throughout."""
     backend: str = "auto"
     original: ClassVar[type[nn.Module]]
 
@@ -96,8 +96,8 @@ class TransitionForward:
 class SequentialForward:
     """Modules one after the other, a block and its transition as one stage."""
 
-    # as a transition's
     save: Save = "features"
+    """As a transition's."""
     backend: str = "auto"
     original: ClassVar[type[nn.Module]]
 

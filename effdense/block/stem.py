@@ -244,9 +244,9 @@ class _Convolution(NamedTuple):
     """A convolution without bias."""
 
     geometry: tuple[Any, ...]
-    # stride, padding, dilation, transposed, output padding, groups
+    """Stride, padding, dilation, transposed, output padding, groups."""
     again: bool
-    # instead of keeping its output
+    """Instead of keeping its output."""
 
     def forward(self, image: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """(N, c, *spatial) to (N, C, *spatial), in ``dtype``."""

@@ -25,9 +25,9 @@ class NormSpec(NamedTuple):
 
     eps: float
     batch_statistics: bool
-    # Else they come from the running buffers, and backward makes no correction.
+    """Else they come from the running buffers, and backward makes no correction."""
     group: Any = None
-    # The process group whose batch it is, None for this process's own.
+    """The process group whose batch it is, None for this process's own."""
 
 
 def _takes_batch_statistics(norm: nn.Module) -> bool:

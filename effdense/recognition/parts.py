@@ -33,7 +33,7 @@ class LayerParts(NamedTuple):
     norm2: Any
     conv2: Any
     drop_rate: float
-    # 0 outside training
+    """0 outside training."""
     drop_channels: bool
 
 
@@ -55,7 +55,7 @@ class Chain(NamedTuple):
     """How a block calls layers of any kind: ``f(x)`` or ``f([x])``, and what they return."""
 
     as_list: bool
-    # new features alone, or already concatenated with what was read
+    """New features alone, or already concatenated with what was read."""
     concatenates: bool
     newest_first: bool
 
@@ -72,9 +72,9 @@ def layers_of(block: nn.Module) -> list[nn.Module]:
 class _Layer(NamedTuple):
     parts: LayerParts
     signature: tuple[Any, ...]
-    # the attribute or the module that drops features
+    """The attribute or the module that drops features."""
     drop: str | None
-    # whose training mode says whether it does
+    """Whose training mode says whether it does."""
     mode: nn.Module
 
 
