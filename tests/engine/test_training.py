@@ -365,6 +365,8 @@ def test_a_budget_makes_a_run_fit_where_the_naive_network_dies(tmp_path: Path) -
             [sys.executable, "-c", limited, *map(str, arguments)], capture_output=True, text=True
         )
     assert outcomes["naive"].returncode != 0
-    assert "allocate" in outcomes["naive"].stderr or "memory" in outcomes["naive"].stderr.lower()
+    said = outcomes["naive"].stderr.lower()
+    # the last is what oneDNN calls it
+    assert any(word in said for word in ("allocate", "memory", "could not create a primitive"))
     assert outcomes["fits"].returncode == 0, outcomes["fits"].stderr
     assert (tmp_path / "fits" / "model.pt").exists()
