@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 _DTYPES = {
     "F64": torch.float64,
@@ -115,8 +115,7 @@ def read_weights(source: str | os.PathLike[str]) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read {path}: {line}") from None
+        raise UserError(f"cannot read {path}: {first_line(error)}") from None
     state = _state_in(found)
     if state is None:
         kind = f"a {type(found).__name__}"
@@ -220,5 +219,4 @@ def _inertly_loaded(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", pickle_module=_InertPickle, weights_only=False)
     except Exception as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read {path}: {line}") from None
+        raise UserError(f"cannot read {path}: {first_line(error)}") from None

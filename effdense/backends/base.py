@@ -11,7 +11,7 @@ Reductions over P must be reproducible: two runs agree bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -68,9 +68,6 @@ class Normalization:
             shift = torch.addcmul(self.beta.to(scale.dtype), self.mean, scale, value=-1)
             self._derived = rstd, scale, shift
         return self._derived
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.mean, self.rstd, self.scale, self.shift))
 
 
 class Statistics(NamedTuple):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import AUTOCAST_DTYPES
+from ..backends.layout import round_up
 from ..block.forwards import BlockForward, dense_blocks, set_offload, set_save
 from ..choices import OptimizerName
 from ..errors import first_line
@@ -252,11 +253,7 @@ def reserved_bytes(sizes: Sequence[int]) -> int:
     depends on the order of events, is not in it.
     """
     mib = 1 << 20
-    small = sum(_round_up(size, 512) for size in sizes if size <= mib)
-    middle = sum(_round_up(size, 512) for size in sizes if mib < size < 10 * mib)
-    large = sum(_round_up(size, 2 * mib) for size in sizes if size >= 10 * mib)
-    return _round_up(small, 2 * mib) + _round_up(middle, 20 * mib) + large
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    small = sum(round_up(size, 512) for size in sizes if size <= mib)
+    middle = sum(round_up(size, 512) for size in sizes if mib < size < 10 * mib)
+    large = sum(round_up(size, 2 * mib) for size in sizes if size >= 10 * mib)
+    return round_up(small, 2 * mib) + round_up(middle, 20 * mib) + large
