@@ -65,7 +65,7 @@ audit: $(STAMP)
 	$(BIN)/python -m effdense.kernels.audit $(ARGS)
 
 chaos: $(STAMP)
-	$(BIN)/python -m tests.helpers.chaos $(ARGS)
+	PYTHONPATH=benchmarks $(BIN)/python -m tests.helpers.chaos $(ARGS)
 
 MEASURED := results/bench
 RACE := --providers naive naive-channels-last checkpoint effdense-bottlenecks effdense-features

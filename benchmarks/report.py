@@ -23,6 +23,7 @@ from harness import counts, results
 from harness.case import Case
 from harness.packages import MODELS
 from harness.results import Row, mebibytes, quantiles
+from installation import STEPS
 from tyro.conf import arg
 
 from effdense.commands import front_end
@@ -540,6 +541,27 @@ def precision(kept: Kept) -> str:
     return _with_sources(["digits, 12 epochs", "test error, %", "last loss"], cells, sources)
 
 
+def installation(kept: Kept) -> str:
+    """What the README's two commands take in a fresh clone."""
+    cells, sources = [], []
+    for name, _ in STEPS:
+        own = kept.of("installation", "time").newest(provider=name)
+        size = kept.of("installation", "environment").newest(provider=name)
+        if own and size:
+            gibibytes = float(size[0]["value"]) / 2**30
+            cells.append([name, f"{float(own[0]['value']):.0f}", f"{gibibytes:.1f}"])
+            sources += own
+    return _with_sources(["in a fresh clone", "s", "`.venv` then, GiB"], cells, sources)
+
+
+def kills(kept: Kept) -> str:
+    """Of `make chaos`: a run that did not end with the bits of the undisturbed one has no row."""
+    found = {metric: kept.of("chaos", metric).newest() for metric in ("kills", "runs")}
+    cells = [[f"{float(rows[0]['value']):.0f}" for rows in found.values()]]
+    header = ["kills", "runs that ended with the bits of the undisturbed one"]
+    return _with_sources(header, cells, found["kills"])
+
+
 TABLES: dict[str, Callable[[Kept], str]] = {
     "readme": peaks(FRONT, SIX),
     "memory": peaks(DEEP),
@@ -555,6 +577,8 @@ TABLES: dict[str, Callable[[Kept], str]] = {
     "estimates": estimates,
     "sync-bytes": sync_bytes,
     "precision": precision,
+    "installation": installation,
+    "kills": kills,
 }
 
 

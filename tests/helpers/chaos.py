@@ -1,23 +1,26 @@
 """Random kills of a short run on the digits: every one must end as if nothing had happened.
 
-    python -m tests.helpers.chaos [--kills 50] [--seed 0] [--output chaos.csv]
+    python -m tests.helpers.chaos [--kills 50] [--seed 0] [--output results/chaos.csv]
 
 A run of three processes is started, one of them or all are killed after a random time, the rest
 is waited for, and the same command is given again; after a few kills the run may end. Then its
 weights, buffers, optimiser state, random states and CSV files are compared, bit for bit, with
-those of a run that was left alone. Every kill's seed says what was killed and when.
+those of a run that was left alone. Every kill's seed says what was killed and when. --output keeps
+how many it were, as ``benchmarks/report.py --add`` takes it.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import signal
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+
+from harness.case import CIFAR_FAMILY, Case
+from harness.results import Recorder
 
 from tests.helpers.ranks import Ranks, final_state
 
@@ -119,17 +122,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="how many (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the first kill (default 0)")
-    parser.add_argument("--output", type=Path, help="CSV file for the kills; added to")
+    parser.add_argument("--output", type=Path, help="CSV file for the counts")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         done, runs = chaos(Path(folder), options.kills, options.seed)
     if options.output is not None:
-        is_new = not options.output.exists()
-        with options.output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Kill)])
-            if is_new:
-                writer.writeheader()
-            writer.writerows(asdict(kill) for kill in done)
+        case = Case(CIFAR_FAMILY, 10, 4, 64, 8)
+        with Recorder(options.output, "chaos", "cpu", 1) as recorder:
+            counted = {"kills": len(done), "runs": runs, "first seed": options.seed}
+            for metric, number in counted.items():
+                recorder.add("digits", case, metric, number, "", processes=WORLD_SIZE)
     for kill in done:
         print(kill)
     print(f"{len(done)} kills, {runs} runs, every one ended with the bits of the undisturbed run")
