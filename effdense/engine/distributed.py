@@ -10,9 +10,10 @@ import datetime
 import gc
 import inspect
 import os
+import platform
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import TrainingError, UserError
+from ..errors import TrainingError, UserError, first_line
 
 T = TypeVar("T")
 
@@ -160,6 +161,31 @@ def all_or_none() -> Iterator[None]:
     for message in gathered(said):
         if message:
             raise UserError(message)
+
+
+@contextmanager
+def lost_processes(world: World, doing: Callable[[], str]) -> Iterator[None]:
+    """Say in words where an exchange with the other processes fails within the body.
+
+    What raises then depends on what has gone wrong elsewhere: gloo's sockets a RuntimeError of
+    gloo's, NCCL and the store a DistError. Nothing else is touched.
+
+    Args:
+        world: this process's place.
+        doing: what this process is doing.
+
+    Raises:
+        TrainingError: on this process alone; the others find out by themselves.
+    """
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise TrainingError(
+            f"rank {world.rank} (process {os.getpid()} on {platform.node()}) lost the other "
+            f"processes {doing()}: {first_line(error)}"
+        ) from error
 
 
 def gathered(value: T) -> list[T]:

@@ -17,7 +17,15 @@ from . import plots
 from .checkpoint import CheckpointStore, Position
 from .data.datasets import load, needs_preparation
 from .data.images import ImageData
-from .distributed import World, all_or_none, gathered, joined_world, largest, launched_processes
+from .distributed import (
+    World,
+    all_or_none,
+    gathered,
+    joined_world,
+    largest,
+    launched_processes,
+    lost_processes,
+)
 from .networks import fit_to_budget, largest_share, make_network
 from .options import ResolvedConfig, TrainConfig
 from .progress import Progress, Speed, peak_memory
@@ -114,6 +122,7 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
         trainer = Trainer(network, config, world)
         watchdog = stack.enter_context(Watchdog(world, config.hang_timeout))
         trainer.mark = watchdog.mark
+        stack.enter_context(lost_processes(world, watchdog.doing))
         return _train(trainer, data, work_dir, facts, progress, signals)
 
 

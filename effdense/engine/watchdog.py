@@ -58,6 +58,10 @@ class Watchdog:
         """The run has moved: it is now ``doing`` this."""
         self._moves, self._doing, self._moved_at = self._moves + 1, doing, time.monotonic()
 
+    def doing(self) -> str:
+        """What the run said last that it is doing."""
+        return self._doing
+
     def _watch(self) -> None:
         store = None
         while True:
