@@ -242,20 +242,22 @@ def peaks(case: Case, names: Sequence[str] = tuple(NAMES)) -> Callable[[Kept], s
         newest = {name: own for name in names if (own := found.newest(provider=name))}
         peak = {name: _quantiles(own)[0] for name, own in newest.items()}
         floor, naive = counts.floor(case), peak.get("naive")
+        sources = [row for own in newest.values() for row in own]
         rows = [["floor (parameters, gradients, momentum, features, one gradient buffer)"]]
         rows[0] += [mebibytes(floor.total), "1", "", ""]
         for name, nbytes in peak.items():
             run = {n: newest[name][0][n] for n in ("processor", "gpu", "git_revision")}
             share = f"1/{naive / nbytes:.1f}" if naive and naive != nbytes else ""
             row = [NAMES[name], mebibytes(nbytes), f"{nbytes / floor.total:.2f}", share]
-            rows.append([*row, _spread(times.newest(provider=name, **run))])
+            timed = times.newest(provider=name, **run)
+            rows.append([*row, _spread(timed)])
+            sources += timed
         if naive is None:
             for predicted in kept.of("memory", "predicted peak", case).newest(provider="naive"):
                 size = mebibytes(float(predicted["value"]))
                 rows.append([f"{NAMES['naive']}, predicted, not run", size, "", "", ""])
         header = [_network(case), "peak, MiB", "of the floor", "of naive", "s/step"]
         width = len(header) if any(row[-1] for row in rows) else len(header) - 1
-        sources = [row for own in newest.values() for row in own]
         return _with_sources(header[:width], [row[:width] for row in rows], sources)
 
     return make
