@@ -110,6 +110,8 @@ def compare(
     data = load(config, download=False)
     found: dict[str, list[Epoch]] = {}
     steps_per_epoch = len(data.train) // config.batch_size
+    assert config.depth is not None
+    assert config.growth_rate is not None
     case = Case(
         CIFAR_FAMILY, config.depth, config.growth_rate, config.batch_size, config.image_size, dtype
     )
@@ -149,6 +151,8 @@ def trained(
 def naive_twin(network: nn.Module, config: ResolvedConfig, data: ImageData) -> nn.Module:
     """The naive network with the parameters and buffers of effdense's."""
     options: dict[str, Any] = {"drop_rate": config.drop_rate, "in_channels": data.in_channels}
+    assert config.depth is not None
+    assert config.growth_rate is not None
     naive = reference.densenet_bc(config.depth, config.growth_rate, data.num_classes, **options)
     naive.load_state_dict(network.state_dict())
     return naive

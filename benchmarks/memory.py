@@ -99,7 +99,7 @@ class Options(CaseOptions):
             ("--memory-limit", self.memory_limit),
         ):
             try:
-                parse_size(size or "1")
+                parse_size(size or "1B")
             except ValueError as error:
                 raise UserError(f"{option} {error}") from None
 

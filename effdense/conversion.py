@@ -48,7 +48,11 @@ class _Converted:
 
     def extra_repr(self) -> str:
         said = super().extra_repr()  # type: ignore[misc]
-        own = f'effdense, save="{self.save}"' if isinstance(self, BlockForward) else "effdense"
+        own = (
+            f'effdense, save="{self.save}", backend="{self.backend}"'
+            if isinstance(self, BlockForward)
+            else "effdense"
+        )
         return f"{said}, {own}" if said else own
 
 
@@ -122,6 +126,8 @@ class ConversionReport:
         if not rows:
             return "no dense block found"
         return columns(rows)
+
+    __repr__ = __str__
 
 
 def convert(

@@ -36,6 +36,9 @@ class Interrupted(RuntimeError):
     That is EX_TEMPFAIL of sysexits.h, "try again later": what a batch system should requeue.
     """
 
+    work_dir: str = ""
+    """The folder of the run, on the process that speaks."""
+
 
 REQUEUE_STATUS = 75
 
@@ -82,6 +85,10 @@ def one_line_errors() -> Iterator[None]:
         if speaks_for_all():
             print("interrupted", file=sys.stderr, flush=True)
         _exit(130)
+    except BrokenPipeError:
+        # whoever read, such as head, has read enough; Python's own flush at exit would say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _exit(1)
     except Exception:
         traceback.print_exc()
         _exit(1)

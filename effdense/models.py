@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -30,7 +29,7 @@ from .errors import spelled_shape
 from .recognition.objections import has_hooks, refuse_replica
 from .reference import Init
 from .tracing import graph_is_recorded, is_traced
-from .weights import read_weights
+from .weights import fitted, read_weights
 
 TORCHVISION_VARIANTS: dict[str, dict[str, Any]] = {
     "densenet121": {"growth_rate": 32, "block_config": (6, 12, 24, 16), "num_init_features": 64},
@@ -285,78 +284,32 @@ def _torchvision_variant(name: str, weights: Any, **kwargs: Any) -> DenseNet:
     config = TORCHVISION_VARIANTS[name] | kwargs
     if weights is None:
         return DenseNet(**config)
-    return _with_weights(config, _load_weights(name, weights, progress), "num_classes" in kwargs)
+    return _with_weights(config, load_weights(name, weights, progress), "num_classes" in kwargs)
 
 
 def _with_weights(config: dict[str, Any], state: dict[str, Tensor], own_head: bool) -> DenseNet:
     """A network with the weights ``state``, of as many classes unless it has its ``own_head``."""
-    # torchvision's published files carry the names of its first release (norm.1, conv.2)
-    old = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
-    state = {old.sub(r"\1\2", name): tensor for name, tensor in state.items()}
     bias = state.get("classifier.bias")
     if bias is not None and not own_head:
         config = config | {"num_classes": bias.numel()}
     model = DenseNet(**config)
-    wanted = model.state_dict()
-    if bias is not None and bias.shape != wanted["classifier.bias"].shape:
-        warnings.warn(
-            f"effdense: the weights are for {bias.numel()} classes, the classifier for "
-            f"{model.classifier.out_features} stays as initialised",
-            stacklevel=4,
-        )
-        for part in ("classifier.weight", "classifier.bias"):
-            state[part] = wanted[part]
-    first, expected = state.get("features.conv0.weight"), wanted["features.conv0.weight"]
-    if first is not None and first.shape[1] != expected.shape[1]:
-        state["features.conv0.weight"] = _for_channels(first, expected.shape[1])
-    differing = [
-        name
-        for name in [*wanted, *(name for name in state if name not in wanted)]
-        if name not in wanted or name not in state or state[name].shape != wanted[name].shape
-    ]
-    # old files lack the counters
-    differing = [name for name in differing if not name.endswith("num_batches_tracked")]
-    if differing:
-        raise ValueError(
-            f"the weights are those of {_described(state)}, not of {_described(wanted)}; "
-            f"the first difference is {differing[0]}"
-        )
-    model.load_state_dict(wanted | state)
+    fitting, said = fitted(state, model.state_dict(), "classifier")
+    for line in said:
+        warnings.warn(f"effdense: {line}", stacklevel=4)
+    model.load_state_dict(fitting)
     return model
 
 
-def _for_channels(weight: Tensor, channels: int) -> Tensor:
-    """A first convolution's weight for another number of channels, as timm adapts it.
+def load_weights(name: str, weights: Any, progress: bool = False) -> dict[str, Tensor]:
+    """A state dict: torchvision's published one by its name, or what a file or a run holds.
 
-    One channel is as if repeated to all the old ones; for more, the old are repeated in turn and
-    scaled so that the sum stays what it was.
+    Args:
+        name: "densenet121", "densenet161", "densenet169" or "densenet201".
+        weights, progress: as of :func:`densenet121`.
+
+    Raises:
+        ValueError, FileNotFoundError: where there is none.
     """
-    if channels == 1:
-        return weight.sum(dim=1, keepdim=True)
-    before = weight.shape[1]
-    times = -(-channels // before)
-    repeated = weight.repeat(1, times, *[1] * (weight.dim() - 2))[:, :channels]
-    return repeated * (before / channels)
-
-
-def _described(state: dict[str, Tensor]) -> str:
-    """A state dict in a few words."""
-    layers: dict[str, set[str]] = {}
-    for name in state:
-        found = re.match(r"features\.denseblock(\d+)\.denselayer(\d+)\.", name)
-        if found:
-            layers.setdefault(found[1], set()).add(found[2])
-    if not layers:
-        return f"something else ({len(state)} tensors, the first {next(iter(state), None)})"
-    counts = ", ".join(str(len(layers[block])) for block in sorted(layers, key=int))
-    last = state.get("features.denseblock1.denselayer1.conv2.weight")
-    if last is None:
-        last = state.get("features.denseblock1.denselayer1.conv1.weight")
-    growth = "" if last is None else f" of {last.shape[0]} features"
-    return f"a DenseNet with blocks of {counts} layers{growth}"
-
-
-def _load_weights(name: str, weights: Any, progress: bool) -> dict[str, Tensor]:
     from torchvision import models as torchvision_models
 
     enum: Any = torchvision_models.get_model_weights(name)

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,6 +124,124 @@ def read_weights(source: str | os.PathLike[str]) -> dict[str, Tensor]:
             kind = f"entries {', '.join(map(repr, list(found)[:6]))}"
         raise UserError(f"{path} holds {kind}, and no state dict among them")
     return _without_prefix(state)
+
+
+# Old files lack the counters; the thresholds of torchxrayvision's published models are no weights.
+_PASSED_OVER = ("num_batches_tracked", "op_threshs")
+# torchvision's published files carry the names of its first release (norm.1, conv.2).
+_FIRST_RELEASE = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
+
+
+def fitted(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], head: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights of one network for another that differs from it in no more than may differ.
+
+    That is the channels of the first convolution; two spatial dimensions where three are wanted;
+    the number of classes; and names, where all tensors have the same kinds and shapes in the same
+    order.
+
+    Args:
+        state: the weights.
+        wanted: the state dict of the network that is to have them.
+        head: the name of its classifier there.
+
+    Returns:
+        A state dict of the names and shapes of ``wanted``, and what is to be said about it.
+
+    Raises:
+        ValueError: where they differ in more; says in what.
+    """
+    state = {_FIRST_RELEASE.sub(r"\1\2", name): tensor for name, tensor in state.items()}
+    said: list[str] = []
+    names = [name for name in wanted if not name.endswith(_PASSED_OVER)]
+    found = [name for name in state if not name.endswith(_PASSED_OVER)]
+    body = [name for name in names if not name.startswith(f"{head}.")]
+    own_head = next((name.rpartition(".")[0] for name in reversed(found)), head)
+    if set(found) & set(body) != set(body):
+        in_order = [name for name in found if not name.startswith(f"{own_head}.")]
+        if [_kind(name) for name in in_order] == [_kind(name) for name in body]:
+            heads = {f"{own_head}.{part}": f"{head}.{part}" for part in ("weight", "bias")}
+            renamed = {**dict(zip(in_order, body, strict=True)), **heads}
+            state = {renamed.get(name, name): tensor for name, tensor in state.items()}
+            found = [renamed.get(name, name) for name in found]
+            said.append(f"the weights are matched in their order: {in_order[0]} is {body[0]}, ...")
+    first = next((name for name in names if wanted[name].dim() > 2), None)
+    shaped = {
+        name: _shaped(state[name], wanted[name].shape, name == first)
+        for name in found
+        if name in wanted
+    }
+    for name in names:
+        if name.startswith(f"{head}.") and (
+            name not in shaped or shaped[name].shape != wanted[name].shape
+        ):
+            if name.endswith(".weight"):
+                before = f"for {len(shaped[name])} classes" if name in shaped else "without a head"
+                said.append(
+                    f"the weights are {before}, the {head.rpartition('.')[2]} for "
+                    f"{len(wanted[name])} stays as initialised"
+                )
+            shaped[name] = wanted[name]
+    differing = [
+        name
+        for name in [*names, *found]
+        if name not in wanted or name not in shaped or shaped[name].shape != wanted[name].shape
+    ]
+    if differing:
+        raise ValueError(
+            f"the weights are those of {_described(state)}, not of {_described(wanted)}; "
+            f"the first difference is {differing[0]}"
+        )
+    counters = {name: tensor for name, tensor in state.items() if name not in found}
+    kept = {name: counters.get(name, tensor) for name, tensor in wanted.items()}
+    return {**kept, **shaped}, said
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _shaped(tensor: Tensor, shape: torch.Size, is_first: bool) -> Tensor:
+    """A weight as a network of other channels or of one dimension more wants it, if it can be."""
+    if tensor.dim() == 4 and len(shape) == 5:
+        # what is the same in every slice is answered as in 2-D: Carreira and Zisserman,
+        # "Quo Vadis, Action Recognition?", CVPR 2017, section 2.4
+        tensor = tensor.unsqueeze(2).expand(-1, -1, shape[2], -1, -1) / shape[2]
+    if is_first and tensor.dim() == len(shape) and tensor.shape[1] != shape[1]:
+        tensor = for_channels(tensor, shape[1])
+    return tensor
+
+
+def for_channels(weight: Tensor, channels: int) -> Tensor:
+    """A first convolution's weight for another number of channels, as timm adapts it.
+
+    One channel is as if repeated to all the old ones; for more, the old are repeated in turn and
+    scaled so that the sum stays what it was.
+    """
+    if channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    before = weight.shape[1]
+    times = -(-channels // before)
+    repeated = weight.repeat(1, times, *[1] * (weight.dim() - 2))[:, :channels]
+    return repeated * (before / channels)
+
+
+def _described(state: Mapping[str, Tensor]) -> str:
+    """A state dict in a few words."""
+    layers: dict[str, set[str]] = {}
+    for name in state:
+        found = re.search(r"features\.denseblock(\d+)\.denselayer(\d+)\.", name)
+        if found:
+            layers.setdefault(found[1], set()).add(found[2])
+    if not layers:
+        return f"something else ({len(state)} tensors, the first {next(iter(state), None)})"
+    counts = ", ".join(str(len(layers[block])) for block in sorted(layers, key=int))
+    last = state.get("features.denseblock1.denselayer1.conv2.weight")
+    if last is None:
+        last = state.get("features.denseblock1.denselayer1.conv1.weight")
+    growth = "" if last is None else f" of {last.shape[0]} features"
+    return f"a DenseNet with blocks of {counts} layers{growth}"
 
 
 def _state_in(found: Any) -> dict[str, Tensor] | None:

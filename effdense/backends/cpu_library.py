@@ -8,6 +8,7 @@ there is no compiler, :func:`load` says why.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -82,7 +83,15 @@ def load(dtype: torch.dtype) -> Library:
         raise CannotLoad(f"the compiled loops can't be loaded: {error}") from error
 
 
-def _compiled(real: str) -> Path:
+def is_compiled(dtype: torch.dtype) -> bool:
+    """Whether :func:`load` need not compile, or cannot."""
+    with contextlib.suppress(CannotLoad):
+        return _target(_REAL[dtype])[0].exists()
+    return True
+
+
+def _target(real: str) -> tuple[Path, list[str]]:
+    """Where the library is kept, and the command that makes it but for its files."""
     compiler = next(filter(None, map(shutil.which, compilers())), None)
     if compiler is None:
         raise CannotLoad("there is no C compiler (cc, gcc or clang on PATH, or $CC)")
@@ -93,8 +102,11 @@ def _compiled(real: str) -> Path:
         _processor(),
     ]
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
-    name = f"{real}-{key}.so"
-    target = cache_folder("loops") / name
+    return cache_folder("loops") / f"{real}-{key}.so", command
+
+
+def _compiled(real: str) -> Path:
+    target, command = _target(real)
     if target.exists():
         return target
     try:
@@ -103,7 +115,7 @@ def _compiled(real: str) -> Path:
     except OSError:
         # Nothing can be kept: compiled for this process, and left to the system's cleaning.
         directory = tempfile.mkdtemp(prefix="effdense-")
-        target = Path(directory) / name
+        target = Path(directory) / target.name
     made = Path(directory) / "made.so"
     try:
         subprocess.run(
@@ -112,9 +124,9 @@ def _compiled(real: str) -> Path:
         made.replace(target)
     except subprocess.CalledProcessError as error:
         said = first_line(error.stderr or f"exit status {error.returncode}")
-        raise CannotLoad(f"{compiler} failed: {said}") from error
+        raise CannotLoad(f"{command[0]} failed: {said}") from error
     except OSError as error:
-        raise CannotLoad(f"{compiler} or the cache failed: {error}") from error
+        raise CannotLoad(f"{command[0]} or the cache failed: {error}") from error
     finally:
         if Path(directory) != target.parent:
             shutil.rmtree(directory, ignore_errors=True)

@@ -160,6 +160,9 @@ class DenseBlock(BlockForward, reference.DenseBlock):
     original = reference.DenseBlock
     any_layers = True
 
+    def extra_repr(self) -> str:
+        return f'save="{self.save}", backend="{self.backend}"'
+
 
 class Transition(TransitionForward, reference.Transition):
     """BN-ReLU-Conv1x1-AvgPool that keeps only its input for backward."""

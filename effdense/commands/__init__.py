@@ -1,4 +1,4 @@
-"""The commands of ``python -m effdense``, a file each.
+"""The commands of ``effdense``, a file each.
 
 A command's module has ``Options``, a dataclass (see ``front_end``), and ``run``, which takes one
 and returns the exit status. ``network`` is the MODEL argument of several, ``measure`` and
@@ -9,6 +9,7 @@ __all__ = ["front_end", "train"]
 
 COMMANDS = {
     "train": "train a DenseNet, as train_ddp.py does",
+    "recipes": "list the data sets of train, and the defaults that each brings",
     "evaluate": "test a run's network on a folder of images",
     "predict": "classify images with a run's network",
     "plot": "redraw the curves from the CSV files of one run, or overlay several",

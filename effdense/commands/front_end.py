@@ -103,27 +103,54 @@ def _said(text: str) -> str:
             said.append(line)
     if said[:1] and said[0].startswith("Missing from"):
         return f"missing: {said[1]}"
-    if meant := re.search(r"Perhaps you meant:\W+(--[\w-]+)", text):
-        said.append(f"(did you mean {meant[1]}?)")
+    meant = re.search(r"Perhaps you meant:\W+(--[\w-]+)", text)
+    given = re.search(r"--([\w-]+)", " ".join(said))
+    elsewhere = _ELSEWHERE.get(given[1]) if given else None
+    if meant or elsewhere:
+        said.append(f"(did you mean {meant[1] if meant else elsewhere}?)")
     message = " ".join(said).rstrip(".")
     for pattern, plain in _PLAIN:
         message = re.sub(pattern, plain, message)
     return message
 
 
+# What other trainers call an option, too far from ours for a guess by its letters.
+_ELSEWHERE = {
+    "learning-rate": "--lr",
+    "wd": "--weight-decay",
+    "opt": "--optimizer",
+    "amp": "--dtype",
+    "precision": "--dtype",
+    "max-epochs": "--epochs",
+    "pretrained": "--weights",
+    "checkpoint": "--weights",
+    "memory-budget": "--budget",
+    "workers": "--num-workers",
+    "output-dir": "--work-dir",
+    "sync-bn": "--sync-batch-norm",
+    "grad-accum": "--accumulate",
+}
+_KINDS = {"INT": "a whole number", "FLOAT": "a number", r"{[FLOAT [FLOAT ...]]}": "numbers"}
+
+
+def _kind(found: re.Match[str]) -> str:
+    return f"{found[1]} must be {_KINDS.get(found[2], found[2])}, got {found[3]}"
+
+
 # What tyro and Python say of a value, in a user's words.
-_PLAIN = (
+_PLAIN: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (
         r"^Error parsing (\S+): no type matching (?:\{None\}\|)?(.+) could be instantiated "
-        r"from \['(.*)'\]",
-        r"\1 must be \2, got '\3'",
+        r"from \[(.*)\]",
+        _kind,
     ),
     (
         r"^Error parsing (\S+): invalid literal for int\(\) with base 10: ",
-        r"\1 must be INT, got ",
+        r"\1 must be a whole number, got ",
     ),
-    (r"^Error parsing (\S+): could not convert string to float: ", r"\1 must be FLOAT, got "),
+    (r"^Error parsing (\S+): could not convert string to float: ", r"\1 must be a number, got "),
     (r"^Error parsing (-\S+): ", r"\1 "),
+    (r"^Missing value for argument '(\S+)'.*", r"\1 wants a value"),
     # a __post_init__ names what it is about itself
     (r"^Error parsing \S+: ", ""),
 )

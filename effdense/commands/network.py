@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import importlib
-import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +15,7 @@ import effdense
 
 from .. import reference
 from ..choices import NetworkName
+from ..engine.networks import called
 from ..errors import UserError, first_line
 from ..models import configuration
 from . import front_end
@@ -80,7 +77,7 @@ class Network:
             UserError: where there is no such network.
         """
         if not self.is_own:
-            return _called(self.name)
+            return called(self.name)
         return reference.DenseNet(**self._arguments())
 
     def ours(self, save: str | Sequence[str] = "features") -> nn.Module:
@@ -91,7 +88,7 @@ class Network:
         """
         if self.is_own:
             return effdense.DenseNet(**self._arguments(), save=save)  # type: ignore[arg-type]
-        return converted(_called(self.name), save)
+        return converted(called(self.name), save)
 
     def input_shape(self, model: nn.Module, batch: Batch) -> tuple[int, ...]:
         """(N, channels, *spatial) as the model's first convolution takes it."""
@@ -125,30 +122,3 @@ def converted(model: nn.Module, save: str | Sequence[str] = "features") -> nn.Mo
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="effdense: ")
         return effdense.convert(model, save)  # type: ignore[arg-type]
-
-
-def _called(target: str) -> nn.Module:
-    """A model from ``module:callable``; a copy where it is a model already."""
-    name, _, path = target.partition(":")
-    if not name or not path:
-        raise UserError(f"expected MODULE:CALLABLE, got {target!r}")
-    # as python -m of one's own module finds it
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = importlib.import_module(name)
-        for part in path.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"can't find {target}: {error}") from None
-    if not callable(found):
-        raise UserError(f"{target} is a {type(found).__name__}, which can't be called")
-    if isinstance(found, nn.Module):
-        return copy.deepcopy(found)
-    try:
-        model: object = found()
-    except Exception as error:
-        raise UserError(f"calling {target} without arguments failed: {first_line(error)}") from None
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{target} returned a {type(model).__name__}, not a torch.nn.Module")
-    return model

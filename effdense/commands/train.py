@@ -2,35 +2,84 @@
 
 from __future__ import annotations
 
-from ..engine.options import TrainConfig as Options
-from ..engine.recipes import recipe_table
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from ..engine.options import (
+    DataOptions,
+    MachineOptions,
+    MemoryOptions,
+    NetworkOptions,
+    OptimisationOptions,
+    OutputOptions,
+    StartOptions,
+    TrainConfig,
+)
+from ..errors import Interrupted
 from . import front_end
 
-DESCRIPTION = """Train a DenseNet: in one process with "python train_ddp.py", in N with
-"torchrun --nproc_per_node N train_ddp.py".
 
-Data sets: digits, the 1,797 handwritten digits that scikit-learn ships; cifar10, cifar100 and
-svhn, which --download fetches; imagefolder, images in DATA_DIR/train/CLASS/ and
-DATA_DIR/val/CLASS/; webdataset, shards DATA_DIR/train/NAME-NUMBER.tar and DATA_DIR/val/... of
-KEY.jpg and KEY.cls (the label's number), names of the classes in DATA_DIR/classes.txt where that
-is there; fake, noise that can be learnt.
+@dataclass(frozen=True)
+class Options:
+    """Train a DenseNet: in one process with "effdense train", in N with
+    "torchrun --nproc_per_node N -m effdense train".
 
-Standard augmentation: digits, shifts by up to 1 pixel; cifar10, cifar100 and fake, shifts by up
-to 4 pixels and mirroring; svhn, the shifts alone; imagefolder and webdataset, random resized
-crops and mirroring.
+    Each data set brings its own defaults: effdense recipes lists them.
+    """
 
-Defaults that depend on the data set:
-"""
-DESCRIPTION += recipe_table()
+    data: DataOptions = field(default_factory=DataOptions)
+    network: NetworkOptions = field(default_factory=NetworkOptions)
+    start: StartOptions = field(default_factory=StartOptions)
+    optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    machine: MachineOptions = field(default_factory=MachineOptions)
+
+    def config(self) -> TrainConfig:
+        """The same without the groups."""
+        groups = [getattr(self, group.name) for group in fields(self)]
+        return TrainConfig(
+            **{
+                option.name: getattr(each, option.name)
+                for each in groups
+                for option in fields(each)
+            }
+        )
+
+
+def parse(arguments: Sequence[str] | None, program: str) -> TrainConfig:
+    """What a command line asks for; as of :func:`effdense.commands.front_end.parse`."""
+    return front_end.parse(Options, arguments, program=program).config()
 
 
 def main(program: str) -> None:
     """What a script called ``program`` does."""
-    front_end.main(Options, run, program=program, description=DESCRIPTION)
+    front_end.main(Options, run, program=program)
 
 
 def run(options: Options) -> None:
     # after the options: a mistyped one is answered at once
     from ..engine import training
 
-    training.run(options)
+    try:
+        training.run(options.config())
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped}; this goes on from there: {_again(stopped)}") from None
+
+
+def _again(stopped: Interrupted) -> str:
+    """The command that goes on with a run that was stopped."""
+    script = Path(sys.argv[0])
+    is_module = script.name in ("effdense", "__main__.py")
+    words = [word for word in sys.argv[1:] if word != "--overwrite"]
+    if not any(word.split("=")[0] == "--work-dir" for word in words):
+        words = [*words, "--work-dir", stopped.work_dir]
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if processes != "1":
+        own = ["-m", "effdense"] if is_module else [str(script)]
+        return shlex.join(["torchrun", "--nproc_per_node", processes, *own, *words])
+    return shlex.join(["effdense", *words] if is_module else ["python", str(script), *words])

@@ -6,7 +6,9 @@ Importing this imports no torch: ``--help`` and a mistyped option are answered a
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +25,16 @@ from .recipes import ADAPTIVE_LR, RECIPES, UNAUGMENTED_DROP_RATE, Recipe
 DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagefolder", "webdataset", "fake"]
 
 
-def _recipe_default(metavar: str, note: str = "see above") -> Any:
+def _recipe_default(metavar: str, note: str = "the data set's") -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {note})")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Every option of a run; None stands for the data set's own default."""
+class DataOptions:
+    """What is read."""
 
     data: DataName = "digits"
-    """Data set; see above."""
+    """Data set; see effdense recipes."""
     data_dir: Path = Path("data")
     """Folder that holds the data set."""
     download: bool = False
@@ -42,9 +44,22 @@ class TrainConfig:
     augment: Annotated[Literal["standard", "none"] | None, _recipe_default("{standard,none}")] = (
         None
     )
-    """Augmentation of the training images; see above."""
+    """Augmentation of the training images; see effdense recipes."""
     image_size: Annotated[int | None, _recipe_default("PIXELS")] = None
     """Height and width of the images, pixels; for imagefolder, webdataset and fake only."""
+    num_workers: Annotated[
+        int | None, _recipe_default("PROCESSES", "the cores per process, at most 8")
+    ] = None
+    """Loader processes per training process; for imagefolder and webdataset only, other data stay
+    in memory."""
+    corrupt_images: Literal["stop", "skip"] = "stop"
+    """What to do about image files that cannot be read. skip: in training, take the data set's
+    next image instead; in testing, leave it out."""
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What learns."""
 
     arch: Annotated[
         NetworkName | None, _recipe_default(f"{{{','.join(get_args(NetworkName))}}}")
@@ -55,9 +70,44 @@ class TrainConfig:
     growth_rate: Annotated[int | None, _recipe_default("CHANNELS")] = None
     """Growth rate of densenet_bc, channels per layer: the paper's k."""
     drop_rate: Annotated[
-        float | None, _recipe_default("P", "see above; cifar with --augment none: 0.2")
+        float | None, _recipe_default("P", "the data set's; cifar with --augment none: 0.2")
     ] = None
     """Dropout probability of each layer's new features, in [0, 1)."""
+    model: Annotated[str | None, _recipe_default("MODULE:CALLABLE", "none")] = None
+    """Instead of --arch: what returns a model of torchvision, timm, MONAI, torchxrayvision or your
+    own, whose dense blocks are then made linear, such as monai.networks.nets:DenseNet121."""
+    model_args: Annotated[str | None, _recipe_default("JSON", "none")] = None
+    """Arguments for --model, such as '{"spatial_dims": 3, "in_channels": 1, "out_channels": 2}'."""
+    sync_batch_norm: bool = False
+    """Take batch norm's statistics over the shares of all processes, as one process would."""
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """What training starts from, and what of it learns."""
+
+    weights: Annotated[
+        str | None,
+        tyro.conf.arg(
+            aliases=["--init-from"], metavar="NAME|FILE|RUN", help_behavior_hint="(default: none)"
+        ),
+    ] = None
+    """Published weights by torchvision's name, such as IMAGENET1K_V1, a file of weights, or a run's
+    folder. The head is new where the classes differ, the first convolution is adapted to the
+    images' channels, 2-D weights to volumes."""
+    freeze: Annotated[str | None, _recipe_default("N|PATTERN", "nothing")] = None
+    """Keep from learning all up to the N-th dense block, or the parameters whose names match, such
+    as 'features.*'; norms among them keep their running statistics."""
+    freeze_norms: bool = False
+    """Keep every batch norm's weights and running statistics as they are."""
+    head_lr_factor: float = 1.0
+    """How many times the learning rate of the rest the classifier learns at."""
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What is kept for backward."""
+
     save: Save = "features"
     """What a dense block keeps for backward, from most memory to least."""
     budget: Annotated[str | None, _recipe_default("SIZE", "none")] = None
@@ -65,8 +115,16 @@ class TrainConfig:
     offload: bool = False
     """Keep what dense blocks keep in main memory (of a GPU) or in files (of a processor); with
     --budget, where nothing else fits."""
-    backend: BackendName = "auto"
-    """What computes the dense blocks."""
+    accumulate: int = 1
+    """Take each step in so many parts, one after the other, for less memory; batch norm then
+    sees a part at a time."""
+    channels_last: bool = False
+    """Hold images and weights in channels-last order. The dense blocks do so in any case."""
+
+
+@dataclass(frozen=True)
+class OptimisationOptions:
+    """How it learns."""
 
     epochs: Annotated[int | None, _recipe_default("EPOCHS")] = None
     """Length of the training, passes over the training set."""
@@ -75,7 +133,7 @@ class TrainConfig:
     optimizer: OptimizerName = "sgd"
     """Optimiser. sgd has Nesterov momentum."""
     lr: Annotated[
-        float | None, _recipe_default("RATE", f"see above; other than sgd: {ADAPTIVE_LR}")
+        float | None, _recipe_default("RATE", f"the data set's; other than sgd: {ADAPTIVE_LR}")
     ] = None
     """Learning rate at the start."""
     momentum: float = 0.9
@@ -95,17 +153,6 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What is computed in; 16 bits by autocast over float32 parameters, float16 with scaled
     loss."""
-    channels_last: bool = False
-    """Hold images and weights in channels-last order. The dense blocks do so in any case."""
-    compile: bool = False
-    """Compile the network with torch.compile; each dense block breaks its graph."""
-    deterministic: bool = False
-    """Allow only algorithms that give the same bits every time. On processors all of them do."""
-    accumulate: int = 1
-    """Take each step in so many parts, one after the other, for less memory; batch norm then
-    sees a part at a time."""
-    sync_batch_norm: bool = False
-    """Take batch norm's statistics over the shares of all processes, as one process would."""
     clip_grad: float = 0.0
     """Largest norm of the gradient of all parameters together; 0: any."""
     ema: float = 0.0
@@ -115,11 +162,13 @@ class TrainConfig:
     """What to do about a loss or gradient that is not finite. skip: leave out its step."""
     max_skipped: int = 10
     """Stop after leaving out more steps than that."""
-    corrupt_images: Literal["stop", "skip"] = "stop"
-    """What to do about image files that cannot be read. skip: in training, take the data set's
-    next image instead; in testing, leave it out."""
     seed: int = 0
     """Seed of the initial weights, the order of the data, the augmentation and dropout."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written, and where."""
 
     work_dir: Annotated[
         Path | None, _recipe_default("PATH", "the first free one of runs/DATA-1, runs/DATA-2, ...")
@@ -140,18 +189,41 @@ class TrainConfig:
     """Write the scores for TensorBoard too, which must be installed."""
     system_interval: int = 100
     """Steps between rows of system.csv, each process's memory and GPU; 0: none."""
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """What computes."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPUs if there are any."""
+    backend: BackendName = "auto"
+    """What computes the dense blocks."""
+    compile: bool = False
+    """Compile the network with torch.compile; each dense block breaks its graph."""
+    deterministic: bool = False
+    """Allow only algorithms that give the same bits every time. On processors all of them do."""
     hang_timeout: float = 600.0
     """End a run that has not moved for so many seconds and name the process that hangs; 0: never.
     Between several processes only."""
-    num_workers: Annotated[
-        int | None, _recipe_default("PROCESSES", "the cores per process, at most 8")
+    threads: Annotated[
+        int | None, _recipe_default("THREADS", "$OMP_NUM_THREADS, else the cores per process")
     ] = None
-    """Loader processes per training process; for imagefolder and webdataset only, other data stay
-    in memory."""
-    threads: Annotated[int | None, _recipe_default("THREADS", "the cores per process")] = None
     """Processor threads per training process."""
+
+
+# in reverse: the fields of the last base come first
+@dataclass(frozen=True)
+class TrainConfig(
+    MachineOptions,
+    OutputOptions,
+    OptimisationOptions,
+    MemoryOptions,
+    StartOptions,
+    NetworkOptions,
+    DataOptions,
+):
+    """Every option of a run; None stands for the data set's own default."""
 
     def resolved(self, *, world_size: int = 1, local_world_size: int = 1) -> ResolvedConfig:
         """Fill in the data set's recipe and check every value.
@@ -168,8 +240,21 @@ class TrainConfig:
             recipe["lr"] = ADAPTIVE_LR
         if self.data.startswith("cifar") and self.augment == "none":
             recipe["drop_rate"] = UNAUGMENTED_DROP_RATE
+        arch = self.arch or recipe["arch"]
+        unused: list[str] = []
+        if self.model or arch != "densenet_bc":
+            unused += ["depth", "growth_rate"]
+        if self.model:
+            unused += ["arch", "drop_rate"]
+        for name in unused:
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"--{name.replace('_', '-')} means nothing for {self.model or arch}: leave it "
+                    f"out" + (", or give such arguments in --model-args" if self.model else "")
+                )
+            recipe[name] = None
         cores = max(1, usable_cores() // local_world_size)
-        defaults = {**recipe, "threads": cores, "num_workers": min(8, cores)}
+        defaults = {**recipe, "threads": _threads(cores), "num_workers": min(8, cores)}
         values: dict[str, Any] = {
             field.name: defaults.get(field.name) if value is None else value
             for field in dataclasses.fields(self)
@@ -180,9 +265,9 @@ class TrainConfig:
         return config
 
 
-# What may differ between a run and its resumption: it changes nothing that is learnt, or, for
-# device and threads, no more than the last bits.
-MAY_CHANGE = frozenset(
+# What may differ between a run and its continuation: what is written, where things lie and how
+# long it takes;
+_ASIDE = frozenset(
     {
         "data_dir",
         "download",
@@ -197,16 +282,20 @@ MAY_CHANGE = frozenset(
         "tensorboard",
         "system_interval",
         "offload",
-        "device",
         "num_workers",
-        "threads",
     }
 )
+# where and how a step is computed, as a run may have to move to another machine: sums may round
+# differently, and dropout may draw anew;
+ROUNDING = frozenset({"device", "threads", "backend", "save", "budget"})
+# and the length, as a run that has ended may have been too short: the rest learns at the rates of
+# a run of the new length. All else would be another experiment, which --weights RUN begins.
+MAY_CHANGE = _ASIDE | ROUNDING | {"epochs"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(Recipe, TrainConfig):
-    """A run's options with nothing left open but the work directory and the budget."""
+    """A run's options; None is left only where there is nothing to be said."""
 
     num_workers: int
     threads: int
@@ -252,12 +341,32 @@ _OLD_VALUES = {"amp": {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
     """A run's recorded options by the names that they have now."""
-    return {
+    found = {
         _OLD_NAMES.get(name, name): _OLD_VALUES.get(name, {}).get(value, value)
         if isinstance(value, str)
         else value
         for name, value in options.items()
     }
+    if found.get("arch") != "densenet_bc":
+        # what such runs recorded was without a meaning
+        found |= {"depth": None, "growth_rate": None}
+    return found
+
+
+def _threads(cores: int) -> int:
+    """What OMP_NUM_THREADS says, else the process's cores."""
+    # torchrun sets 1 for everybody who says nothing
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if said.isdecimal() and int(said) > ("TORCHELASTIC_RUN_ID" in os.environ):
+        return int(said)
+    return cores
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def _check(config: ResolvedConfig, world_size: int) -> None:
@@ -267,7 +376,8 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
             raise UserError(f"--{option.replace('_', '-')} must be {what}, got {value}")
 
     for option in ("epochs", "batch_size", "image_size", "depth", "growth_rate", "threads"):
-        require(getattr(config, option) >= 1, option, "at least 1")
+        value = getattr(config, option)
+        require(value is None or value >= 1, option, "at least 1")
     for option in ("keep_checkpoints", "accumulate"):
         require(getattr(config, option) >= 1, option, "at least 1")
     require(0 <= config.ema < 1, "ema", "in [0, 1)")
@@ -291,7 +401,17 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
     require(0 <= config.momentum < 1, "momentum", "in [0, 1)")
     require(0 <= config.weight_decay < math.inf, "weight_decay", "a number, at least 0")
     require(0 <= config.label_smoothing < 1, "label_smoothing", "in [0, 1)")
-    require(0 <= config.drop_rate < 1, "drop_rate", "in [0, 1)")
+    require(config.drop_rate is None or 0 <= config.drop_rate < 1, "drop_rate", "in [0, 1)")
+    require(0 < config.head_lr_factor < math.inf, "head_lr_factor", "a positive number")
+    require(config.model is None or ":" in config.model, "model", "MODULE:CALLABLE")
+    require(
+        config.model_args is None or bool(config.model), "model_args", "left out without --model"
+    )
+    require(
+        config.model_args is None or _is_object(config.model_args),
+        "model_args",
+        "a JSON object such as '{\"spatial_dims\": 3}'",
+    )
     require(all(0 < m < 1 for m in config.milestones), "milestones", "fractions between 0 and 1")
     require(
         config.batch_size >= world_size,

@@ -15,10 +15,10 @@ from ..machine.tables import columns
 class Recipe:
     """The defaults of one data set; each field is the option of the same name."""
 
-    arch: NetworkName
-    depth: int
-    growth_rate: int
-    drop_rate: float
+    arch: NetworkName | None
+    depth: int | None
+    growth_rate: int | None
+    drop_rate: float | None
     epochs: int
     batch_size: int
     lr: float
@@ -75,7 +75,11 @@ def recipe_table() -> str:
     names = [field.name for field in dataclasses.fields(Recipe)]
     rows = [["", *RECIPES]]
     for name in names:
-        values = [getattr(recipe, name) for recipe in RECIPES.values()]
+        values = [
+            "-" if name in ("depth", "growth_rate") and recipe.arch != "densenet_bc" else value
+            for recipe in RECIPES.values()
+            for value in [getattr(recipe, name)]
+        ]
         rows.append([f"--{name.replace('_', '-')}", *map(_show, values)])
     return textwrap.indent(columns(rows), "  ")
 

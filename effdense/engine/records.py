@@ -25,7 +25,7 @@ import yaml
 from effdense.machine.environment import source_revision, versions
 
 from ..errors import UserError
-from .checkpoint import CheckpointStore, flush_folder
+from .checkpoint import CheckpointStore, Position, flush_folder
 from .distributed import World
 from .lock import Lock
 from .options import ResolvedConfig, renamed
@@ -134,6 +134,7 @@ class WorkDir:
 
     path: Path
     _lock: Lock
+    _is_new: bool = False
 
     @classmethod
     def claim(
@@ -156,12 +157,12 @@ class WorkDir:
         with _writing(config.work_dir or Path("runs")):
             if config.work_dir is None:
                 begun = _begun_before(Path("runs"), config, launch)
-                path = begun or _first_free(Path("runs"), config.data)
+                path, is_new = begun or _first_free(Path("runs"), config.data), begun is None
             else:
-                path = config.work_dir
+                path, is_new = config.work_dir, not config.work_dir.exists()
                 path.mkdir(parents=True, exist_ok=True)
             lock = Lock(path)
-            work_dir = cls(path, lock)
+            work_dir = cls(path, lock, is_new)
             try:
                 work_dir._take_over(config, facts or {}, launch)
             except BaseException:
@@ -182,12 +183,27 @@ class WorkDir:
             for file in held:
                 if file.is_file():
                     file.unlink()
-        elif not goes_on:
+        elif not goes_on and self._is_begun(held):
             why = f" with other options: {'; '.join(differences)}" if differences else ""
             raise UserError(
                 f"{self.path} already holds a run{why} ({held[0].name}): choose another "
                 f"--work-dir, or add --overwrite to replace it"
             )
+
+    def _is_begun(self, held: Iterable[Path]) -> bool:
+        """Whether the run of these files holds anything that it could be gone on with or that has
+        been learnt.
+        """
+        for path in held:
+            if path.name == CHECKPOINTS:
+                if any(path.glob("[!.]*")):
+                    return True
+            elif path.suffix != ".csv":
+                if path.name != "config.yaml":
+                    return True
+            elif path.read_bytes().count(b"\n") > 1:
+                return True
+        return False
 
     def _differences(self, config: ResolvedConfig, facts: Mapping[str, Any]) -> list[str]:
         try:
@@ -201,7 +217,14 @@ class WorkDir:
         ]
 
     def close(self) -> None:
-        """Let other runs have the folder."""
+        """Let other runs have the folder, which is taken away if it is new and empty."""
+        if self._is_new and [path.name for path in self.path.iterdir()] == [".lock"]:
+            with suppress(OSError):
+                (self.path / ".lock").unlink()
+                self.path.rmdir()
+                if self.path.parent == Path("runs"):
+                    # if this would have been the first of them
+                    self.path.parent.rmdir()
         self._lock.release()
 
     def logs(
@@ -243,7 +266,22 @@ class WorkDir:
             "source": source_revision(),
             "versions": versions(),
         }
-        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        self._write_yaml(content)
+
+    def write_continuation(self, config: ResolvedConfig, position: Position) -> None:
+        """config.yaml with the options that the run goes on with, if some are others."""
+        held = read_config(self.path)
+        options = {**config.options(), "work_dir": str(self.path)}
+        before = held["options"]
+        changed = {n: v for n, v in options.items() if n in before and before[n] != v}
+        if changed:
+            held["options"] = options
+            now = {"before": str(position), "command": shlex.join(sys.argv), "options": changed}
+            held["continued"] = [*held.get("continued", []), now]
+            self._write_yaml(held)
+
+    def _write_yaml(self, content: Mapping[str, Any]) -> None:
+        text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
         write_atomically(self.path / "config.yaml", lambda partial: _write_text(partial, text))
 
     def write_file(self, name: str, content: bytes) -> Path:

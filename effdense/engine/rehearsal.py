@@ -21,6 +21,7 @@ from ..memory.optimizers import state_copies
 from ..norms.synchronization import unsynchronised
 from .distributed import World, gathered
 from .options import ResolvedConfig
+from .start import set_training
 
 
 def replan_if_needed(
@@ -93,7 +94,7 @@ def take_step(
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             held = torch.empty(copies * bucket_bytes(network), dtype=torch.uint8, device=device)
-            network.train()
+            set_training(network)
             x = torch.zeros(tuple(shape), device=device)
             target = torch.zeros(shape[0], dtype=torch.int64, device=device)
             with unsynchronised(), torch.autocast(device.type, dtype, enabled=dtype is not None):

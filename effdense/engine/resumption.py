@@ -28,11 +28,11 @@ import torch
 
 from effdense.machine.environment import versions
 
-from ..errors import Interrupted
+from ..errors import Interrupted, UserError
 from .checkpoint import Checkpoint, CheckpointStore, Position
 from .data.order import random_key
 from .distributed import World, all_or_none, from_main, gathered_on_main, largest
-from .options import ResolvedConfig
+from .options import ROUNDING, ResolvedConfig, renamed
 from .records import CsvLog, saved
 from .signals import StopSignals
 from .trainer import Trainer
@@ -126,10 +126,13 @@ class Keeper:
 
     def _stop(self, number: int) -> None:
         place = self._trainer.position
-        raise Interrupted(
+        stopped = Interrupted(
             f"stopped by {signal.Signals(number).name} before step {place.step + 1} of epoch "
-            f"{place.epoch}; the same command goes on from there"
+            f"{place.epoch}"
         )
+        if self._store is not None:
+            stopped.work_dir = str(self._store.folder.parent)
+        raise stopped
 
 
 def surroundings(config: ResolvedConfig, world: World) -> dict[str, Any]:
@@ -161,6 +164,11 @@ def go_on(
         return {}, []
     run = json.loads(files["run.json"])
     position = Position(**run["position"])
+    if position.epoch > config.epochs + 1 or (position.epoch > config.epochs and position.step):
+        raise UserError(
+            f"--epochs must be at least {position.epoch - (not position.step)}, which the run in "
+            f"{config.work_dir} has come to, got {config.epochs}"
+        )
     before, now = run["surroundings"], surroundings(config, world)
     own = [_loaded(files[f"rank-{rank}.pt"]) for rank in range(before["processes"])]
     trainer.restore(position, _loaded(files["state.pt"]))
@@ -174,6 +182,17 @@ def go_on(
         else "going on from the end of the training"
     ]
     changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
+    held, wanted = renamed(run["options"]), config.options()
+    changed += [
+        f"--{key} {held[key]} -> {wanted[key]}"
+        for key in sorted(ROUNDING - before.keys())
+        if key in held and held[key] != wanted[key]
+    ]
+    if held["epochs"] != config.epochs and position.epoch <= config.epochs:
+        said.append(
+            f"--epochs {held['epochs']} -> {config.epochs}: from here on the learning rate is that "
+            f"of a run of {config.epochs} epochs"
+        )
     if changed:
         said.append(
             f"not bit-exact from here on: {', '.join(changed)}. The samples and their order are "

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-# What batch systems and torchrun send before they kill.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from ..errors import speaks_for_all
+
+# What batch systems and torchrun send before they kill, and Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A loader process that is told to end, and doesn't, ends after so many seconds.
 _LOADER_SECONDS = 20
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGUSR1 are remembered instead of ending the process.
+    """While entered, these signals are remembered instead of ending the process.
 
-    The handler communicates nothing: processes agree on stopping at the boundary of a step,
-    where all of them are (see :class:`effdense.engine.resumption.Keeper`).
+    A second Ctrl-C interrupts as it always does. The handler communicates nothing: processes
+    agree on stopping at the boundary of a step, where all of them are (see
+    :class:`effdense.engine.resumption.Keeper`).
     """
 
     def __init__(self) -> None:
@@ -33,6 +37,14 @@ class StopSignals:
         return self
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.received == number:
+                raise KeyboardInterrupt
+            if speaks_for_all():
+                # not print: what it interrupted may be in the middle of one
+                os.write(
+                    2, b"\nstopping after this step, with a checkpoint; Ctrl-C again: at once\n"
+                )
         self.received = number
 
     def __exit__(
@@ -51,4 +63,5 @@ def outlive_stop_signals(worker: int) -> None:
     Its trainer still needs it for the step that is under way, and ends it in its own way.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LOADER_SECONDS) and None)

@@ -24,6 +24,7 @@ from .distributed import World, average_running_statistics, data_parallel, large
 from .options import ResolvedConfig
 from .progress import Progress
 from .scores import Score, Tally
+from .start import set_head_rate, set_training
 
 # How often the processes add up their losses, which makes them wait for each other and the GPU.
 _STEPS_BETWEEN_CHECKS = 20
@@ -54,6 +55,8 @@ class Trainer:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
+        if config.head_lr_factor != 1:
+            set_head_rate(network, self.optimizer, config.head_lr_factor)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
         self.average = (
             AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
@@ -94,7 +97,7 @@ class Trainer:
         skips = self.config.non_finite == "skip"
         buffers = [buffer.clone() for buffer in self.network.buffers()] if skips else []
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         self.optimizer.zero_grad()
         loss, logits = self._backward(images, labels, batch_size)
         if skips and not self._is_finite(loss):
@@ -177,7 +180,7 @@ class Trainer:
         if self.world.world_size == 1:
             return
         before = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
-        self.network.train()
+        set_training(self.network)
         images = torch.zeros((2, *image_shape), device=self.world.device)
         with self.autocast():
             self.model(images).sum().backward()
@@ -206,6 +209,7 @@ class Trainer:
             # what dropout draws must differ between processes
             torch.manual_seed(random_key("dropout", config.seed, epoch, world.rank))
         self.model.train()
+        set_training(self.network)
         self.waited = 0.0
         fetched = self._fetched(split.batches(shares, epoch, world.device))
         for step, (images, labels) in enumerate(progress.steps(fetched, len(batches), done), done):

@@ -10,16 +10,19 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from ..backends.cpu_library import is_compiled
 from ..errors import TrainingError, UserError
 from ..weights import safetensors_bytes
 from . import plots
-from .checkpoint import CheckpointStore, Position
+from .checkpoint import Checkpoint, CheckpointStore, Position
 from .data.datasets import load, needs_preparation
 from .data.images import ImageData
 from .distributed import (
     World,
     all_or_none,
+    from_main,
     gathered,
     joined_world,
     largest,
@@ -35,6 +38,7 @@ from .report import html_report
 from .resumption import Keeper, go_on
 from .scores import Score
 from .signals import StopSignals
+from .start import freeze, load_start, read_start
 from .telemetry import Telemetry
 from .tensorboard import Board, require_tensorboard
 from .trainer import Trainer
@@ -83,16 +87,20 @@ def _determinism(config: ResolvedConfig) -> Iterator[None]:
 
 def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
     data = _load_together(config, world)
-    network = make_network(config, data).to(world.device)
+    network = _made_together(config, data, world)
     facts: dict[str, Any] = {
-        "model": {"name": config.arch, "parameters": sum(p.numel() for p in network.parameters())},
+        "model": {
+            "name": config.model or config.arch,
+            "parameters": sum(p.numel() for p in network.parameters()),
+        },
         "images": {"train": len(data.train), "test": len(data.test)},
         "classes": list(data.classes),
     }
     plan = None
     with ExitStack() as stack:
-        work_dir = None
+        work_dir = store = found = None
         with all_or_none():
+            learning = freeze(network, config)
             if config.tensorboard:
                 require_tensorboard()
             if config.budget is not None:
@@ -104,8 +112,21 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
                 )
             if world.is_main:
                 work_dir = stack.enter_context(closing(WorkDir.claim(config, facts, world.launch)))
+                store = work_dir.checkpoints(config.keep_checkpoints)
         progress = Progress(config, world)
         progress.say(_headline(config, world, data, facts["model"]["parameters"]))
+        with all_or_none():
+            if store is not None:
+                found = store.newest(progress.say)
+        said = [] if from_main(found is not None) else _begin(network, config, world)
+        for line in filter(None, [*said, learning]):
+            progress.say(line)
+        if (
+            world.device.type == "cpu"
+            and config.backend in ("auto", "cpu")
+            and not is_compiled(torch.float32)
+        ):
+            progress.say("compiling the CPU loops, once: some seconds")
         if plan is not None:
             facts["memory_plan"] = plan
             progress.say(plan)
@@ -123,21 +144,33 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
         watchdog = stack.enter_context(Watchdog(world, config.hang_timeout))
         trainer.mark = watchdog.mark
         stack.enter_context(lost_processes(world, watchdog.doing))
-        return _train(trainer, data, work_dir, facts, progress, signals)
+        trainer.settle_buckets((data.in_channels, config.image_size, config.image_size))
+        records = _Records.of(trainer, work_dir, store, found, facts, progress)
+        return _train(trainer, data, records, progress, signals)
+
+
+def _begin(network: nn.Module, config: ResolvedConfig, world: World) -> list[str]:
+    """Give a network that starts its weights, which rank 0 reads; what is to be said; a
+    collective.
+    """
+    if config.weights is None:
+        return []
+    state: dict[str, Tensor] = {}
+    with all_or_none():
+        if world.is_main:
+            state = read_start(config)
+    return [f"starting from {config.weights}", *load_start(network, from_main(state))]
 
 
 def _train(
     trainer: Trainer,
     data: ImageData,
-    work_dir: WorkDir | None,
-    facts: Mapping[str, Any],
+    records: _Records,
     progress: Progress,
     signals: StopSignals,
 ) -> Score:
     """The run from where its newest checkpoint is, or else from the beginning, to its end."""
     config, world = trainer.config, trainer.world
-    trainer.settle_buckets((data.in_channels, config.image_size, config.image_size))
-    records = _Records.of(trainer, work_dir, facts, progress)
     keeper = Keeper(trainer, config, world, records.store, records.logs, signals)
     telemetry = Telemetry(world, config.system_interval, records.logs.get("system.csv"))
     if telemetry.warning:
@@ -205,22 +238,21 @@ class _Records:
         cls,
         trainer: Trainer,
         work_dir: WorkDir | None,
+        store: CheckpointStore | None,
+        found: Checkpoint | None,
         facts: Mapping[str, Any],
         progress: Progress,
     ) -> _Records:
-        """Go on with what the work directory holds, or begin it; a collective."""
+        """Go on with the checkpoint that was found, or begin; a collective."""
         config, world = trainer.config, trainer.world
-        store = found = None
-        with all_or_none():
-            if work_dir is not None:
-                store = work_dir.checkpoints(config.keep_checkpoints)
-                found = store.newest(progress.say)
         rows, said = go_on(trainer, found, config, world)
         logs: dict[str, CsvLog] = {}
         with all_or_none():
             if work_dir is not None:
                 if found is None:
                     work_dir.write_config(config, world, facts)
+                else:
+                    work_dir.write_continuation(config, trainer.position)
                 wanted = set(LOG_COLUMNS) - (set() if config.system_interval else {"system.csv"})
                 logs = work_dir.logs(rows, wanted)
         for line in said:
@@ -257,7 +289,8 @@ class _Records:
         folder = self._work_dir.path
         plots.draw([folder], folder, plots.ALL)
         weights = self._trainer.tested.state_dict()
-        about = {"arch": self._trainer.config.arch, "classes": json.dumps(classes)}
+        config = self._trainer.config
+        about = {"arch": str(config.model or config.arch), "classes": json.dumps(classes)}
         self._work_dir.write_file("model.safetensors", safetensors_bytes(weights, about))
         path = self._work_dir.write_file("model.pt", saved(weights))
         self._work_dir.write_file("report.html", html_report(folder).encode())
@@ -292,12 +325,22 @@ def _load_together(config: ResolvedConfig, world: World) -> ImageData:
     return loaded[0]
 
 
+def _made_together(config: ResolvedConfig, data: ImageData, world: World) -> nn.Module:
+    """The network on every process, on rank 0 first: somebody's model may fetch its weights."""
+    made: list[nn.Module] = []
+    for turn in (world.is_main, not world.is_main):
+        with all_or_none():
+            if turn:
+                made.append(make_network(config, data))
+    return made[0].to(world.device)
+
+
 def _headline(config: ResolvedConfig, world: World, data: ImageData, num_parameters: int) -> str:
     size = f" {config.depth}/{config.growth_rate}" if config.arch == "densenet_bc" else ""
     through = f" through {world.backend}" if world.backend else ""
     return (
         f"{config.data}: {len(data.train):,} training and {len(data.test):,} test images; "
-        f"{config.arch}{size}, {num_parameters:,} parameters; "
+        f"{config.model or config.arch}{size}, {num_parameters:,} parameters; "
         f"{world.world_size} process{'es' if world.world_size > 1 else ''} on "
         f"{world.device.type}{through}, {config.threads} "
         f"thread{'s' if config.threads > 1 else ''} each; batch {config.batch_size} in total"

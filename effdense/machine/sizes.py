@@ -12,7 +12,8 @@ def parse_size(text: str) -> int:
     """Bytes of "12GiB", "500 MB" or "1048576".
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else; for a number below 1024 without a unit too, by which nobody
+            means bytes.
     """
     number = text.strip().lower()
     unit = number.lstrip("0123456789.")
@@ -20,7 +21,7 @@ def parse_size(text: str) -> int:
         value = float(number[: len(number) - len(unit)]) * _UNITS[unit.strip()]
     except (KeyError, ValueError):
         value = 0
-    if value < 1:
+    if value < 1 or (not unit.strip() and value < 1024):
         raise ValueError(f'must be a size such as "12GiB" or "500MB", got {text!r}')
     return int(value)
 

@@ -80,6 +80,8 @@ class Estimate:
         cells = [(name, f"{size / 2**20:,.1f} MiB", note) for name, size, note in rows]
         return columns(cells, right={1})
 
+    __repr__ = __str__
+
 
 def estimate(
     model: nn.Module,

@@ -119,6 +119,8 @@ class Plan:
         lines.append(f"the naive network needs {show_size(self.naive)}")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def plan(
     model: nn.Module,

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from effdense.commands import front_end
-from effdense.commands.train import DESCRIPTION
+from effdense.commands import recipes, train
 from effdense.engine import options as options_module
 from effdense.engine.options import TrainConfig
 from effdense.engine.recipes import RECIPES, Recipe
@@ -15,8 +14,7 @@ from effdense.errors import UserError
 
 
 def parse(options: list[str]) -> TrainConfig:
-    program = "train_ddp.py"
-    return front_end.parse(TrainConfig, options, program=program, description=DESCRIPTION)
+    return train.parse(options, "train_ddp.py")
 
 
 def help_text(capsys: pytest.CaptureFixture[str]) -> str:
@@ -62,7 +60,9 @@ def test_cosine_goes_from_the_rate_to_zero() -> None:
 def test_every_option_is_resolved_and_given_ones_are_kept() -> None:
     for data in RECIPES:
         resolved = dataclasses.asdict(TrainConfig(data=data).resolved())  # type: ignore[arg-type]
-        assert [k for k, v in resolved.items() if v is None] == ["budget", "work_dir"]
+        unused = [] if resolved["arch"] == "densenet_bc" else ["depth", "growth_rate"]
+        none = ["model", "model_args", "weights", "freeze", "budget", "work_dir"]
+        assert [k for k, v in resolved.items() if v is None] == [*unused, *none]
         assert set(resolved) == {field.name for field in dataclasses.fields(TrainConfig)}
     given = TrainConfig(data="cifar10", epochs=7, milestones=(0.1,), growth_rate=3, seed=5)
     resolved = given.resolved()  # type: ignore[assignment]
@@ -72,10 +72,19 @@ def test_every_option_is_resolved_and_given_ones_are_kept() -> None:
 
 def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options_module, "usable_cores", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert TrainConfig().resolved(world_size=4, local_world_size=4).threads == 3
     assert TrainConfig().resolved(world_size=4, local_world_size=2).threads == 6
     assert TrainConfig().resolved(world_size=16, local_world_size=16).threads == 1
     assert TrainConfig(threads=5).resolved(world_size=4, local_world_size=4).threads == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert TrainConfig().resolved().threads == 2
+    assert TrainConfig(threads=5).resolved().threads == 5
+    # torchrun's own default is nobody's wish
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert TrainConfig().resolved().threads == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert TrainConfig().resolved(world_size=4, local_world_size=4).threads == 3
 
 
 @pytest.mark.parametrize(
@@ -129,29 +138,31 @@ def test_options_that_do_not_exist(
 def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_text(capsys)
     options = text[text.index("show this help message") :].replace("│", " ")
+    assert all(len(line) <= 80 for line in text.splitlines())
     entries = re.split(r"\n {1,4}(?=--)", options)
     for field in dataclasses.fields(TrainConfig):
         option = f"--{field.name.replace('_', '-')}"
-        (entry,) = (e for e in entries if e.split()[0] == option)
+        (entry,) = (e for e in entries if option in e.split("(")[0].split()[:3:2])
         assert "(default:" in entry, entry
         described = entry.split("(default:")[0].split()
         assert len(described) > 3, entry
 
 
-def test_help_shows_each_data_set_s_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = help_text(capsys).split("show this help message")[0].splitlines()
+def test_recipes_are_each_data_set_s_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    recipes.run(recipes.Options())
+    lines = capsys.readouterr().out.splitlines()
     header = next(line for line in lines if line.split() == list(RECIPES))
     for field in dataclasses.fields(Recipe):
         (row,) = (r for r in lines if r.startswith(f"  --{field.name.replace('_', '-')} "))
-        for name, recipe in RECIPES.items():
+        for name in RECIPES:
             shown = row[header.index(f" {name}") + 1 :].split("  ")[0].split()
-            value = getattr(recipe, field.name)
+            value = getattr(TrainConfig(data=name).resolved(), field.name)  # type: ignore[arg-type]
             expected = value if isinstance(value, tuple) else (value,)
             for one, item in zip(shown, expected, strict=True):
                 if isinstance(item, float):
                     assert float(one) == pytest.approx(item, abs=5e-3)
                 else:
-                    assert one == str(item)
+                    assert one == ("-" if item is None else str(item))
 
 
 def test_only_rank_zero_prints_the_help(

@@ -58,18 +58,25 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "COMMAND must be one of train, "),
-        (["paint"], "got 'paint'; see python -m effdense --help"),
+        (["paint"], "COMMAND must be one of train, "),
+        (["xyzzy"], "got 'xyzzy'; see effdense --help"),
+        (["pedict"], "got 'pedict' (did you mean predict?); see effdense --help"),
         (["plot"], "WORKDIR must be the folder of a run"),
         (["plan", "--depht", "22"], "Unrecognized options: --depht, 22 (did you mean --depth?)"),
         (
             ["plan", "--depth", "deep"],
-            "--depth must be INT, got 'deep'; see python",
+            "--depth must be a whole number, got 'deep'; see effdense plan",
         ),
+        (["train", "--budget", "5"], '--budget must be a size such as "12GiB" or'),
+        (["train", "--learning-rate", "1"], "(did you mean --lr?)"),
+        (["train", "--memory-budget", "5"], "(did you mean --budget?)"),
+        (["train", "--epochs"], "--epochs wants a value"),
+        (["train", "--milestones", "a"], "--milestones must be numbers, got 'a'"),
+        (["train", "--batchsize", "8"], "(did you mean --batch-size?)"),
         (["verify", "--dtype", "int8"], "invalid choice 'int8'"),
         (["graph", "--nesting", "0"], "--nesting must be a positive integer, got 0"),
         (["env", "surplus"], "Unrecognized options: surplus"),
-        (["train", "--lr", "high"], "--lr must be FLOAT, got 'high'"),
+        (["train", "--lr", "high"], "--lr must be a number, got 'high'"),
     ],
 )
 def test_a_mistyped_command_line_is_one_line(
@@ -82,8 +89,11 @@ def test_a_mistyped_command_line_is_one_line(
     assert (out, said.count("\n")) == ("", 1)
 
 
-def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert not status("--help")
+@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=str)
+def test_effdense_alone_lists_the_commands(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not status(*arguments)
     said = capsys.readouterr().out
     parts = {"front_end", "measure", "network", "verification", "__init__"}
     files = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - parts

@@ -31,7 +31,8 @@ NOT_A_COMMAND = "not run: stands for others"
 # What becomes of a command: the first pattern that it begins with says so.
 COMMANDS = {
     r"python -m effdense COMMAND$": NOT_A_COMMAND,
-    r"python -m effdense (env|plan|graph)\b": RUN,
+    r"python -m effdense$": RUN,
+    r"python -m effdense (env|plan|graph|recipes)\b": RUN,
     r"python -m effdense\.kernels\.traffic$": RUN,
     r"python -m effdense convert-report torchvision": RUN,
     r"python -m effdense convert-report": "not run: a placeholder",
@@ -68,7 +69,7 @@ def commands_of(page: Path) -> list[str]:
     """Every simple command that the page shows, each once."""
     found = [command for block in code_blocks(page, "sh") for command in simple_commands(block)]
     for code in code_in_prose(page):
-        if re.match(r"(python|torchrun|make|pip) \S", code):
+        if re.match(r"(python|torchrun|make|pip|effdense) \S", code):
             found += simple_commands(code)
         elif code.startswith("train_ddp.py "):
             found += simple_commands(f"python {code}")
@@ -91,6 +92,9 @@ def simple_commands(shell: str) -> Iterator[str]:
                 del words[0]
             if words[:3] == ["srun", "bash", "-c"]:
                 yield from simple_commands(words[3])
+            if words[:1] == ["effdense"]:
+                # what pip install makes of it; tests/project/release.py has it
+                words[:1] = ["python", "-m", "effdense"]
             if words:
                 yield shlex.join(words)
             words = []

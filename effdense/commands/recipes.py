@@ -1,0 +1,29 @@
+"""``recipes``: the defaults that each data set brings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..engine.recipes import recipe_table
+
+DATA_SETS = """\
+digits        the 1,797 handwritten digits that scikit-learn ships
+cifar10       fetched by --download, as cifar100 and svhn are
+imagefolder   images in DATA_DIR/train/CLASS/ and DATA_DIR/val/CLASS/
+webdataset    shards DATA_DIR/train/NAME-NUMBER.tar and DATA_DIR/val/... of KEY.jpg and KEY.cls
+              (the label's number); names of the classes in DATA_DIR/classes.txt where that is
+fake          noise that can be learnt, for trials
+
+Standard augmentation: digits, shifts by up to 1 pixel; cifar10, cifar100 and fake, shifts by up to
+4 pixels and mirroring; svhn, the shifts alone; imagefolder and webdataset, random resized crops and
+mirroring.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """List the data sets of train, and the defaults that each brings; any option overrides them."""
+
+
+def run(options: Options) -> None:
+    print(f"{DATA_SETS}\n{recipe_table()}")
