@@ -241,7 +241,7 @@ def bn_relu_conv3(
     found = launcher.prepared.get(key)
     if found is None:
         found = _prepare(source, weight, shape, out, drop, take, launcher)
-        launcher.prepared[key] = found
+        launcher.keep(key, found)
     start, read, first, size, combine = found
     part = empty(source, *size) if take else mean
     base, weight = aligned_columns(out, first), read.packed(weight)
@@ -261,23 +261,34 @@ def _prepare(
     launcher: Launcher,
 ) -> Any:
     matrices(source, out)
-    (P, B), k = source.shape, weight.shape[0]
-    launch = launcher.table("conv3", source, B, k)
+    kernel = bn_relu_conv3_fwd_kernel
+    sizes, constants = convolution(kernel, source, weight, shape, drop)
+    P, B, k = sizes["P"], sizes["B"], sizes["K"]
+    launch = launcher.launch("conv3", source, B, k)
     n_p, n_k = cdiv(P, launch.block_p), cdiv(k, launch.block_b)
     first = columns_before(out)
-    sizes = {"P": P, "B": B, "K": k, "n_k": n_k, "s_y": source.stride(0)}
-    sizes |= {"s_out": out.stride(0), "first": first}
     read = prepare_weight(weight, source, launcher)
-    sizes |= positions(shape) | read.strides
-    kernel = bn_relu_conv3_fwd_kernel
-    constants = {"MASK": drop, "STATISTICS": take, "DOT": operand_type(kernel, source)}
-    constants |= {"DIMS": len(shape) - 1, "UNIT": read.strides["s_wb"] == 1, "BK": launch.block_b}
+    sizes |= read.strides | {"n_k": n_k, "s_out": out.stride(0), "first": first}
+    constants |= {"STATISTICS": take, "UNIT": read.strides["s_wb"] == 1, "BK": launch.block_b}
     start = launcher.prepare(kernel, launch, (n_p * n_k,), sizes, **constants)
     combine = prepare_combination(launcher, n_p, k, P, launch.block_p) if take else None
     return start, read, first, (2, n_p, k), combine
 
 
-def positions(shape: tuple[int, ...]) -> dict[str, int]:
+def convolution(
+    kernel: Any, source: Tensor, weight: Tensor, shape: tuple[int, ...], masked: bool
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Sizes and constants that each of its kernels takes, forward and back."""
+    (P, B), k = source.shape, weight.shape[0]
+    sizes = {"P": P, "B": B, "K": k, "s_y": source.stride(0)} | _positions(shape)
+    return sizes, {
+        "DIMS": len(shape) - 1,
+        "MASK": masked,
+        "DOT": operand_type(kernel, source),
+    }
+
+
+def _positions(shape: tuple[int, ...]) -> dict[str, int]:
     """The last three spatial sizes, 1 where there are fewer."""
     assert 2 <= len(shape) <= 4, shape
     if math.prod(shape) >= 2**31 - 2**10:
@@ -307,7 +318,8 @@ class Weight(NamedTuple):
 def prepare_weight(weight: Tensor, source: Tensor, launcher: Launcher) -> Weight:
     """Packs a weight whose channels are apart, where there are rows enough to gain by it."""
     strides, (k, B), dims = weight_strides(weight), weight.shape[:2], weight.dim() - 2
-    if strides["s_wb"] == 1 or source.shape[0] < PACKED_ROWS:
+    pays = strides["s_wb"] != 1 and source.shape[0] >= PACKED_ROWS
+    if not launcher.choose("pack", pays):
         return Weight(strides, None, (), weight.dtype)
     size = 3**dims, k, B
     kernel, block = bn_relu_conv3_pack_kernel, 256

@@ -28,13 +28,12 @@ from torch import Tensor
 
 from effdense.backends.base import Normalization, Unfinished
 from effdense.kernels.bn_relu import bn_relu_reference
-from effdense.kernels.bn_relu_conv1x1 import operand_type
 from effdense.kernels.bn_relu_conv3 import (
     CONVOLUTIONS,
     Weight,
     aligned_columns,
     columns_before,
-    positions,
+    convolution,
     prepare_weight,
     tap_shift,
     tap_weight,
@@ -387,7 +386,7 @@ def bn_relu_conv3_backward(
     found = launcher.prepared.get(key)
     if found is None:
         arguments = source, weight, gradient, shape, need_weight, out, dz is None
-        found = launcher.prepared[key] = _prepare(*arguments, launcher)
+        found = launcher.keep(key, _prepare(*arguments, launcher))
     base_d = aligned_columns(gradient.d, found.first_d)
     base_x = aligned_columns(gradient.x, found.first_x)
     tensors: tuple[Tensor, ...] = base_d, base_x, gradient.mean, gradient.s, gradient.t
@@ -403,7 +402,8 @@ def bn_relu_conv3_backward(
         found.weight((*tensors, part_dw), floats)
         dw = dw_out = gradient_like(weight)
     found.sums((part, sums, part_dw, dw_out))
-    return dw, sums[0], sums[1]
+    s, t = sums.unbind()
+    return dw, s, t
 
 
 class _Prepared(NamedTuple):
@@ -430,30 +430,30 @@ def _prepare(
     launcher: Launcher,
 ) -> _Prepared:
     matrices(source, gradient.d, gradient.x, out)
-    (P, B), k, dims = source.shape, weight.shape[0], len(shape) - 1
+    kernel, masked = bn_relu_conv3_bwd_input_kernel, gradient.mask is not None
+    sizes, constants = convolution(kernel, source, weight, shape, masked)
+    P, B, k, dims = sizes["P"], sizes["B"], sizes["K"], constants["DIMS"]
     taps = 3**dims
     first_d, first_x = columns_before(gradient.d), columns_before(gradient.x)
-    sizes = {"P": P, "B": B, "K": k, "s_y": source.stride(0)} | positions(shape)
     sizes |= {"s_d": gradient.d.stride(0), "first_d": first_d}
     sizes |= {"s_x": gradient.x.stride(0), "first_x": first_x}
-    constants = {"DIMS": dims, "MASK": gradient.mask is not None}
-    constants |= {"DOT": operand_type(bn_relu_conv3_bwd_input_kernel, source)}
 
-    launch = launcher.table("conv3_backward", source, B, k)
+    launch = launcher.launch("conv3_backward", source, B, k)
     n_p, n_b = cdiv(P, launch.block_p), cdiv(B, launch.block_b)
     read = prepare_weight(weight, source, launcher)
     into = read.strides | {"s_out": out.stride(0), "n_b": n_b}
     start_input = launcher.prepare(
-        *(bn_relu_conv3_bwd_input_kernel, launch, (n_p * n_b,), sizes | into),
+        *(kernel, launch, (n_p * n_b,), sizes | into),
         **(constants | {"UNIT": read.strides["s_wb"] == 1, "ACCUMULATE": accumulate}),
         BK=launch.block_c,
     )
 
     start_weight, ranges, n_w = start_input, 0, 0
     if need_weight:
-        launch = launcher.table("conv3_weight", source, B, k)
+        launch = launcher.launch("conv3_weight", source, B, k)
         n_b, n_k = cdiv(B, launch.block_b), cdiv(k, launch.block_c)
-        line = shares_lines(launch, P, taps, n_b * n_k, k, source.element_size())
+        pays = shares_lines(launch, P, taps, n_b * n_k, k, source.element_size())
+        line = launcher.choose("line", pays)
         programs = (taps // 3 if line else taps) * n_b * n_k
         rows, ranges = launch.split_rows(P, programs)
         ranged = sizes | {"rows": rows, "n_b": n_b, "n_k": n_k}

@@ -19,8 +19,8 @@ from effdense.backends.base import Statistics
 from effdense.kernels.launch import Launch, Launcher, cdiv, empty, jit, layouts, matrices, pad
 from effdense.kernels.tiles import columns_loaded
 
-COLUMNS = 32
-COMBINE = Launch(num_warps=4, num_stages=1)
+RANGES, COLUMNS = 256, 16
+COMBINE = Launch(num_warps=8, num_stages=1)
 
 
 def statistics_reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,33 +92,32 @@ def statistics_combine_kernel(
 ):
     C = C * ALIGN
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    o_t = tl.arange(0, BT)
     m_c = o_c < C
-    b_mean = tl.full([BC], 0.0, tl.float32)
-    b_m2 = tl.full([BC], 0.0, tl.float32)
-    n_before = tl.full([BC], 0.0, tl.float32)
+    # every lane combines ranges of its own, so that no load waits for a sum over lanes
+    b_mean = tl.full([BT, BC], 0.0, tl.float32)
+    b_m2 = tl.full([BT, BC], 0.0, tl.float32)
+    b_n = tl.full([BT, 1], 0.0, tl.float32)
     for start in range(0, n_parts, BT):
-        o_t = start + tl.arange(0, BT)
-        m_t = (o_t < n_parts)[:, None] & m_c[None, :]
-        o_part = o_t.to(tl.int64)[:, None] * C + o_c[None, :]
+        o_r = (start + o_t).to(tl.int64)
+        m_t = (o_r < n_parts)[:, None] & m_c[None, :]
+        o_part = o_r[:, None] * C + o_c[None, :]
         b_means = tl.load(p_part + o_part, m_t, 0.0)  # [BT, BC]
         b_m2s = tl.load(p_part + n_parts.to(tl.int64) * C + o_part, m_t, 0.0)
         # the rows that each range holds; the last may be short, those past it are empty
-        n_rows = tl.minimum(P - o_t.to(tl.int64) * rows, rows)
-        b_n = tl.where(m_t, tl.maximum(n_rows, 0).to(tl.float32)[:, None], 0.0)
-        n_tile = tl.sum(b_n, 0)  # [BC]
-        n_tile_safe = tl.maximum(n_tile, 1.0)
-        # means of one channel are close to each other: sum their distances to the first
-        b_shift = tl.sum(tl.where((o_t == start)[:, None], b_means, 0.0), 0)
-        b_tile = b_shift + tl.sum(b_n * (b_means - b_shift[None, :]), 0) / n_tile_safe
-        b_dev = b_means - b_tile[None, :]
-        b_delta = b_tile - b_mean
-        n_tile_share = n_tile / tl.maximum(n_before + n_tile, 1.0)
-        b_mean += b_delta * n_tile_share
-        b_m2 += tl.sum(b_m2s + b_n * b_dev * b_dev, 0)
-        b_m2 += b_delta * b_delta * n_before * n_tile_share
-        n_before += n_tile
-    tl.store(p_mean + o_c, b_mean, m_c)
-    tl.store(p_var + o_c, b_m2 / tl.maximum(n_before, 1.0), m_c)
+        n_rows = tl.maximum(tl.minimum(P - o_r * rows, rows), 0).to(tl.float32)[:, None]
+        b_share = n_rows / tl.maximum(b_n + n_rows, 1.0)
+        b_delta = b_means - b_mean
+        b_mean += b_delta * b_share
+        b_m2 += b_m2s + b_delta * b_delta * (b_n * b_share)
+        b_n += n_rows
+    n_all = tl.sum(b_n, 0)  # [1]
+    # means of one channel are close to each other: sum their distances to the first
+    b_first = tl.sum(tl.where((o_t == 0)[:, None], b_mean, 0.0), 0)  # [BC]
+    b_all = b_first + tl.sum(b_n * (b_mean - b_first[None, :]), 0) / n_all
+    b_dev = b_mean - b_all[None, :]
+    tl.store(p_mean + o_c, b_all, m_c)
+    tl.store(p_var + o_c, tl.sum(b_m2 + b_n * b_dev * b_dev, 0) / n_all, m_c)
 
 
 def statistics(x: Tensor, out: Statistics, launcher: Launcher) -> None:
@@ -131,14 +130,14 @@ def statistics(x: Tensor, out: Statistics, launcher: Launcher) -> None:
     if found is None:
         matrices(x)
         P, C = x.shape
-        launch = launcher.table("reduce", x, C)
+        launch = launcher.launch("reduce", x, C)
         n_c = cdiv(C, launch.block_c)
         rows, ranges = launch.split_rows(P, n_c)
         sizes = {"P": P, "C": C, "rows": rows, "s_x": x.stride(0)}
         grid = (n_c, ranges)
         start = launcher.prepare(statistics_fwd_kernel, launch, grid, sizes, PAD=pad(x))
         found = start, (2, ranges, C), prepare_combination(launcher, ranges, C, P, rows)
-        launcher.prepared[key] = found
+        launcher.keep(key, found)
     start, shape, combine = found
     part = empty(x, *shape)
     start((x, part))
@@ -155,4 +154,4 @@ def prepare_combination(
     """
     sizes = {"P": P, "C": C, "n_parts": ranges, "rows": rows}
     grid = (cdiv(C, COLUMNS),)
-    return launcher.prepare(statistics_combine_kernel, COMBINE, grid, sizes, BT=64, BC=COLUMNS)
+    return launcher.prepare(statistics_combine_kernel, COMBINE, grid, sizes, BT=RANGES, BC=COLUMNS)

@@ -116,9 +116,8 @@ def add_sums(
     was prepared for it.
     """
     start, weights, columns = sums
-    out = empty(part, weights + 2, columns)
+    out = empty(part, (weights + 2) * columns)
     s, t = (norm.mean, norm.mean) if deferred is None else deferred
     start((part, out, norm.var, norm.gamma, s, t), (norm.eps,))
-    if weights == 0:
-        return None, out[0], out[1]
-    return out[:weights], out[weights], out[weights + 1]
+    dw, s, t = out.split_with_sizes((weights * columns, columns, columns))
+    return dw.view(weights, columns) if weights else None, s, t

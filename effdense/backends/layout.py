@@ -44,7 +44,10 @@ def round_up(n: int, multiple: int) -> int:
 
 def like_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
     """A gradient in its parameter's shape, type and strides, which DDP's buckets have too."""
-    gradient = gradient.to(parameter.dtype).view(parameter.shape)
+    if gradient.dtype != parameter.dtype:
+        gradient = gradient.to(parameter.dtype)
+    if gradient.shape != parameter.shape:
+        gradient = gradient.view(parameter.shape)
     if gradient.stride() == parameter.stride():
         return gradient
     if gradient.is_contiguous() and parameter.is_contiguous():

@@ -224,7 +224,6 @@ class _Stage:
         self.bottleneck = [
             0 if layer.weight2 is None else _given(layer.weight1).shape[0] for layer in self.layers
         ]
-        self.bottleneck_offset = [sum(self.bottleneck[:i]) for i in range(count)]
         self.bottlenecks: list[Tensor] = []
         self._latest_norm1: tuple[int, Normalization] | None = None
         self.buffer: Tensor
@@ -237,7 +236,7 @@ class _Stage:
 
     def load(self, kept: Tensor, statistics: list[Tensor], bottlenecks: list[Tensor]) -> None:
         """Backward's view of what forward saved; rebuilds X where only the input was kept."""
-        self.mean, self.var, self.mean2, self.var2 = statistics
+        self._use_statistics(*statistics)
         self.bottlenecks = bottlenecks
         if self.spec.save != "input":
             self._use(kept)
@@ -251,6 +250,13 @@ class _Stage:
     def _use(self, buffer: Tensor) -> None:
         self.buffer = buffer
         self.x = buffer[:, : self.width]
+        self._x_by_layer = self._by_layer(self.x)
+
+    def _use_statistics(self, mean: Tensor, var: Tensor, mean2: Tensor, var2: Tensor) -> None:
+        self.mean, self.var, self.mean2, self.var2 = mean, var, mean2, var2
+        self._by_layer_statistics = list(map(Statistics, self._by_layer(mean), self._by_layer(var)))
+        both = (vector.split_with_sizes(self.bottleneck) for vector in (mean2, var2))
+        self._bottleneck_statistics = list(map(Statistics, *both))
 
     def _empty_rows(self, width: int) -> Tensor:
         """Room for (P, width), and columns that nobody reads where the backend wants some."""
@@ -277,15 +283,16 @@ class _Stage:
 
     def forward(self, x: Tensor) -> Tensor:
         self._use(self._filled(x))
-        self.mean = torch.zeros(self.width, dtype=self.sum_dtype, device=self.device)
-        self.var = torch.zeros_like(self.mean)
-        self.mean2 = self.mean.new_zeros(sum(self.bottleneck))
-        self.var2 = torch.zeros_like(self.mean2)
+        mean = torch.zeros(self.width, dtype=self.sum_dtype, device=self.device)
+        mean2 = mean.new_zeros(sum(self.bottleneck))
+        vectors = mean, torch.zeros_like(mean), mean2, torch.zeros_like(mean2)
+        self._use_statistics(*vectors)
 
-        read = self._read(0)
-        own = self._statistics(read)
-        if own is not None:
-            self.ops.statistics(self.x[:, read], own)
+        # See NOTE [ shared statistics ].
+        if self._shared:
+            read = self._read(0)
+            own = Statistics(_part(self.mean, read), _part(self.var, read))
+            self.ops.statistics(_part(self.x, read), own)
             self.spec.batch.merge(own)
         keep_y = self.spec.keep and self.spec.save == "bottlenecks"
         y = None
@@ -303,27 +310,22 @@ class _Stage:
 
     def _read(self, index: int) -> slice:
         """X's channels that layer ``index`` reads."""
-        return self._made(0, self.c0 + index * self.k)
+        return channels(0, self.c0 + index * self.k, self.width, self.spec.newest_first)
 
-    def _written(self, index: int) -> slice:
-        """X's channels that layer ``index`` writes."""
-        read = self.c0 + index * self.k
-        return self._made(read, read + self.k)
-
-    def _made(self, start: int, stop: int) -> slice:
-        return channels(start, stop, self.width, self.spec.newest_first)
-
-    def _statistics(self, channels: slice) -> Statistics | None:
-        """Where those of some of X's channels belong; None where no norm asks for them."""
-        # See NOTE [ shared statistics ].
-        return Statistics(self.mean[channels], self.var[channels]) if self._shared else None
+    def _by_layer(self, x: Tensor) -> Sequence[Tensor]:
+        """What each layer writes, of a tensor whose last dimension is X's channels."""
+        # one call for all layers: each costs the host as much as an operation
+        sizes = [self.c0, *[self.k] * len(self.layers)]
+        if self.spec.newest_first:
+            return x.split_with_sizes(sizes[::-1], -1)[-2::-1]
+        return x.split_with_sizes(sizes, -1)[1:]
 
     def _norm1(self, index: int) -> Normalization:
         if self._latest_norm1 is not None and self._latest_norm1[0] == index:
             # backward asks twice: for the bottleneck made ahead, and for the layer's own pass
             return self._latest_norm1[1]
         layer, read = self.layers[index], self._read(index)
-        statistics = Statistics(self.mean[read], self.var[read])
+        statistics = Statistics(_part(self.mean, read), _part(self.var, read))
         frozen = layer.frozen_mean1, layer.frozen_var1
         eps = self.spec.layers[index].norm1.eps
         norm = self._normalization(statistics, frozen, layer.gamma1, layer.beta1, eps)
@@ -332,7 +334,7 @@ class _Stage:
 
     def _norm2(self, index: int) -> Normalization:
         layer, spec = self.layers[index], _given(self.spec.layers[index].norm2)
-        statistics = self._bottleneck_statistics(index)
+        statistics = self._bottleneck_statistics[index]
         frozen = layer.frozen_mean2, layer.frozen_var2
         return self._normalization(statistics, frozen, layer.gamma2, layer.beta2, spec.eps)
 
@@ -355,11 +357,6 @@ class _Stage:
             mean, var = frozen[0].to(self.sum_dtype), frozen[1].to(self.sum_dtype)
         return Normalization(mean, var, _given(gamma), _given(beta), eps)
 
-    def _bottleneck_statistics(self, index: int) -> Statistics:
-        start = self.bottleneck_offset[index]
-        own = slice(start, start + self.bottleneck[index])
-        return Statistics(self.mean2[own], self.var2[own])
-
     def _bottleneck(
         self, index: int, out: Tensor | None, first_time: bool = False
     ) -> Tensor | None:
@@ -372,8 +369,8 @@ class _Stage:
             return None
         out = self._bottleneck_like(index, out)
         take = first_time and spec.batch_statistics
-        own = self._bottleneck_statistics(index) if take else None
-        x, norm1 = self.x[:, self._read(index)], self._norm1(index)
+        own = self._bottleneck_statistics[index] if take else None
+        x, norm1 = _part(self.x, self._read(index)), self._norm1(index)
         self.ops.bn_relu_conv1x1(x, norm1, self._weight1(index), out, own)
         if own is not None:
             # See NOTE [ which positions ].
@@ -393,9 +390,8 @@ class _Stage:
     def _new_features(self, index: int, y: Tensor | None, first_time: bool = False) -> None:
         """X[:, c:c+k] of layer ``index``; in forward proper, their statistics too."""
         source, norm, weight = self._convolution(index, y)
-        written = self._written(index)
-        own = self._statistics(written) if first_time else None
-        new, mask = self.x[:, written], self._dropout_mask(index)
+        own = self._by_layer_statistics[index] if first_time and self._shared else None
+        new, mask = self._x_by_layer[index], self._dropout_mask(index)
         self.ops.bn_relu_conv3(source, norm, weight, self.shape, new, mask, own)
         if own is not None:
             # See NOTE [ which positions ].
@@ -405,7 +401,7 @@ class _Stage:
         """What the layer's 3x3 convolution reads: (source, its norm, the weight)."""
         layer = self.layers[index]
         if y is None:
-            return self.x[:, self._read(index)], self._norm1(index), _given(layer.weight1)
+            return _part(self.x, self._read(index)), self._norm1(index), _given(layer.weight1)
         return y, self._norm2(index), _given(layer.weight2)
 
     def _dropout_mask(self, index: int) -> Tensor | None:
@@ -430,8 +426,10 @@ class _Stage:
         # See NOTE [ deferred correction ].
         self.s = torch.zeros_like(self.mean)
         self.t = torch.zeros_like(self.mean)
+        self._st_by_layer = list(zip(self._by_layer(self.s), self._by_layer(self.t), strict=True))
         offset = len(self.layers) * _LAYER
         d, grads[offset:] = self._tail_backward(grad_output, needs[offset:])
+        self._d_by_layer = self._by_layer(d)
 
         # Below the first layer that needs anything there is nothing to compute.
         first = 0
@@ -479,26 +477,24 @@ class _Stage:
         read = self._read(0)
         if not self.spec.newest_first:
             read = slice(0, min(gradient.shape[1], self.width))
-        s, t = self._correction(read)
-        mean, count = self.mean[read], float(self.spec.batch.count)
+        s, t = self._complete(_part(self.s, read), _part(self.t, read))
+        mean, count = _part(self.mean, read), float(self.spec.batch.count)
         out = gradient[:, : read.stop - read.start]
-        self.ops.finish_gradient(d[:, read], self.x[:, read], mean, s, t, count, out)
+        self.ops.finish_gradient(_part(d, read), _part(self.x, read), mean, s, t, count, out)
         return gradient[:, : self.c0]
 
-    def _correction(self, channels: slice) -> tuple[Tensor, Tensor]:
-        """s and t of some channels, complete: every reader of them has been here."""
-        s, t = self.s[channels], self.t[channels]
+    def _complete(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """s and t of channels of which every reader has been here."""
         # See NOTE [ which positions ].
         return self.spec.batch.sum(s, t) if self._shared else (s, t)
 
-    def _gradient(self, index: int, d: Tensor) -> Unfinished:
+    def _gradient(self, index: int) -> Unfinished:
         """Of the channels that layer ``index`` wrote."""
-        own = self._written(index)
-        s, t = self._correction(own)
+        s, t = self._complete(*self._st_by_layer[index])
         return Unfinished(
-            d=d[:, own],
-            x=self.x[:, own],
-            mean=self.mean[own],
+            d=self._d_by_layer[index],
+            x=self._x_by_layer[index],
+            mean=self._by_layer_statistics[index].mean,
             s=s,
             t=t,
             count=float(self.spec.batch.count),
@@ -527,7 +523,7 @@ class _Stage:
         """
         spec, read = self.spec.layers[index], self._read(index)
         source, norm2, weight2 = self._convolution(index, y)
-        gradient = self._gradient(index, d)
+        gradient = self._gradient(index)
         dw2, s2, t2 = self.ops.bn_relu_conv3_backward(
             source, norm2, weight2, gradient, self.shape, need[_WEIGHT2], dz, None
         )
@@ -540,11 +536,11 @@ class _Stage:
             y_before = self._bottleneck_like(before, y)
             rebuild = Rebuild(self._norm1(before), self._weight1(before), y_before)
         dw1, s1, t1 = self.ops.bn_relu_conv1x1_backward(
-            self.x[:, read],
+            _part(self.x, read),
             norm1,
             self._weight1(index),
             dz,
-            d[:, read],
+            _part(d, read),
             need[_WEIGHT1],
             PendingNorm(y, norm2, correction),
             rebuild,
@@ -556,16 +552,18 @@ class _Stage:
     def _plain_layer_backward(self, index: int, d: Tensor, need: Sequence[bool]) -> LayerTensors:
         read = self._read(index)
         source, norm1, weight = self._convolution(index, None)
-        gradient = self._gradient(index, d)
+        gradient = self._gradient(index)
         dw, s, t = self.ops.bn_relu_conv3_backward(
-            source, norm1, weight, gradient, self.shape, need[_WEIGHT1], None, d[:, read]
+            source, norm1, weight, gradient, self.shape, need[_WEIGHT1], None, _part(d, read)
         )
         self._defer(self.spec.layers[index].norm1, norm1, s, t, read)
         return LayerTensors(gamma1=t, beta1=s, weight1=dw)
 
     def _deferred(self, spec: NormSpec, read: slice) -> Deferred | None:
         """Where a reader of some channels leaves its correction; a frozen norm makes none."""
-        return Deferred(self.s[read], self.t[read]) if spec.batch_statistics else None
+        if not spec.batch_statistics:
+            return None
+        return Deferred(_part(self.s, read), _part(self.t, read))
 
     def _defer(
         self, spec: NormSpec, norm: Normalization, s: Tensor, t: Tensor, read: slice
@@ -608,7 +606,7 @@ class _Stage:
             dw, s, t = self.ops.bn_relu_avg_pool_conv1x1_backward(
                 self.x, norm, weight, self.shape, dout, d, needs[_TAIL_WEIGHT]
             )
-        self._defer(_given(self.spec.tail_norm), norm, s, t, slice(None))
+        self._defer(_given(self.spec.tail_norm), norm, s, t, slice(0, self.width))
         return d, _as_gradients(TailTensors(gamma=t, beta=s, weight=dw), self.tail, needs)
 
 
@@ -619,6 +617,12 @@ def _given(value: _T | None) -> _T:
     """What a stage's construction guarantees to be there."""
     assert value is not None
     return value
+
+
+def _part(x: Tensor, channels: slice) -> Tensor:
+    """A view of some channels, which are x's last dimension."""
+    # indexing would cost the host twice as much
+    return x.narrow(-1, channels.start, channels.stop - channels.start)
 
 
 def _growth(layer: LayerTensors) -> int:

@@ -105,21 +105,21 @@ def _move_buffers(
     statistics: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     mean, var, mean2, var2 = statistics
+    width = len(mean)
     norms: list[nn.Module] = []
     means: list[Tensor] = []
     variances: list[Tensor] = []
-    offset = 0
     for layer in layers:
-        read = channels(0, layer.norm1.num_features, len(mean), newest_first)
+        count1 = layer.norm1.num_features
+        first = channels(0, count1, width, newest_first).start
         norms.append(layer.norm1)
-        means.append(mean[read])
-        variances.append(var[read])
-        if layer.norm2 is not None:
-            own = slice(offset, offset + layer.norm2.num_features)
-            offset = own.stop
-            norms.append(layer.norm2)
-            means.append(mean2[own])
-            variances.append(var2[own])
+        means.append(mean.narrow(0, first, count1))
+        variances.append(var.narrow(0, first, count1))
+    second = [layer.norm2 for layer in layers if layer.norm2 is not None]
+    norms += second
+    sizes = [norm.num_features for norm in second]
+    means += mean2.split_with_sizes(sizes)
+    variances += var2.split_with_sizes(sizes)
     if last is not None:
         norms.append(last)
         means.append(mean)
