@@ -171,12 +171,12 @@ def bn_relu(x: Tensor, norm: Normalization, out: Tensor, launcher: Launcher) -> 
     if start is None:
         matrices(x, out)
         P, C = x.shape
-        launch = launcher.table("map", x, C)
+        launch = launcher.launch("map", x, C)
         n_c = cdiv(C, launch.block_c)
         sizes = {"P": P, "C": C, "n_c": n_c, "s_x": x.stride(0), "s_out": out.stride(0)}
         grid = (cdiv(P, launch.block_p) * n_c,)
         start = launcher.prepare(bn_relu_fwd_kernel, launch, grid, sizes, PAD=pad(x))
-        launcher.prepared[key] = start
+        launcher.keep(key, start)
     start((x, mean, var, gamma, beta, out), (eps,))
     written(out)
 
@@ -199,7 +199,7 @@ def bn_relu_backward_reduce(
     if found is None:
         matrices(x, dz, into)
         P, C = x.shape
-        launch = launcher.table("reduce", x, C)
+        launch = launcher.launch("reduce", x, C)
         n_c = cdiv(C, launch.block_c)
         rows, ranges = launch.split_rows(P, n_c)
         sizes = {"P": P, "C": C, "rows": rows}
@@ -207,7 +207,7 @@ def bn_relu_backward_reduce(
         kernel, grid = bn_relu_bwd_reduce_kernel, (n_c, ranges)
         start = launcher.prepare(kernel, launch, grid, sizes, ACCUMULATE=accumulate)
         found = start, (ranges, 2, C), prepare_sums(launcher, ranges, 0, C, False)
-        launcher.prepared[key] = found
+        launcher.keep(key, found)
     start, shape, sums = found
     part = empty(x, *shape)
     start((x, mean, var, gamma, beta, dz, into, part), (eps,))
@@ -235,11 +235,11 @@ def bn_relu_backward_apply(
     if start is None:
         matrices(x, dz)
         P, C = x.shape
-        launch = launcher.table("map", x, C)
+        launch = launcher.launch("map", x, C)
         n_c = cdiv(C, launch.block_c)
         sizes = {"P": P, "C": C, "n_c": n_c, "s_x": x.stride(0), "s_dz": dz.stride(0)}
         grid = (cdiv(P, launch.block_p) * n_c,)
         start = launcher.prepare(bn_relu_bwd_apply_kernel, launch, grid, sizes, CORRECT=correct)
-        launcher.prepared[key] = start
+        launcher.keep(key, start)
     start((x, mean, var, gamma, beta, dz, s, t), (eps, 1.0 / count))
     written(dz)

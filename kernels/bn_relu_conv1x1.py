@@ -141,7 +141,7 @@ def bn_relu_conv1x1(
     key = bn_relu_conv1x1, *layouts(x, weight, out), gamma.dtype, beta.dtype, take
     found = launcher.prepared.get(key)
     if found is None:
-        found = launcher.prepared[key] = _prepare(x, weight, out, take, launcher)
+        found = launcher.keep(key, _prepare(x, weight, out, take, launcher))
     start, shape, combine = found
     part = empty(x, *shape) if take else mean
     start((x, mean, var, gamma, beta, weight, out, part), (eps,))
@@ -153,7 +153,7 @@ def bn_relu_conv1x1(
 def _prepare(x: Tensor, weight: Tensor, out: Tensor, take: bool, launcher: Launcher) -> Any:
     matrices(x, weight, out)
     (P, C), B = x.shape, weight.shape[0]
-    launch = launcher.table("product", x, C, B)
+    launch = launcher.launch("product", x, C, B)
     n_p, n_b = cdiv(P, launch.block_p), cdiv(B, launch.block_b)
     sizes = {"P": P, "C": C, "B": B, "n_b": n_b}
     sizes |= {"s_x": x.stride(0), "s_w": weight.stride(0), "s_out": out.stride(0)}

@@ -251,7 +251,7 @@ def bn_relu_conv1x1_backward(
     found = launcher.prepared.get(key)
     if found is None:
         flags = need_weight, correct, defer
-        found = launcher.prepared[key] = _prepare(x, weight, dz, y, d, *flags, launcher)
+        found = launcher.keep(key, _prepare(x, weight, dz, y, d, *flags, launcher))
     starts, shape, sums = found
     part = empty(x, *shape)
     s2, t2, count = (mean, mean, 1.0) if correction is None else correction
@@ -279,7 +279,7 @@ def _prepare(
 ) -> Any:
     matrices(x, weight, dz, y, d)
     (P, C), B = x.shape, weight.shape[0]
-    launch = launcher.table("product_backward", x, C, B)
+    launch = launcher.launch("product_backward", x, C, B)
     n_c, n_b = cdiv(C, launch.block_c), cdiv(B, launch.block_b)
     rows, ranges = launch.split_rows(P, n_c)
     weights = B if need_weight else 0

@@ -296,14 +296,14 @@ def bn_relu_avg_pool(
         assert math.prod(shape) == x.shape[0], (shape, x.shape)
         assert shape[0] * math.prod(s // 2 for s in shape[1:]) == n_w, (shape, out.shape)
         images, windows = _windows(shape)
-        launch = launcher.table("pool", x, C)
+        launch = launcher.launch("pool", x, C)
         n_c = cdiv(C, launch.block_c)
         sizes = images | {"n_w": n_w, "C": C, "n_c": n_c}
         sizes |= {"s_x": x.stride(0), "s_out": out.stride(0)}
         grid = (cdiv(n_w, launch.block_p) * n_c,)
         kernel = bn_relu_avg_pool_fwd_kernel
         start = launcher.prepare(kernel, launch, grid, sizes, PAD=pad(x), **windows)
-        launcher.prepared[key] = start
+        launcher.keep(key, start)
     start((x, mean, var, gamma, beta, out), (eps,))
     written(out)
 
@@ -337,7 +337,7 @@ def bn_relu_avg_pool_backward(
         images, windows = _windows(shape)
         pairs = zip(images.values(), windows.values(), strict=True)
         n_w = shape[0] * math.prod(cdiv(size, window) for size, window in pairs)
-        launch = launcher.table("pool_backward", x, C)
+        launch = launcher.launch("pool_backward", x, C)
         n_c = cdiv(C, launch.block_c)
         rows, ranges = launch.split_rows(n_w, n_c)
         sizes = images | {"n_w": n_w, "C": C, "rows": rows}
@@ -347,7 +347,7 @@ def bn_relu_avg_pool_backward(
         kernel, grid = bn_relu_avg_pool_bwd_kernel, (n_c, ranges)
         start = launcher.prepare(kernel, launch, grid, sizes, **constants)
         sums = prepare_sums(launcher, ranges, 0, C, deferred is not None)
-        found = launcher.prepared[key] = start, (ranges, 2, C), sums
+        found = launcher.keep(key, (start, (ranges, 2, C), sums))
     start, part_shape, sums = found
     part = empty(x, *part_shape)
     start((x, mean, var, gamma, beta, dpooled, d, into, part), (eps,))
@@ -369,13 +369,13 @@ def bn_relu_global_pool(
         matrices(x, out)
         P, C = x.shape
         assert out.shape[0] == images, (out.shape, images)
-        launch = launcher.table("global_pool", out, C)
+        launch = launcher.launch("global_pool", out, C)
         n_c = cdiv(C, launch.block_c)
         sizes = {"positions": P // images, "C": C, "n_c": n_c}
         sizes |= {"s_x": x.stride(0), "s_out": out.stride(0)}
         kernel, grid = bn_relu_global_pool_fwd_kernel, (images * n_c,)
         start = launcher.prepare(kernel, launch, grid, sizes, PAD=pad(x))
-        launcher.prepared[key] = start
+        launcher.keep(key, start)
     start((x, mean, var, gamma, beta, out), (eps,))
     written(out)
 
@@ -403,7 +403,7 @@ def bn_relu_global_pool_backward(
     if found is None:
         matrices(x, dpooled, d)
         P, C = x.shape
-        launch = launcher.table("reduce", x, C)
+        launch = launcher.launch("reduce", x, C)
         n_c = cdiv(C, launch.block_c)
         rows, ranges = launch.split_rows(P, n_c)
         sizes = {"P": P, "C": C, "positions": P // images, "rows": rows}
@@ -411,7 +411,7 @@ def bn_relu_global_pool_backward(
         kernel, grid = bn_relu_global_pool_bwd_kernel, (n_c, ranges)
         start = launcher.prepare(kernel, launch, grid, sizes, PAD=pad(x))
         sums = prepare_sums(launcher, ranges, 0, C, deferred is not None)
-        found = launcher.prepared[key] = start, (ranges, 2, C), sums
+        found = launcher.keep(key, (start, (ranges, 2, C), sums))
     start, part_shape, sums = found
     part = empty(x, *part_shape)
     start((x, mean, var, gamma, beta, dpooled, d, part), (eps,))

@@ -76,13 +76,13 @@ def finish_gradient(
     if start is None:
         matrices(d, x, out)
         P, C = x.shape
-        launch = launcher.table("map", x, C)
+        launch = launcher.launch("map", x, C)
         n_c = cdiv(C, launch.block_c)
         sizes = {"P": P, "C": C, "n_c": n_c}
         sizes |= {"s_d": d.stride(0), "s_x": x.stride(0), "s_out": out.stride(0)}
         grid = (cdiv(P, launch.block_p) * n_c,)
         padded = min(pad(d), pad(x))
         start = launcher.prepare(finish_gradient_fwd_kernel, launch, grid, sizes, PAD=padded)
-        launcher.prepared[key] = start
+        launcher.keep(key, start)
     start((d, x, mean, s, t, out), (1.0 / count,))
     written(out)

@@ -32,17 +32,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 import triton.testing
 from torch import Tensor
 from triton.runtime import driver
+
+T = TypeVar("T")
 
 STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PADDING = 16
@@ -235,6 +237,41 @@ def _hooked() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
+class Variant(NamedTuple):
+    """All that the compiler knows of one operation's kernels.
+
+    Args:
+        operation: the launcher's function.
+        kernels: the name of each, its constants and options.
+        specialised: types of what is passed, and which matrices begin at 16 bytes.
+    """
+
+    operation: Callable[..., Any]
+    kernels: frozenset[tuple[str, str]]
+    specialised: tuple[Any, ...]
+
+
+class Untrusted(Exception):
+    """An operation was prepared in a variant that is not known to be right; nothing has run."""
+
+    def __init__(self, variant: Variant, choices: dict[str, Any]) -> None:
+        super().__init__(variant.operation.__name__)
+        self.variant, self.choices = variant, choices
+
+
+def _specialised(key: Iterable[Any]) -> Iterator[Any]:
+    """Of a key of :func:`layouts` and types: types, and alignments of addresses."""
+    for item in key:
+        if isinstance(item, torch.dtype):
+            yield item
+        elif isinstance(item, tuple) and item and isinstance(item[-1], torch.dtype):
+            yield item[-1], item[2] * item[-1].itemsize % 16 == 0
+
+
+def _name(item: tuple[str, Any]) -> str:
+    return item[0]
+
+
 class Launcher:
     """Prepares kernels for the layouts that they meet, and keeps what it prepared.
 
@@ -242,13 +279,45 @@ class Launcher:
         table: chooses tiles, as :class:`LaunchTable` does.
         precision: of float32 products, "tf32" or "ieee".
 
+        trusted: the variants that may run; None for all.
+
     ``prepared`` is for the operations' own use: by operation and layout of their matrices,
     whatever they need to start their kernels again.
     """
 
-    def __init__(self, table: Callable[..., Launch], precision: str = "ieee") -> None:
-        self.table, self.precision = table, precision
+    def __init__(
+        self,
+        table: Callable[..., Launch],
+        precision: str = "ieee",
+        trusted: Container[Variant] | None = None,
+    ) -> None:
+        self.table, self.precision, self.trusted = table, precision, trusted
         self.prepared: dict[tuple[Any, ...], Any] = {}
+        self._choices: dict[str, Any] = {}
+        self._kernels: list[tuple[str, str]] = []
+
+    def launch(self, operation: str, like: Tensor, channels: int, bottleneck: int = 0) -> Launch:
+        """What the table says; see :meth:`LaunchTable.__call__`."""
+        return self.choose(operation, self.table(operation, like, channels, bottleneck))
+
+    def choose(self, name: str, choice: T) -> T:
+        """``choice``, made by sizes that the kernel is not compiled for, such as rows."""
+        self._choices[name] = choice
+        return choice
+
+    def keep(self, key: tuple[Any, ...], found: T) -> T:
+        """Keep ``found``, what was prepared for ``key``, an operation and its layouts.
+
+        Raises:
+            Untrusted: where only trusted variants are to run and this one is not; nothing is
+                kept then.
+        """
+        variant = Variant(key[0], frozenset(self._kernels), tuple(_specialised(key)))
+        choices, self._choices, self._kernels = self._choices, {}, []
+        if self.trusted is not None and variant not in self.trusted:
+            raise Untrusted(variant, choices)
+        self.prepared[key] = found
+        return found
 
     def prepare(
         self,
@@ -277,7 +346,9 @@ class Launcher:
                 constants.setdefault(name, size)
         if "DOT" in kernel.arg_names:
             constants["PRECISION"] = self.precision
-        return self.start(kernel, grid, passed, constants | launch.options())
+        constants |= launch.options()
+        self._kernels.append((kernel.__name__, str(sorted(constants.items(), key=_name))))
+        return self.start(kernel, grid, passed, constants)
 
     def start(
         self,

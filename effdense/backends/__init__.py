@@ -4,6 +4,7 @@ __all__ = [
     "base",
     "cpu_backend",
     "cpu_library",
+    "dry_run",
     "empty",
     "layout",
     "precision",
@@ -11,4 +12,5 @@ __all__ = [
     "self_check",
     "torch_backend",
     "triton_backend",
+    "variants",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -22,6 +23,11 @@ from .torch_backend import TorchBackend
 
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LEAST_CAPABILITY = (8, 0)
+"""Compute capability from which "auto" takes Triton.
+
+On 7.5 the compiler makes products without matrix instructions, and spills 3,397 registers.
+"""
 
 
 class _Shapes(TorchBackend):
@@ -41,9 +47,10 @@ on_meta: ContextVar[Callable[[str, torch.dtype], Backend]] = ContextVar(
 def get_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend called ``name`` for matrices of ``dtype`` on ``device``.
 
-    "auto" is Triton on a GPU and the compiled loops on a CPU, where there are any for the
-    dtype and the self-check passes, else torch. The environment variable EFFDENSE_BACKEND,
-    where set, replaces ``name``.
+    "auto" is Triton on a GPU of NVIDIA's from compute capability 8.0 or of AMD's, operation
+    by operation where its kernels pass their checks, and the compiled loops on a CPU, where
+    there are any for the dtype and the self-check passes; else torch. The environment variable
+    EFFDENSE_BACKEND, where set, replaces ``name``.
 
     Raises:
         ValueError: for another name; for "triton" or "cpu" on a device or dtype they have
@@ -75,14 +82,17 @@ def get_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
             return CpuBackend(dtype)
         except CannotLoad as error:
             raise ValueError(f'backend="cpu" needs a C compiler with OpenMP: {error}') from error
-    kind = device.type
-    if dtype not in {"cuda": TRITON_DTYPES, "cpu": LOOP_DTYPES}.get(kind, ()):
+    if device.type == "cpu":
+        usable = dtype in LOOP_DTYPES and fault(device, dtype) is None
+        return CpuBackend(dtype) if usable else TorchBackend(device)
+    if device.type != "cuda":
+        _say_that_there_are_none(device.type)
         return TorchBackend(device)
-    if kind == "cuda" and torch.cuda.is_available() and device.index is None:
+    if dtype not in TRITON_DTYPES:
+        return TorchBackend(device)
+    if torch.cuda.is_available() and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if fault(device, dtype) is not None:
-        return TorchBackend(device)
-    return _compiled_backend(kind, dtype)
+    return TorchBackend(device) if why_not_triton(device) else _triton_backend(checked=True)
 
 
 def check_backend(name: str, where: str = "backend") -> None:
@@ -92,22 +102,22 @@ def check_backend(name: str, where: str = "backend") -> None:
         raise ValueError(f"{where} must be one of {valid}, got {name!r}")
 
 
-def _triton_backend() -> Backend:
+def _triton_backend(checked: bool) -> Backend:
     # what backward rounds its operands to is settled with its forward
-    return _triton_backend_in(tf32_convolutions())
+    return _triton_backend_in(tf32_convolutions(), checked)
 
 
 @functools.cache
-def _triton_backend_in(tf32: bool) -> Backend:
+def _triton_backend_in(tf32: bool, checked: bool) -> Backend:
     # the only import of Triton in the library outside the kernels
     from .triton_backend import TritonBackend
 
-    return TritonBackend(tf32=tf32)
+    return TritonBackend(tf32=tf32, checked=checked)
 
 
 def _triton_for(device: torch.device) -> Backend:
     try:
-        backend = _triton_backend()
+        backend = _triton_backend(checked=False)
     except Exception as error:
         # Triton's import runs compilers' and drivers' code: anything may come out of it
         raise ValueError(f'backend="triton" needs an importable Triton: {error}') from error
@@ -123,24 +133,63 @@ def _triton_for(device: torch.device) -> Backend:
     return backend
 
 
-def _compiled_backend(kind: str, dtype: torch.dtype) -> Backend:
-    return _triton_backend() if kind == "cuda" else CpuBackend(dtype)
+@functools.cache
+def why_not_triton(device: torch.device) -> str:
+    """Why a GPU is left to torch operations; empty where it isn't. Warns when first asked.
+
+    Kernels are checked later, each when it is first met: see variants.py, NOTE [ variants ].
+    """
+    reason = _what_triton_lacks(device)
+    if reason:
+        warnings.warn(
+            f"effdense: torch operations instead of Triton kernels on {device}: {reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return reason
+
+
+def _what_triton_lacks(device: torch.device) -> str:
+    try:
+        _triton_backend(checked=True)
+    except Exception as error:
+        # Triton's import runs compilers' and drivers' code: anything may come out of it
+        return f"importing Triton: {describe(error)}"
+    # Triton builds what starts a kernel with the machine's own compiler
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler, and there is neither gcc nor clang on PATH, nor CC set"
+    if torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < LEAST_CAPABILITY:
+            return (
+                f"its compute capability is {capability[0]}.{capability[1]}, and below "
+                f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} the kernels' products have no "
+                "tensor cores"
+            )
+    return ""
+
+
+@functools.cache
+def _say_that_there_are_none(kind: str) -> None:
+    warnings.warn(
+        f"effdense has kernels for CUDA and ROCm devices and loops for CPUs, none for {kind!r}: "
+        "torch operations are used there",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 @functools.cache
 def fault(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with the kernels or loops here, None if nothing; warns when first asked."""
+    """What is wrong with a CPU's loops, None if nothing; warns when first asked."""
     # See self_check.py, NOTE [ self-check ].
     try:
-        fault = self_check(_compiled_backend(device.type, dtype), device, dtype)
+        fault = self_check(CpuBackend(dtype), device, dtype)
     except CannotLoad as error:
         fault = str(error)
-    except Exception as error:
-        fault = f"importing Triton: {describe(error)}"
     if fault is not None:
-        what = "Triton kernels" if device.type == "cuda" else "compiled loops"
         warnings.warn(
-            f"effdense: the {what} failed their self-check on {device} with {dtype} and "
+            f"effdense: the compiled loops failed their self-check on {device} with {dtype} and "
             f"torch operations are used instead. {fault}",
             RuntimeWarning,
             stacklevel=3,

@@ -1,13 +1,12 @@
 """Whether a backend computes what torch does, on the device and dtype it is to run on.
 
 NOTE [ self-check ]
-Kernels are proven on machines without a GPU: by interpreter and by cross-compilation.
-Neither shows a driver that miscompiles, nor a race; and the loops for CPUs are compiled by
-whatever compiler the user has. So before "auto" uses either, every operation is run once
-on the actual device and dtype, on a small odd-sized case, and compared with torch
-operations on the same numbers. What fails, or is wrong beyond the type's rounding, leaves
-the device to the torch backend for the whole process, with one warning that names the
-operation.
+The loops for CPUs are compiled by whatever compiler the user has. So before "auto" uses
+them, every operation is run once on the actual device and dtype, on a small odd-sized case,
+and compared with torch operations on the same numbers. What fails, or is wrong beyond the
+type's rounding, leaves the device to the torch backend for the whole process, with one
+warning that names the operation. Of kernels each variant is checked instead, when it is
+first met: variants.py, NOTE [ variants ].
 """
 
 from __future__ import annotations
@@ -43,20 +42,25 @@ _TOLERANCE = {
 _TF32_TOLERANCE = 5e-3
 
 
+def tolerance(dtype: torch.dtype, tf32: bool) -> float:
+    """The largest accepted difference, in units of the largest value."""
+    return _TF32_TOLERANCE if tf32 and dtype == torch.float32 else _TOLERANCE[dtype]
+
+
 def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
 def self_check(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
     """The first operation of ``backend`` that fails or differs from torch's, and how; or None."""
-    for operation, difference, tolerance in operation_errors(backend, device, dtype):
+    for operation, difference, allowed in operation_errors(backend, device, dtype):
         if isinstance(difference, Exception):
             return f"{operation}: {describe(difference)}"
         # not "difference > tolerance": a NaN has to fail
-        if not difference <= tolerance:
+        if not difference <= allowed:
             return (
                 f"{operation}: differs from torch by {difference:.2g} of the largest "
-                f"value, more than {tolerance:.2g}"
+                f"value, more than {allowed:.2g}"
             )
     return None
 
@@ -69,9 +73,7 @@ def operation_errors(
     Each as (operation, largest difference from torch's on the same numbers in float64 in units
     of the largest value, or what it raised, and the largest difference accepted).
     """
-    tolerance = _TOLERANCE[dtype]
-    if dtype == torch.float32 and tf32_convolutions():
-        tolerance = _TF32_TOLERANCE
+    allowed = tolerance(dtype, device.type == "cuda" and tf32_convolutions())
     exact = TorchBackend("cpu")
     found: list[tuple[str, float | Exception, float]] = []
     # A caller's mode, such as one that counts memory, has no business with the check.
@@ -81,14 +83,14 @@ def operation_errors(
             try:
                 results = [t.cpu() for t in run(backend, device, dtype)]
             except Exception as error:
-                found.append((operation, error, tolerance))
+                found.append((operation, error, allowed))
                 continue
             differences = [
                 (ours.double() - theirs).abs().max() / theirs.abs().max().clamp(min=1)
                 for ours, theirs in zip(results, expected, strict=True)
             ]
             # a NaN stays one
-            found.append((operation, torch.stack(differences).max().item(), tolerance))
+            found.append((operation, torch.stack(differences).max().item(), allowed))
     return found
 
 

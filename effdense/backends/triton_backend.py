@@ -6,7 +6,9 @@ the backend is asked for.
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ from effdense.kernels import (
 )
 
 from ..machine.environment import cache_folder
+from . import variants
+from .torch_backend import TorchBackend
 
 # what an operation asks the launch table for, where that is not one thing of its own name
 _ASKED = {"conv3_backward": ("conv3_backward", "conv3_weight")}
@@ -60,6 +64,8 @@ class TritonBackend(Stepwise):
             keep the fastest in ``search_directory``. Off unless asked for: the
             environment variable EFFDENSE_LAUNCH_SEARCH=1 asks where the argument is None.
         search_directory: by default "effdense/launch" in the user's cache directory.
+        checked: run only variants of kernels that are right on their device, and torch's
+            operation where one is not; see variants.py, NOTE [ variants ].
     """
 
     name = "triton"
@@ -72,6 +78,7 @@ class TritonBackend(Stepwise):
         tf32: bool | None = None,
         search: bool | None = None,
         search_directory: Path | None = None,
+        checked: bool = False,
     ) -> None:
         if search is None:
             search = os.environ.get("EFFDENSE_LAUNCH_SEARCH", "0") == "1"
@@ -81,6 +88,9 @@ class TritonBackend(Stepwise):
         self._precision = "tf32" if (tf32_convolutions() if tf32 is None else tf32) else "ieee"
         # by the device's number, -1 for a CPU's tensors
         self._launchers: dict[int, launch.Launcher] = {}
+        self._checked = checked
+        # operations that are left to torch, by device
+        self._refused: set[tuple[torch.device, Callable[..., Any]]] = set()
         # shapes for which configurations were searched, and whose convolution was the faster
         self._searched: set[tuple[Any, ...]] = set()
         self._vendor_chosen: dict[tuple[Any, ...], bool] = {}
@@ -104,7 +114,27 @@ class TritonBackend(Stepwise):
             like = x if like is None else like
             for asked in _ASKED.get(operation, (operation,)):
                 self._search_launch(launcher, asked, function, x, args, like, bottleneck)
-        return function(x, *args, launcher)
+        try:
+            if self._refused and (x.device, function) in self._refused:
+                return variants.CHECKS[function].torchs(TorchBackend(x.device), x, *args)
+            return function(x, *args, launcher)
+        except launch.Untrusted as unknown:
+            try:
+                checks_of(x.device).trust(unknown, function, (x, *args), self._precision)
+            except variants.Refused as refused:
+                self._leave_to_torch(x, function, refused)
+        return self._run(operation, function, x, *args, like=like, bottleneck=bottleneck)
+
+    def _leave_to_torch(
+        self, x: Tensor, function: Callable[..., Any], refused: variants.Refused
+    ) -> None:
+        self._refused.add((x.device, function))
+        warnings.warn(
+            f"effdense: {function.__name__} failed its self-check on {x.device} with {x.dtype} "
+            f"and is left to torch operations. {refused}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     def _search_launch(
         self,
@@ -146,7 +176,8 @@ class TritonBackend(Stepwise):
                 name = torch.cuda.get_device_name(device)
                 table = launch.SearchedLaunchTable(architecture, name, self._search_directory)
         number = -1 if device.index is None else device.index
-        launcher = self._launchers[number] = launch.Launcher(table, self._precision)
+        trusted = checks_of(device).trusted if self._checked else None
+        launcher = self._launchers[number] = launch.Launcher(table, self._precision, trusted)
         return launcher
 
     def sums_from_products(self, dtype: torch.dtype) -> bool:
@@ -347,6 +378,12 @@ class TritonBackend(Stepwise):
         out: Tensor,
     ) -> None:
         self._run("map", finish_gradient.finish_gradient, d, x, mean, s, t, count, out)
+
+
+@functools.cache
+def checks_of(device: torch.device) -> variants.Checks:
+    """The process's checks of variants on ``device``, which has its number."""
+    return variants.Checks(device)
 
 
 def _copied(a: Any) -> Any:

@@ -10,17 +10,24 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..autocast import computing_in
 from ..backends import select
 from ..backends.cpu_library import DTYPES as LOOP_DTYPES
 from ..backends.cpu_library import compilers
+from ..backends.precision import tf32_convolutions
 from ..errors import first_line
 from ..machine import environment as machine
 from ..machine.memory import available_bytes, total_bytes
 from ..machine.sizes import show_size
 from ..machine.tables import columns
+from ..models import DenseNet, configuration
+
+if TYPE_CHECKING:
+    from ..backends.dry_run import DryRun
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def _backends() -> Iterator[tuple[str, str]]:
         return
     for i in range(torch.cuda.device_count()):
         for dtype in select.TRITON_DTYPES:
-            yield f"triton cuda:{i}, {_name(dtype)}", _checked(torch.device("cuda", i), dtype)
+            yield f"triton cuda:{i}, {_name(dtype)}", _kernels(torch.device("cuda", i), dtype)
 
 
 def _checked(device: torch.device, dtype: torch.dtype) -> str:
@@ -113,6 +120,53 @@ def _checked(device: torch.device, dtype: torch.dtype) -> str:
         # it is said here
         warnings.simplefilter("ignore", RuntimeWarning)
         return _guarded(lambda: select.fault(device, dtype) or "self-check ok")
+
+
+# Whose kernels are checked, as the README trains them: name, depth, growth rate, images' shape.
+_NETWORKS = (
+    ("densenet_bc", 250, 24, (64, 3, 32, 32)),
+    ("densenet121", 0, 0, (32, 3, 224, 224)),
+)
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        reason = _guarded(lambda: select.why_not_triton(device))
+        if reason:
+            return f"torch operations instead: {reason}"
+        return _guarded(lambda: _kernels_of_networks(device, dtype))
+
+
+def _kernels_of_networks(device: torch.device, dtype: torch.dtype) -> str:
+    from ..backends.dry_run import DryRun
+    from ..kernels.launch import Architecture
+
+    return checked_variants(device, dtype, DryRun(Architecture.of(device), tf32_convolutions()))
+
+
+def checked_variants(device: torch.device, dtype: torch.dtype, dry: DryRun) -> str:
+    """How many variants of kernels a network of the README runs in ``dtype``, and the faulty."""
+    from ..backends.triton_backend import checks_of
+    from ..backends.variants import Refused
+
+    with dry.on_meta(), computing_in(None if dtype == torch.float32 else dtype):
+        for name, depth, growth_rate, shape in _NETWORKS:
+            with torch.device("meta"):
+                network = DenseNet(**configuration(name, depth, growth_rate, backend="triton"))
+                network(torch.empty(shape)).sum().backward()
+    checks, faults = checks_of(device), []
+    before = checks.cost
+    for met in dry.met:
+        try:
+            checks.trust(*met)
+        except Refused as refused:
+            faults.append(f"{met.function.__name__}: {refused}")
+    seconds = checks.cost.seconds - before.seconds
+    compiling = checks.cost.compiling - before.compiling
+    said = f"{len(dry.met)} variants of kernels checked in {seconds:.1f} s"
+    said += f" and {compiling:.1f} s of compilation, "
+    return said + (f"{len(faults)} faulty, the first {faults[0]}" if faults else "all ok")
 
 
 def _why_not_triton() -> str:

@@ -29,9 +29,12 @@ OPERATIONS = [
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("EFFDENSE_BACKEND", raising=False)
-    select.fault.cache_clear()
+    caches = select.fault, select.why_not_triton, select._say_that_there_are_none
+    for cache in caches:
+        cache.cache_clear()
     yield
-    select.fault.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 class Broken(TorchBackend):
@@ -144,23 +147,72 @@ def test_self_check_names_the_operation(operation: str, how: str) -> None:
     assert "\n" not in fault
 
 
-def test_auto_warns_once_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loops_that_fail_are_left_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     checks: list[torch.dtype] = []
 
     def check(backend: Any, device: torch.device, dtype: torch.dtype) -> str:
         checks.append(dtype)
         return "bn_relu: differs from torch"
 
-    monkeypatch.setattr(select, "_triton_backend", lambda: Broken("bn_relu", "wrong"))
     monkeypatch.setattr(select, "self_check", check)
-    with pytest.warns(RuntimeWarning, match=r"self-check on cuda:0 .*bn_relu: differs"):
-        assert get_backend("auto", GPU, torch.float16).name == "torch"
+    with pytest.warns(RuntimeWarning, match=r"self-check on cpu .*bn_relu: differs"):
+        assert get_backend("auto", CPU, torch.float32).name == "torch"
     # warnings are errors in this suite: a second one would raise
-    assert get_backend("auto", GPU, torch.float16).name == "torch"
-    assert checks == [torch.float16]
+    assert get_backend("auto", CPU, torch.float32).name == "torch"
+    assert checks == [torch.float32]
 
 
-def test_auto_is_triton_where_the_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+class FakeGpus:
+    """CUDA devices as torch would tell of them, by their compute capabilities."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device: capabilities[device.index]
+        )
+
+
+def test_auto_takes_triton_by_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(select, "self_check", lambda *_: None)
-    assert get_backend("auto", GPU, torch.float16).name == "triton"
+    FakeGpus(monkeypatch, (8, 0), (7, 5), (12, 0))
+    for index in (0, 2):
+        device = torch.device("cuda", index)
+        assert get_backend("auto", device, torch.float16).name == "triton"
+    # without a number: the current one
+    assert get_backend("auto", torch.device("cuda"), torch.float16).name == "triton"
+    old = torch.device("cuda", 1)
+    with pytest.warns(RuntimeWarning, match=r"on cuda:1: its compute capability is 7\.5, and be"):
+        assert get_backend("auto", old, torch.float16).name == "torch"
+    # said once, for every type
+    assert get_backend("auto", old, torch.float32).name == "torch"
+    # who asks for it gets it
+    assert get_backend("triton", old, torch.float16).name == "triton"
+
+
+def test_auto_needs_the_compiler_that_triton_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    FakeGpus(monkeypatch, (9, 0))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.warns(RuntimeWarning, match="needs a C compiler, and there is neither gcc nor"):
+        assert get_backend("auto", GPU, torch.float16).name == "torch"
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_other_accelerators_are_told_that_they_run_torch(kind: str) -> None:
+    with pytest.warns(RuntimeWarning, match=f"none for '{kind}': torch operations are used"):
+        assert get_backend("auto", torch.device(kind), torch.float32).name == "torch"
+    assert get_backend("auto", torch.device(kind), torch.float16).name == "torch"
+
+
+def test_products_follow_a_later_change_of_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    FakeGpus(monkeypatch, (9, 0))
+    found = []
+    for tf32 in (True, False, True):
+        monkeypatch.setattr(select, "tf32_convolutions", lambda tf32=tf32: tf32)
+        backend: Any = get_backend("auto", GPU, torch.float32)
+        found.append(backend._precision)
+    assert found == ["tf32", "ieee", "tf32"]
