@@ -9,13 +9,14 @@ from __future__ import annotations
 import datetime
 import gc
 import inspect
+import json
 import os
 import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -46,6 +47,8 @@ class World:
     """A name that these processes have in common with no others; empty for a single process."""
     launch: str = ""
     """The same, but that processes which torchrun has restarted keep it."""
+    sharing: int = 1
+    """Processes on this process's GPU, itself included; 1 on a processor."""
 
     @property
     def is_main(self) -> bool:
@@ -59,34 +62,109 @@ def launched_processes() -> tuple[int, int]:
     return world_size, int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
 
 
+@dataclass(frozen=True)
+class Place:
+    """What one process knows of where it runs, before it has met the others."""
+
+    host: str
+    gpus: tuple[str, ...]
+    """Names of those that it sees, each the same in every process that sees it."""
+    local_rank: int | None = None
+    """What the launcher says of it; None where it says nothing."""
+
+    @classmethod
+    def own(cls, device: str) -> Place:
+        """This process's; a processor's has no GPUs."""
+        host, local_rank = platform.node(), os.environ.get("LOCAL_RANK")
+        seen = torch.cuda.device_count() if device != "cpu" else 0
+        gpus = tuple(_gpu_name(host, i) for i in range(seen))
+        return cls(host, gpus, None if local_rank is None else int(local_rank))
+
+
+def _gpu_name(host: str, index: int) -> str:
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    if uuid is not None:
+        return f"{host}/{uuid}"
+    # a ROCm build, or an old torch: what a scheduler shows, or the number
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES")
+    return f"{host}/{shown.split(',')[index] if shown else index}"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where all processes run: the same in each of them, as it follows from all :class:`Place`.
+
+    A process takes the GPU of its local rank, or of those that it sees the one at that place,
+    where a scheduler shows it fewer. nccl wants a GPU for each process.
+    """
+
+    backend: Literal["nccl", "gloo"]
+    local_ranks: tuple[int, ...]
+    local_world_sizes: tuple[int, ...]
+    gpus: tuple[str, ...]
+    """Of each process; empty on processors."""
+
+    @classmethod
+    def of(cls, places: Sequence[Place], device: str) -> Placement:
+        """By the places in the order of ranks.
+
+        Raises:
+            UserError: where some processes see GPUs and some none, or "cuda" is asked for and
+                there are none.
+        """
+        hosts = [place.host for place in places]
+        local_ranks = tuple(
+            hosts[:rank].count(place.host) if place.local_rank is None else place.local_rank
+            for rank, place in enumerate(places)
+        )
+        without = [rank for rank, place in enumerate(places) if not place.gpus]
+        if without and (device == "cuda" or len(without) < len(places)):
+            if len(places) == 1:
+                raise UserError("--device cuda: no GPU that torch can use; leave it out or use cpu")
+            raise UserError(
+                f"rank {without[0]}, on {hosts[without[0]]}, sees no GPU that torch can use"
+                + (", but others do" if len(without) < len(places) else "")
+                + ": start a process for each GPU, or let all use --device cpu"
+            )
+        gpus = tuple(
+            place.gpus[local % len(place.gpus)]
+            for local, place in zip(local_ranks, places, strict=True)
+            if place.gpus
+        )
+        alone = bool(gpus) and len(set(gpus)) == len(gpus)
+        sizes = tuple(hosts.count(host) for host in hosts)
+        return cls("nccl" if alone else "gloo", local_ranks, sizes, gpus)
+
+    def sharing(self, rank: int) -> int:
+        """Processes on the GPU of ``rank``, itself included; 1 on processors."""
+        return self.gpus.count(self.gpus[rank]) if self.gpus else 1
+
+
 @contextmanager
 def joined_world(device: Literal["auto", "cpu", "cuda"], threads: int) -> Iterator[World]:
     """Join the process group, if there is one, and leave it at the end.
 
     GPUs use nccl, with gloo beside it for what lives in main memory; processors use gloo, and
-    so do several processes that share a GPU, which nccl refuses. After an error the group is
-    not left but abandoned: to leave it would wait for processes that may never come.
+    so do all processes where some share a GPU, which nccl refuses. Which it is follows from what
+    every process sees, so that none waits for others in another group. After an error the group
+    is not left but abandoned: to leave it would wait for processes that may never come.
 
     Raises:
-        UserError: when "cuda" is asked for and there is none.
+        UserError: on every process, when "cuda" is asked for and there is none, or some
+            processes see GPUs and some none.
     """
     world_size, local_world_size = launched_processes()
     rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     torch.set_num_threads(threads)
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
-    if device == "cuda" and not gpus:
-        raise UserError("--device cuda: no GPU that torch can use; leave it out or use cpu")
-    if gpus:
-        chosen = torch.device("cuda", local_rank % gpus)
-        torch.cuda.set_device(chosen)
-    else:
-        chosen = torch.device("cpu")
+    own = Place.own(device)
     if world_size == 1:
-        yield World(rank, world_size, local_rank, local_world_size, chosen, None)
+        placement = Placement.of([own], device)
+        chosen = _chosen(own, placement.local_ranks[0])
+        yield World(rank, 1, placement.local_ranks[0], local_world_size, chosen, None)
         return
-    backend = "nccl" if gpus >= local_world_size else "gloo"
     store, attempt, launch = _met()
+    placement = Placement.of(_places(store, rank, world_size, own), device)
+    chosen, backend = _chosen(own, placement.local_ranks[rank]), placement.backend
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
         store=store,
@@ -95,9 +173,34 @@ def joined_world(device: Literal["auto", "cpu", "cuda"], threads: int) -> Iterat
         timeout=_TIMEOUT,
         device_id=chosen if backend == "nccl" else None,
     )
-    yield World(rank, world_size, local_rank, local_world_size, chosen, backend, attempt, launch)
+    yield World(
+        rank,
+        world_size,
+        placement.local_ranks[rank],
+        placement.local_world_sizes[rank],
+        chosen,
+        backend,
+        attempt,
+        launch,
+        placement.sharing(rank),
+    )
     dist.barrier()
     leave_process_group()
+
+
+def _places(store: dist.Store, rank: int, world_size: int, own: Place) -> list[Place]:
+    """Those of all processes, in the order of their ranks."""
+    store.set(f"place/{rank}", json.dumps(asdict(own)))
+    found = (json.loads(store.get(f"place/{other}")) for other in range(world_size))
+    return [Place(place["host"], tuple(place["gpus"]), place["local_rank"]) for place in found]
+
+
+def _chosen(own: Place, local_rank: int) -> torch.device:
+    if not own.gpus:
+        return torch.device("cpu")
+    chosen = torch.device("cuda", local_rank % len(own.gpus))
+    torch.cuda.set_device(chosen)
+    return chosen
 
 
 def leave_process_group() -> None:
@@ -232,6 +335,31 @@ def largest(values: Sequence[float]) -> list[float]:
     agreed = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(agreed, dist.ReduceOp.MAX)
     return agreed.tolist()
+
+
+class LateLargest:
+    """:func:`largest`, of what was given to the call before: nobody waits for it.
+
+    What is given travels while the next step is computed. A collective: every process makes
+    the same calls, the last of them with ``last``, which leaves nothing on its way.
+    """
+
+    def __init__(self) -> None:
+        self._on_its_way: tuple[Any, Tensor] | None = None
+
+    def __call__(self, values: Sequence[float], last: bool) -> list[float]:
+        if not dist.is_initialized():
+            return list(values)
+        found = [0.0] * len(values)
+        if self._on_its_way is not None:
+            work, agreed = self._on_its_way
+            work.wait()
+            found, self._on_its_way = agreed.tolist(), None
+        if not (last or any(found)):
+            given = torch.tensor(values, dtype=torch.float64)
+            work = dist.all_reduce(given, dist.ReduceOp.MAX, async_op=True)
+            self._on_its_way = work, given
+        return found
 
 
 def summed(values: Tensor) -> Tensor:

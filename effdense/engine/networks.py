@@ -164,9 +164,11 @@ def fit_to_budget(
     Raises:
         UserError: where no choice fits.
     """
-    if budget == "auto" and world.device.type == "cpu":
-        # the machine's processes share its memory
-        budget = str(budget_bytes("auto", "cpu") // world.local_world_size)
+    kind = world.device.type
+    # a machine's processes share its memory, those on one GPU the GPU's
+    sharing = world.local_world_size if kind == "cpu" else world.sharing
+    if budget == "auto" and sharing > 1:
+        budget = str(budget_bytes("auto", kind) // sharing)
     try:
         found = plan(
             network,

@@ -31,7 +31,14 @@ from effdense.machine.environment import versions
 from ..errors import Interrupted, UserError
 from .checkpoint import Checkpoint, CheckpointStore, Position
 from .data.order import random_key
-from .distributed import World, all_or_none, from_main, gathered_on_main, largest
+from .distributed import (
+    LateLargest,
+    World,
+    all_or_none,
+    from_main,
+    gathered_on_main,
+    largest,
+)
 from .options import ROUNDING, ResolvedConfig, renamed
 from .records import CsvLog, saved
 from .signals import StopSignals
@@ -67,6 +74,7 @@ class Keeper:
         self._trainer, self._config, self._world = trainer, config, world
         self._store, self._logs, self._signals = store, logs, signals
         self._saved_at = time.monotonic()
+        self._agreed = LateLargest()
 
     def after_step(self, steps_left: int) -> None:
         """Save if it is time to, and stop if any process has been told to; a collective.
@@ -79,7 +87,8 @@ class Keeper:
         """
         minutes = self._config.checkpoint_minutes
         is_old = minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
-        stop, old = largest([self._signals.received, is_old])
+        # of the step before: to agree on this one now would wait for every process
+        stop, old = self._agreed([self._signals.received, is_old], last=not steps_left)
         every = self._config.checkpoint_steps
         due = bool(old) or (every > 0 and self._trainer.position.step % every == 0)
         if stop or (due and steps_left):

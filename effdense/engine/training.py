@@ -338,6 +338,8 @@ def _made_together(config: ResolvedConfig, data: ImageData, world: World) -> nn.
 def _headline(config: ResolvedConfig, world: World, data: ImageData, num_parameters: int) -> str:
     size = f" {config.depth}/{config.growth_rate}" if config.arch == "densenet_bc" else ""
     through = f" through {world.backend}" if world.backend else ""
+    if world.sharing > 1:
+        through += f", {world.sharing} to a GPU"
     return (
         f"{config.data}: {len(data.train):,} training and {len(data.test):,} test images; "
         f"{config.model or config.arch}{size}, {num_parameters:,} parameters; "
