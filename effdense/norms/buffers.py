@@ -58,10 +58,11 @@ def batch_of(x: Tensor, norms: Sequence[NormSpec]) -> Batch:
     Raises:
         ValueError: for a single position where a norm takes batch statistics, in all processes.
     """
-    own = x.shape[0] * math.prod(x.shape[2:])
+    per_image = math.prod(x.shape[2:])
+    own = x.shape[0] * per_image
     taking = [norm for norm in norms if norm.batch_statistics]
     if taking and taking[0].group is not None:
-        shared = SharedBatch(taking[0].group, own, x.device)
+        shared = SharedBatch.of(taking[0].group, x.shape[0], per_image, x.device)
         if shared.count < 2:
             raise ValueError(
                 f"batch statistics need more than one value per channel, got {shared.count} in "

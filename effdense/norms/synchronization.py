@@ -18,7 +18,8 @@ depend on the modules alone; backward makes none of forward's again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from ..backends.base import Statistics
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
+_images: ContextVar[tuple[int, ...] | None] = ContextVar("images", default=None)
 
 
 class Batch:
@@ -46,20 +48,34 @@ class Batch:
 
 
 class SharedBatch(Batch):
-    """The positions of all processes of ``group``, of which ``positions`` are this one's.
+    """The positions of all processes of ``group``, ``counts`` of each.
 
-    To make one, and every method, is a collective.
+    Every method is a collective.
     """
 
-    def __init__(self, group: Any, positions: int, device: torch.device) -> None:
-        self._group = group
-        self._counts = self._gather(torch.tensor([positions], device=device))
-        super().__init__(int(self._counts.sum()))
+    def __init__(self, group: Any, counts: tuple[int, ...]) -> None:
+        super().__init__(sum(counts))
+        self._group, self._counts = group, counts
+
+    @classmethod
+    def of(cls, group: Any, images: int, per_image: int, device: torch.device) -> SharedBatch:
+        """Of this process's ``images``; a collective, unless all know how many each has."""
+        known = _images.get()
+        if known is None or len(known) != dist.get_world_size(group):
+            own = torch.tensor([images * per_image], device=device)
+            # every process waits here for its device, and for the others
+            return cls(group, tuple(_gathered(own, group).flatten().tolist()))
+        if known[dist.get_rank(group)] != images:
+            raise RuntimeError(
+                f"effdense: this process said it had {known[dist.get_rank(group)]} images and "
+                f"has {images}"
+            )
+        return cls(group, tuple(n * per_image for n in known))
 
     def merge(self, statistics: Statistics) -> None:
         # Chan, Golub, LeVeque 1979; by the same operations everywhere, so with the same bits
-        means, variances = self._gather(torch.stack(statistics)).unbind(1)
-        weights = self._counts.to(means.dtype) / self.count
+        means, variances = _gathered(torch.stack(statistics), self._group).unbind(1)
+        weights = _weights(self._counts, means.device, means.dtype)
         mean = (weights * means).sum(0)
         between = (means - mean).square_()
         statistics.mean.copy_(mean)
@@ -70,12 +86,32 @@ class SharedBatch(Batch):
         dist.all_reduce(together, group=self._group)
         return together[0], together[1]
 
-    def _gather(self, own: Tensor) -> Tensor:
-        """``own`` of all processes: (N, *shape)."""
-        # into one tensor would spare a copy, but not every backend can
-        all_processes = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(all_processes, own, group=self._group)
-        return torch.stack(all_processes)
+
+def _gathered(own: Tensor, group: Any) -> Tensor:
+    """``own`` of all processes: (N, *shape)."""
+    # into one tensor would spare a copy, but not every backend can
+    all_processes = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(all_processes, own, group=group)
+    return torch.stack(all_processes)
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(counts: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Each process's share of all positions, (N, 1)."""
+    return torch.tensor(counts, dtype=dtype, device=device).unsqueeze(1) / sum(counts)
+
+
+@contextlib.contextmanager
+def known_images(images: Sequence[int]) -> Iterator[None]:
+    """Inside, every process has so many images, in the order of ranks, and need not ask.
+
+    The same in all processes. Norms of smaller groups ask all the same.
+    """
+    token = _images.set(tuple(images))
+    try:
+        yield
+    finally:
+        _images.reset(token)
 
 
 def process_group(norm: nn.Module) -> Any:
