@@ -25,6 +25,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import reference
+    from .block.cuda_graphs import CudaGraphs, cuda_graphs
     from .block.forwards import DenseBlock, Transition
     from .block.offloading import offload
     from .conversion import ConversionReport, conversion_report, convert, revert
@@ -38,6 +39,7 @@ __all__ = [
     "BlockEstimate",
     "BudgetError",
     "ConversionReport",
+    "CudaGraphs",
     "DenseBlock",
     "DenseNet",
     "Estimate",
@@ -49,6 +51,7 @@ __all__ = [
     "budget_bytes",
     "conversion_report",
     "convert",
+    "cuda_graphs",
     "deepest",
     "densenet121",
     "densenet161",
@@ -64,6 +67,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "block.cuda_graphs": ("CudaGraphs", "cuda_graphs"),
     "block.forwards": ("DenseBlock", "Transition"),
     "block.offloading": ("offload",),
     "conversion": ("ConversionReport", "conversion_report", "convert", "revert"),

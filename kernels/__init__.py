@@ -29,6 +29,7 @@ __all__ = [
     "bn_relu_conv3",
     "bn_relu_conv3_backward",
     "bn_relu_pool",
+    "dropout",
     "finish_gradient",
     "launch",
     "statistics",

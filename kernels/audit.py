@@ -40,6 +40,7 @@ from effdense.kernels import (
     bn_relu_conv3,
     bn_relu_conv3_backward,
     bn_relu_pool,
+    dropout,
     finish_gradient,
     statistics,
 )
@@ -75,7 +76,12 @@ DEVICES = {
     "sm_121": Device(GPUTarget("cuda", 121, 32), 99 * KIB, Architecture("cuda", 121, 48)),
     "gfx942": Device(GPUTarget("hip", "gfx942", 64), 64 * KIB, Architecture("hip", 0, 304)),
 }
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -307,6 +313,10 @@ def _operations() -> list[Operation]:
         v = torch.empty(3, s.c, device="meta")
         return finish_gradient.finish_gradient(x(s, t), x(s, t), *v, 1.0, x(s, t), g)
 
+    def mask(s: Shape, t: torch.dtype, g: Launcher) -> Any:
+        key = torch.empty(1, dtype=torch.int64, device="meta")
+        return dropout.dropout_mask(dense(s, t, s.k), key, 0.2, g)
+
     def apply(s: Shape, t: torch.dtype, g: Launcher, correct: bool) -> Any:
         y, dz = dense(s, t, s.bottleneck), dense(s, t, s.bottleneck)
         correction = (*pair(s.bottleneck), 1.0) if correct else None
@@ -383,6 +393,7 @@ def _operations() -> list[Operation]:
             )
             for name, correct, cost in (("", True, 9), (", frozen", False, 4))
         ),
+        Operation("dropout's mask", lambda s, e: e * s.k / s.c, lambda s: 14 * s.k / s.c, mask),
         Operation("finish gradient", lambda s, e: 3 * e, lambda s: 6, finish, tail=True),
         *(
             Operation(

@@ -114,6 +114,8 @@ VENDOR_BACKWARD = (
 )
 """In place of the two convolution rows of FORWARD and BACKWARD, where the vendor's is chosen."""
 
+MASK = Traffic("dropout's mask", "dropout.py", Width(), Width(k=1), Width(k=1))
+
 POOL_FORWARD = Traffic("BN-ReLU-GlobalPool", "bn_relu_pool.py", Width(c=1), Width(), Width(c=1))
 POOL_BACKWARD = Traffic(
     *("BN-ReLU-GlobalPool backward", "bn_relu_pool.py", Width(c=1), Width(c=1), Width(c=2)),
@@ -145,6 +147,7 @@ def markdown() -> str:
         "backward": (REBUILD, *BACKWARD),
         "the vendor's 3x3, where it is chosen: forward": VENDOR_FORWARD,
         "and backward": VENDOR_BACKWARD,
+        "where anything is dropped: in forward, and again in backward": (MASK,),
         "a block's tail, c its width": (*transition(2), POOL_FORWARD, POOL_BACKWARD, INPUT),
     }
     for part, rows in parts.items():

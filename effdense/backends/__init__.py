@@ -5,6 +5,7 @@ __all__ = [
     "cpu_backend",
     "cpu_library",
     "dry_run",
+    "dropout",
     "empty",
     "layout",
     "precision",

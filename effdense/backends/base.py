@@ -18,8 +18,6 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .dropout import dropout_mask
-
 Piece = TypeVar("Piece")
 
 KERNEL_ROW_MULTIPLE = 16
@@ -171,16 +169,11 @@ class Backend(Protocol):
         """
         ...
 
-    def dropout_mask(
-        self,
-        seed: int,
-        layer: int,
-        shape: tuple[int, int],
-        p: float,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Tensor:
-        """As :func:`effdense.backends.dropout.dropout_mask`."""
+    def dropout_mask(self, key: Tensor, p: float, out: Tensor) -> None:
+        """The mask of ``key`` (1,) into ``out`` (rows, k), dense, the same bits in every backend.
+
+        As :func:`effdense.backends.dropout.dropout_mask`.
+        """
         ...
 
     def images_per_step(self, images: int, bytes_per_image: int) -> int:
@@ -361,14 +354,3 @@ class WholeWork:
         self, indices: Iterable[int], total: int, leave_out: Callable[[int], None]
     ) -> Iterable[int]:
         return indices
-
-    def dropout_mask(
-        self,
-        seed: int,
-        layer: int,
-        shape: tuple[int, int],
-        p: float,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Tensor:
-        return dropout_mask(seed, layer, shape, p, dtype, device)

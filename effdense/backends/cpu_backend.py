@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .base import Correction, Deferred, Normalization, PendingNorm, Rebuild, Statistics
 from .cpu_library import load
+from .dropout import kept_value, threshold
 from .norm_sums import ALL_CHANNELS, STABLE_RATIO, Channels
 from .torch_backend import TorchBackend
 
@@ -162,6 +163,10 @@ class CpuBackend(TorchBackend):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__("cpu")
         self._library = load(dtype)
+
+    def dropout_mask(self, key: Tensor, p: float, out: Tensor) -> None:
+        sizes = torch.get_num_threads(), out.numel()
+        self._library.call("dropout_mask", *sizes, key, threshold(p), kept_value(p), out)
 
     def statistics(self, x: Tensor, out: Statistics) -> None:
         rows, c = x.shape

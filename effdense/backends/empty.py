@@ -27,6 +27,9 @@ class EmptyBackend(WholeWork):
     name = "empty"
     row_multiple = 1
 
+    def dropout_mask(self, key: Tensor, p: float, out: Tensor) -> None:
+        pass
+
     def images_per_step(self, images: int, bytes_per_image: int) -> int:
         return 1
 

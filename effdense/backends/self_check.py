@@ -28,6 +28,7 @@ from .base import (
     Unfinished,
     accumulate_dtype,
 )
+from .dropout import layer_keys
 from .precision import tf32_convolutions
 from .torch_backend import TorchBackend
 
@@ -248,10 +249,17 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Run]]:
         o.finish_gradient(i.d, i.x, i.norm.mean, i.s, i.t, float(rows), out)
         return [out]
 
+    def mask(o: Backend, device: torch.device, store: torch.dtype) -> list[Tensor]:
+        out = Inputs(device, store).like(rows, k)
+        o.dropout_mask(layer_keys(torch.tensor(5, device=device), 1)[0], 0.25, out)
+        # 4/3 is rounded; its place is not
+        return [(out > 0).to(store)]
+
     yield "statistics", statistics
     yield "bn_relu", bn_relu
     yield "bn_relu_backward_reduce and _apply", reduce_apply
     yield "finish_gradient", finish_gradient
+    yield "dropout_mask", mask
     # what follows may be made of these
     yield "bn_relu_conv1x1", conv1x1
     yield "bn_relu_conv1x1_backward", conv1x1_backward

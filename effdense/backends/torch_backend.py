@@ -22,6 +22,7 @@ from .base import (
     Statistics,
     accumulate_dtype,
 )
+from .dropout import dropout_mask
 from .layout import channels_first
 from .layout import rows as rows_of
 from .norm_sums import ALL_CHANNELS, Channels, second_sum
@@ -46,12 +47,17 @@ class TorchBackend(Stepwise):
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         cpu = torch.device(device).type == "cpu"
+        self._reads_values = cpu
         self._tile_bytes = _CPU_TILE_BYTES if cpu else _GPU_TILE_BYTES
         self._step_bytes = _CPU_STEP_BYTES if cpu else _GPU_STEP_BYTES
 
     def sums_from_products(self, dtype: torch.dtype) -> bool:
-        # 16-bit products are too coarse to divide by gamma
-        return accumulate_dtype(dtype) == dtype
+        # 16-bit products are too coarse to divide by gamma; which channels are near zero is a
+        # matter of values, for which a GPU would have to be waited
+        return self._reads_values and accumulate_dtype(dtype) == dtype
+
+    def dropout_mask(self, key: Tensor, p: float, out: Tensor) -> None:
+        dropout_mask(key, p, out, self._tile_bytes // key.element_size())
 
     def images_per_step(self, images: int, bytes_per_image: int) -> int:
         return max(1, min(images, self._step_bytes // max(1, bytes_per_image)))

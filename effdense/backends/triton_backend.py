@@ -36,6 +36,7 @@ from effdense.kernels import (
     bn_relu_conv3,
     bn_relu_conv3_backward,
     bn_relu_pool,
+    dropout,
     finish_gradient,
     launch,
     statistics,
@@ -186,6 +187,9 @@ class TritonBackend(Stepwise):
 
     def images_per_step(self, images: int, bytes_per_image: int) -> int:
         return max(1, min(images, KERNEL_STEP_BYTES // max(1, bytes_per_image)))
+
+    def dropout_mask(self, key: Tensor, p: float, out: Tensor) -> None:
+        self._run("map", dropout.dropout_mask, out, key, p)
 
     def statistics(self, x: Tensor, out: Statistics) -> None:
         self._run("reduce", statistics.statistics, x, out)

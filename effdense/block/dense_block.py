@@ -69,6 +69,7 @@ from ..backends.base import (
     Unfinished,
     accumulate_dtype,
 )
+from ..backends.dropout import layer_keys
 from ..backends.layout import channels, channels_first, like_parameter, round_up
 from ..backends.layout import rows as rows_of
 from ..choices import SAVE_MODES, Save
@@ -109,8 +110,6 @@ class StageSpec(NamedTuple):
     """Which statistics are taken over."""
     keep: bool
     """False under no_grad: nothing will be asked for, nothing is kept."""
-    seed: int
-    """Of this forward's dropout masks."""
     anchor: Anchor
     """What x depends on."""
     newest_first: bool = False
@@ -155,7 +154,8 @@ _TAIL_WEIGHT = TailTensors._fields.index("weight")
 class DenseStage(torch.autograd.Function):
     """A dense block and its tail.
 
-    ``apply(spec, x, *tensors)``: x (N, C0, *spatial); tensors are the layers'
+    ``apply(spec, x, seed, *tensors)``: x (N, C0, *spatial); seed () is this forward's of
+    dropout, None where nothing is dropped (backends/dropout.py); tensors are the layers'
     :class:`LayerTensors`, then the tail's :class:`TailTensors`, flattened. Returns
     (output, mean, var, mean2, var2): the output is (N, C, *spatial) without a tail,
     (N, C', *spatial // 2) after a transition, (N, C) after global pooling; mean and
@@ -164,10 +164,12 @@ class DenseStage(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, spec: StageSpec, x: Tensor, *tensors: Tensor | None) -> Any:
+    def forward(
+        ctx: Any, spec: StageSpec, x: Tensor, seed: Tensor | None, *tensors: Tensor | None
+    ) -> Any:
         # Autocast is resolved into spec.compute_dtype by the caller; inside, every cast is ours.
         with without_autocast(x.device):
-            stage = _Stage(spec, x.shape, x.device, tensors)
+            stage = _Stage(spec, x.shape, x.device, seed, tensors)
             output = stage.forward(x)
         ctx.spec, ctx.input_shape, ctx.input_dtype = spec, x.shape, x.dtype
         ctx.anchor = spec.anchor
@@ -175,7 +177,7 @@ class DenseStage(torch.autograd.Function):
             ctx.num_tensors, ctx.num_kept = len(tensors), len(stage.bottlenecks)
             kept = x if spec.save == "input" else stage.buffer
             # See NOTE [ saved tensors ].
-            ctx.save_for_backward(kept, *stage.statistics(), *stage.bottlenecks, *tensors)
+            ctx.save_for_backward(kept, seed, *stage.statistics(), *stage.bottlenecks, *tensors)
         ctx.mark_non_differentiable(*stage.statistics())
         ctx.set_materialize_grads(False)
         return output, *stage.statistics()
@@ -184,17 +186,18 @@ class DenseStage(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         if grad_output is None:
-            return (None,) * (2 + ctx.num_tensors)
-        kept, *rest = ctx.saved_tensors
+            return (None,) * (3 + ctx.num_tensors)
+        kept, seed, *rest = ctx.saved_tensors
         statistics, rest = rest[:4], rest[4:]
         bottlenecks, tensors = rest[: ctx.num_kept], rest[ctx.num_kept :]
         with without_autocast(kept.device):
-            stage = _Stage(ctx.spec, ctx.input_shape, kept.device, tensors)
+            stage = _Stage(ctx.spec, ctx.input_shape, kept.device, seed, tensors)
             stage.load(kept, statistics, bottlenecks)
-            grad_x, grads = stage.backward(grad_output, ctx.needs_input_grad[1:])
+            needs = ctx.needs_input_grad[1], *ctx.needs_input_grad[3:]
+            grad_x, grads = stage.backward(grad_output, needs)
         if grad_x is not None:
             grad_x = grad_x.to(ctx.input_dtype)
-        return (None, grad_x, *grads)
+        return (None, grad_x, None, *grads)
 
 
 class _Stage:
@@ -205,9 +208,12 @@ class _Stage:
         spec: StageSpec,
         input_shape: torch.Size,
         device: torch.device,
+        seed: Tensor | None,
         tensors: Sequence[Tensor | None],
     ) -> None:
         self.spec, self.ops, self.device = spec, spec.backend, device
+        # of the layers' dropout masks
+        self.keys = None if seed is None else layer_keys(seed, len(spec.layers))
         self.images, self.c0, *self.spatial = input_shape
         self.shape = (self.images, *self.spatial)
         self.positions = math.prod(self.shape)
@@ -409,9 +415,8 @@ class _Stage:
         spec = self.spec.layers[index]
         if spec.drop_rate == 0:
             return None
-        shape = (self.images if spec.drop_channels else self.positions, self.k)
-        arguments = self.spec.seed, index, shape, spec.drop_rate, self.dtype, self.device
-        mask = self.ops.dropout_mask(*arguments)
+        mask = self.x.new_empty((self.images if spec.drop_channels else self.positions, self.k))
+        self.ops.dropout_mask(_given(self.keys)[index], spec.drop_rate, mask)
         if not spec.drop_channels:
             return mask
         return mask.repeat_interleave(math.prod(self.spatial), dim=0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import torch
@@ -33,6 +34,7 @@ from ..recognition.objections import (
 from ..recognition.parts import TransitionParts
 from ..recognition.reading import read_block, read_chain, read_transition
 from ..tracing import graph_is_recorded, leaf_call, outside_graphs, torch_function
+from .captured import run_captured
 from .dense_block import check_save
 from .offloading import offload
 from .recomputation import run_chain
@@ -304,8 +306,12 @@ def run_block(block: Any, x: Tensor, tail: Any = None) -> Tensor | None:
         ValueError: for an input whose channels, dtype or device don't fit the parameters,
             or a batch too small for batch statistics.
     """
-    owner = block if block is not None else tail
-    refuse_replica(owner)
+    owners = [module for module in (block, tail) if module is not None]
+    refuse_replica(owners[0])
+    return run_captured(owners, x, partial(_run_block, block, tail))
+
+
+def _run_block(block: Any, tail: Any, x: Tensor) -> Tensor | None:
     tail_parts: Any = tail
     if isinstance(tail, TransitionForward):
         tail_parts = read_transition(tail, tail.original)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import autocast_dtype
+from ..backends.dropout import draw_seed
 from ..backends.empty import EmptyBackend
 from ..backends.layout import channels
 from ..backends.select import get_backend
@@ -66,11 +67,11 @@ def run_stage(
         compute_dtype=dtype,
         batch=batch,
         keep=torch.is_grad_enabled(),
-        seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if dropping else 0,
         anchor=Anchor(x),
         newest_first=newest_first,
     )
-    output, mean, var, mean2, var2 = DenseStage.apply(spec, x, *tensors)
+    seed = draw_seed(x.device) if dropping else None
+    output, mean, var, mean2, var2 = DenseStage.apply(spec, x, seed, *tensors)
     _move_buffers(layers, last, newest_first, batch.count, (mean, var, mean2, var2))
     return output
 

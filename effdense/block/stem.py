@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from ..norms.synchronization import Batch
 from ..recognition.objections import BATCH_NORMS, CONVOLUTIONS, has_hooks, module_objection
 from ..recognition.reading import read_norm_relu
 from ..tracing import outside_graphs, torch_function
+from .captured import run_captured
 
 _MAX_POOL: dict[type[nn.Module], Any] = {
     nn.MaxPool1d: F.max_pool1d,
@@ -82,12 +84,16 @@ def _run_stem(
         # torch's own error
         return None, 1
     if not convolution:
-        return _norm_relu_max_pool(x, norm, pool, backend), used + 1
+        run = partial(_norm_relu_max_pool, norm=norm, pool=pool, backend=backend)
+        return run_captured(modules[: used + 1], x, run), used + 1
     (conv,) = convolution
     if not torch.is_grad_enabled() or _objection(conv, x) is not None:
         # called as it is; what follows it may still be run as one
         return None, 1
-    return _conv_norm_relu_max_pool(x, conv, norm, pool, backend, save), used + 2
+    run = partial(
+        _conv_norm_relu_max_pool, conv=conv, norm=norm, pool=pool, backend=backend, save=save
+    )
+    return run_captured([conv, *modules[: used + 1]], x, run), used + 2
 
 
 def _objection(conv: Any, x: Tensor) -> str | None:

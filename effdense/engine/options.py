@@ -201,6 +201,9 @@ class MachineOptions:
     """What computes the dense blocks."""
     compile: bool = False
     """Compile the network with torch.compile; each dense block breaks its graph."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Start each dense block as one CUDA graph. auto: on a GPU, but for --compile, --budget,
+    --offload and --sync-batch-norm."""
     deterministic: bool = False
     """Allow only algorithms that give the same bits every time. On processors all of them do."""
     hang_timeout: float = 600.0
@@ -282,6 +285,7 @@ _ASIDE = frozenset(
         "tensorboard",
         "system_interval",
         "offload",
+        "cuda_graphs",
         "num_workers",
     }
 )

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..autocast import AUTOCAST_DTYPES
-from ..errors import TrainingError
+from ..block.cuda_graphs import cuda_graphs
+from ..errors import TrainingError, UserError
 from ..memory.optimizers import make_optimizer
 from .checkpoint import Position
 from .data.images import Batch, Split
@@ -26,8 +27,29 @@ from .progress import Progress
 from .scores import Score, Tally
 from .start import set_head_rate, set_training
 
+# Devices with graphs.
+CAPTURED = ("cuda",)
+
 # How often the processes add up their losses, which makes them wait for each other and the GPU.
 _STEPS_BETWEEN_CHECKS = 20
+
+
+def wants_graphs(config: ResolvedConfig, world: World) -> bool:
+    """Whether --cuda-graphs stands for CUDA graphs in this run.
+
+    Raises:
+        UserError: where they are asked for and cannot be.
+    """
+    if config.cuda_graphs == "on":
+        if world.device.type not in CAPTURED:
+            raise UserError(
+                f"--cuda-graphs on needs a GPU, this run is on {world.device.type}; leave it out"
+            )
+        if config.compile:
+            raise UserError("--cuda-graphs on does not go with --compile; leave out one of them")
+    against = config.compile or config.offload or config.sync_batch_norm or config.budget
+    wanted = config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and not against)
+    return wanted and world.device.type in CAPTURED
 
 
 class Trainer:
@@ -121,7 +143,7 @@ class Trainer:
         most = (
             -(-batch_size // self.world.world_size) if self.config.sync_batch_norm else len(labels)
         )
-        part_size = -(-most // self.config.accumulate)
+        part_size = self._part_size(most)
         last = (most - 1) // part_size * part_size
         losses, logits = [], []
         for first in range(0, last + 1, part_size):
@@ -144,6 +166,32 @@ class Trainer:
             losses.append(loss.detach() * (len(part_labels) / len(labels)))
             logits.append(said.detach())
         return torch.stack(losses).sum(), torch.cat(logits)
+
+    def _part_size(self, images: int) -> int:
+        """Of the parts in which --accumulate takes this process's share of a batch."""
+        return -(-images // self.config.accumulate)
+
+    def capture(self, image_shape: Sequence[int]) -> str | None:
+        """Have the network's stages run by CUDA graphs where --cuda-graphs wants it.
+
+        Args:
+            image_shape: (channels, height, width).
+
+        Returns:
+            What came of it, None where it was not wanted.
+        """
+        if not wants_graphs(self.config, self.world):
+            return None
+        own = share(torch.arange(self.config.batch_size), self.world.rank, self.world.world_size)
+        device = self.world.device
+        generator = torch.Generator(device).manual_seed(0)
+        shape = self._part_size(len(own)), *image_shape
+        images = torch.randn(shape, generator=generator, device=device)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        self.network.train()
+        with self.autocast():
+            return str(cuda_graphs(self.network, images))
 
     def _is_finite(self, loss: Tensor) -> bool:
         """Whether the loss of every process, and the gradient, is finite; a collective."""
@@ -303,9 +351,14 @@ class Trainer:
             for name, buffer in self.average.named_buffers():
                 buffer.copy_(state["average"][name])
         self._tally.restore(state["tally"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if "cuda" in state["random"] and self.world.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.world.device)
+        random, device = state["random"], self.world.device
+        torch.set_rng_state(random["cpu"])
+        if device.type == "cuda":
+            if "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"], device)
+            else:
+                # of a run on processors, or on another number of processes
+                torch.cuda.manual_seed(torch.initial_seed())
 
     @torch.no_grad()
     def _set_buffers(self, values: Mapping[str, Tensor]) -> None:

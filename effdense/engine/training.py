@@ -41,7 +41,7 @@ from .signals import StopSignals
 from .start import freeze, load_start, read_start
 from .telemetry import Telemetry
 from .tensorboard import Board, require_tensorboard
-from .trainer import Trainer
+from .trainer import Trainer, wants_graphs
 from .watchdog import Watchdog
 
 # Where memory runs out with an error; on a processor the system ends the process instead.
@@ -103,6 +103,7 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
             learning = freeze(network, config)
             if config.tensorboard:
                 require_tensorboard()
+            wants_graphs(config, world)
             if config.budget is not None:
                 plan = fit_to_budget(network, config, world, data.in_channels, config.budget)
             if config.batch_size > len(data.train):
@@ -144,7 +145,12 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
         watchdog = stack.enter_context(Watchdog(world, config.hang_timeout))
         trainer.mark = watchdog.mark
         stack.enter_context(lost_processes(world, watchdog.doing))
-        trainer.settle_buckets((data.in_channels, config.image_size, config.image_size))
+        image_shape = data.in_channels, config.image_size, config.image_size
+        trainer.settle_buckets(image_shape)
+        captured = trainer.capture(image_shape)
+        if captured is not None:
+            facts["cuda_graphs"] = captured
+            progress.say(captured)
         records = _Records.of(trainer, work_dir, store, found, facts, progress)
         return _train(trainer, data, records, progress, signals)
 

@@ -111,16 +111,8 @@ class _Sampled(TorchBackend):
             else:
                 leave_out(index)
 
-    def dropout_mask(
-        self,
-        seed: int,
-        layer: int,
-        shape: tuple[int, int],
-        p: float,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+    def dropout_mask(self, key: Tensor, p: float, out: Tensor) -> None:
+        pass
 
     def direct_channels(self, norm: Normalization) -> None:
         # nothing to look at; None is what nearly every norm's channels come to

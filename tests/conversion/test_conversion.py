@@ -24,7 +24,7 @@ from torch.nn.utils import parametrizations
 
 import effdense
 from effdense.__main__ import main
-from effdense.backends.dropout import dropout_mask
+from effdense.backends.dropout import draw_seed, dropout_mask, layer_keys
 from effdense.block.forwards import BlockForward
 from effdense.recognition import proving
 from effdense.tracing import nodes_behind
@@ -250,13 +250,11 @@ def test_channel_dropout_equals_the_original() -> None:
     effdense.convert(ours)
     x = images(4, 1, 18, 17, 16)
     torch.manual_seed(7)
-    seed = int(torch.empty((), dtype=torch.int64).random_())
-    layer = iter(range(3))
+    keys = iter(layer_keys(draw_seed(x.device), 3))
 
     def dropout(new: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
-        mask = dropout_mask(
-            seed, next(layer), (new.shape[0], new.shape[1]), p, new.dtype, new.device
-        )
+        mask = new.new_empty(new.shape[:2])
+        dropout_mask(next(keys), p, mask)
         return new * mask.view(*new.shape[:2], 1, 1, 1)
 
     with mock.patch.object(F, "dropout3d", dropout):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import effdense
 from effdense import reference
-from effdense.backends.dropout import dropout_mask
+from effdense.backends.dropout import dropout_mask, layer_keys
 from effdense.tracing import nodes_behind
 from effdense.verification.comparison import Step, randomize_norms, relative_error
 from effdense.verification.comparison import norms_of as norms_of
@@ -127,7 +127,7 @@ def shared_masks(seed: int, block_config: Sequence[int]) -> Iterator[None]:
     layers = [(block, layer) for block, n in enumerate(block_config) for layer in range(n)]
     order = itertools.cycle(layers)
     generator = torch.Generator()
-    seeds: dict[int, int] = {}
+    seeds: dict[int, Tensor] = {}
 
     def dropout(new: Tensor, p: float, training: bool = True) -> Tensor:
         block, layer = next(order)
@@ -137,10 +137,10 @@ def shared_masks(seed: int, block_config: Sequence[int]) -> Iterator[None]:
         if not training:
             return new
         if block not in seeds:
-            drawn = torch.empty((), dtype=torch.int64).random_(generator=generator)
-            seeds[block] = int(drawn)
+            seeds[block] = torch.empty((), dtype=torch.int64).random_(generator=generator)
         n, k, *spatial = new.shape
-        mask = dropout_mask(seeds[block], layer, (new.numel() // k, k), p, new.dtype, new.device)
+        mask = new.new_empty(new.numel() // k, k)
+        dropout_mask(layer_keys(seeds[block], layer + 1)[layer], p, mask)
         return new * mask.view(n, *spatial, k).movedim(-1, 1)
 
     torch.manual_seed(seed)

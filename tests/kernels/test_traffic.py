@@ -25,6 +25,7 @@ from effdense.kernels import (
     bn_relu_conv3,
     bn_relu_conv3_backward,
     bn_relu_pool,
+    dropout,
     finish_gradient,
     statistics,
     traffic,
@@ -136,6 +137,11 @@ def sums(watching: Watching) -> None:
     bn_relu.bn_relu_backward_reduce(matrix(B), norm(B), matrix(B), None, watching)
 
 
+def mask(watching: Watching) -> None:
+    key = torch.empty(1, dtype=torch.int64, device="meta")
+    dropout.dropout_mask(matrix(K), key, 0.2, watching)
+
+
 forward, backward = traffic.transition(2)
 CASES = [
     (product, [traffic.FORWARD[0]]),
@@ -143,6 +149,7 @@ CASES = [
     (convolution, [traffic.FORWARD[1]]),
     (convolution_backward, traffic.BACKWARD[:2]),
     (product_backward, [traffic.BACKWARD[2]]),
+    (mask, [traffic.MASK]),
     (pool, [forward]),
     (pool_backward, [backward]),
     (finish, [traffic.INPUT]),

@@ -27,3 +27,5 @@
 #include "conv1x1.c"
 
 #include "conv3.c"
+
+#include "dropout.c"

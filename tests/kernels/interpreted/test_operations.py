@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from effdense.backends import dropout
 from effdense.backends.base import Deferred, Normalization, PendingNorm, Statistics
 from effdense.backends.self_check import self_check
 from effdense.backends.triton_backend import INTERPRETED, TritonBackend
@@ -356,6 +357,23 @@ def test_bn_relu_global_pool(images: int, positions: int, dtype: torch.dtype) ->
     for ours, *theirs in zip(sums, exact, formula_sums, strict=True):
         assert_as_good(ours, *theirs)
     layer.arena.check()
+
+
+@each_dtype
+@pytest.mark.parametrize("p", [0.2, 0.5])
+@pytest.mark.parametrize(("rows", "k"), [(1, 1), (71, 19), (64, 32)])
+def test_dropout_mask(rows: int, k: int, p: float, dtype: torch.dtype) -> None:
+    arena = Arena(rows)
+    out, key = arena.out(rows, k, dtype), torch.tensor([-(2**62) + 5])
+    TritonBackend(lambda *shape: TILE).dropout_mask(key, p, out)
+    expected = torch.empty(rows, k, dtype=dtype)
+    dropout.dropout_mask(key, p, expected)
+    if dtype == torch.bfloat16:
+        # the interpreter truncates its stores
+        assert torch.equal(out > 0, expected > 0)
+    else:
+        assert torch.equal(out, expected)
+    arena.check()
 
 
 @each_case

@@ -1,0 +1,131 @@
+"""--cuda-graphs: a run by replays is the run without them, whatever else it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import effdense
+from effdense.engine import trainer as trainers
+from effdense.engine.distributed import joined_world
+from effdense.engine.options import TrainConfig
+from effdense.engine.plots import read
+from effdense.engine.trainer import Trainer
+from effdense.engine.training import run
+from effdense.errors import UserError
+from tests.helpers.replaying import ReplayingDevice, replaying
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[ReplayingDevice]:
+    """A CPU that has graphs."""
+    monkeypatch.setenv("EFFDENSE_BACKEND", "torch")
+    monkeypatch.setattr(trainers, "CAPTURED", ("cpu",))
+    with replaying() as device:
+        yield device
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "ema": {"ema": 0.75},
+    "clipping": {"clip_grad": 0.01},
+    "accumulation": {"accumulate": 2},
+    "uneven accumulation": {"accumulate": 3, "batch_size": 8},
+    "loss scaling": {"dtype": "float16"},
+    "autocast": {"dtype": "bfloat16", "drop_rate": 0.2},
+    "label smoothing": {"label_smoothing": 0.2},
+    "steps left out": {"non_finite": "skip"},
+    "channels last": {"channels_last": True, "optimizer": "adamw", "lr": 0.01},
+    "deterministic": {"deterministic": True},
+}
+
+
+def steps(graphs: Any, **options: Any) -> list[torch.Tensor]:
+    """All that three steps leave behind, whose rate falls."""
+    torch.manual_seed(0)
+    options = {"batch_size": 6, **options}
+    drop_rate = options.get("drop_rate", 0.0)
+    network = effdense.densenet_bc(depth=10, growth_rate=4, num_classes=5, drop_rate=drop_rate)
+    config = TrainConfig(
+        data="fake", image_size=8, threads=1, cuda_graphs=graphs, **options
+    ).resolved()
+    with joined_world("cpu", threads=1) as world:
+        trainer = Trainer(network, config, world)
+        said = trainer.capture((3, 8, 8))
+        assert (said is None) == (graphs == "off")
+        network.train()
+        found = []
+        torch.manual_seed(5)
+        size = config.batch_size
+        for step in range(3):
+            images, labels = torch.randn(size, 3, 8, 8), torch.randint(5, (size,))
+            if step == 1 and config.non_finite == "skip":
+                images[0] = float("nan")
+            result = trainer.step(images, labels, size, lr=0.1 / (step + 1))
+            found += [] if result is None else [*result]
+        found += [t.detach().clone() for t in network.state_dict().values()]
+        found += [t.clone() for t in trainer.tested.state_dict().values()]
+    return found
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_steps_are_those_without_graphs(options: dict[str, Any], device: ReplayingDevice) -> None:
+    expected = steps("off", **options)
+    assert not device.recordings
+    actual = steps("auto", **options)
+    # more than the check of what was recorded
+    assert device.replays > len(device.recordings)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_run_is_the_run_without_graphs(device: ReplayingDevice, tmp_path: Path) -> None:
+    scores = []
+    choices: tuple[Any, ...] = ("off", "on")
+    for graphs in choices:
+        folder = tmp_path / graphs
+        run(
+            TrainConfig(
+                data="fake",
+                depth=10,
+                growth_rate=4,
+                image_size=8,
+                batch_size=50,
+                epochs=2,
+                drop_rate=0.2,
+                ema=0.5,
+                threads=1,
+                work_dir=folder,
+                cuda_graphs=graphs,
+            )
+        )
+        scores.append([read(folder / name) for name in ("train.csv", "test.csv")])
+    assert scores[0] == scores[1]
+    assert "3 stages by CUDA graphs" in (tmp_path / "on" / "config.yaml").read_text()
+    assert "CUDA graphs" not in (tmp_path / "off" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cuda_graphs": "off"}, {"compile": True}, {"offload": True}, {"sync_batch_norm": True}],
+)
+def test_where_they_are_not_wanted(options: dict[str, Any], device: ReplayingDevice) -> None:
+    config = TrainConfig(data="fake", threads=1, **options).resolved()
+    with joined_world("cpu", threads=1) as world:
+        assert not trainers.wants_graphs(config, world)
+
+
+def test_what_cannot_be_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(data="fake", threads=1, cuda_graphs="on").resolved()
+    with joined_world("cpu", threads=1) as world:
+        with pytest.raises(UserError, match="--cuda-graphs on needs a GPU, this run is on cpu"):
+            trainers.wants_graphs(config, world)
+        config = TrainConfig(data="fake", threads=1, cuda_graphs="on", compile=True).resolved()
+        monkeypatch.setattr(trainers, "CAPTURED", ("cpu",))
+        with pytest.raises(UserError, match="does not go with --compile"):
+            trainers.wants_graphs(config, world)
