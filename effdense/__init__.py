@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .block.forwards import DenseBlock, Transition
     from .block.offloading import offload
     from .conversion import ConversionReport, conversion_report, convert, revert
+    from .engine.export import load
     from .memory.estimation import BlockEstimate, Estimate, estimate
     from .memory.planning import BudgetError, Plan, budget_bytes, deepest, largest_batch, plan
     from .models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet_bc
@@ -60,6 +61,7 @@ __all__ = [
     "densenet_bc",
     "estimate",
     "largest_batch",
+    "load",
     "offload",
     "plan",
     "reference",
@@ -71,6 +73,7 @@ _HOMES = {
     "block.forwards": ("DenseBlock", "Transition"),
     "block.offloading": ("offload",),
     "conversion": ("ConversionReport", "conversion_report", "convert", "revert"),
+    "engine.export": ("load",),
     "memory.estimation": ("BlockEstimate", "Estimate", "estimate"),
     "memory.planning": (
         *("BudgetError", "Plan", "budget_bytes", "deepest", "largest_batch", "plan"),

@@ -63,6 +63,24 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return struct.pack("<Q", len(described)) + described + b"".join(contents)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing of any other file.
+
+    Raises:
+        UserError: if it is missing.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            # a file of another kind may mean anything by its first bytes
+            header = json.loads(file.read(length)) if length < os.path.getsize(path) else {}
+        return dict(header.get("__metadata__", {}))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, TypeError, AttributeError, struct.error):
+        return {}
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 

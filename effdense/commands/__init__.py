@@ -12,6 +12,7 @@ COMMANDS = {
     "recipes": "list the data sets of train, and the defaults that each brings",
     "evaluate": "test a run's network on a folder of images",
     "predict": "classify images with a run's network",
+    "export": "write a run's network as ONNX, checked against torch",
     "plot": "redraw the curves from the CSV files of one run, or overlay several",
     "plan": "choose what each dense block saves, so that training fits a memory budget",
     "graph": "draw a network's compute graph with the bytes that each node keeps for backward",

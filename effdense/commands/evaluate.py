@@ -13,10 +13,12 @@ from . import front_end
 
 @dataclass(frozen=True)
 class Options:
-    """Test the network of a finished run on the images in FOLDER/CLASS/."""
+    """Test the network of a run, which may still be under way, or of a file that it has exported on
+    the images in FOLDER/CLASS/.
+    """
 
-    work_dir: Annotated[Positional[Path], arg(metavar="WORKDIR")]
-    """Folder of the run."""
+    source: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Folder of the run, or its model.safetensors."""
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
     """One folder per class in it."""
     batch_size: int = 64
@@ -29,5 +31,5 @@ class Options:
 def run(options: Options) -> None:
     from ..engine.export import evaluated, trained
 
-    loss, error, images = evaluated(trained(options.work_dir), options.folder, options.batch_size)
+    loss, error, images = evaluated(trained(options.source), options.folder, options.batch_size)
     print(f"error {error:.2f} %, loss {loss:.4f} on {images:,} images")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -16,33 +17,67 @@ from . import front_end
 
 @dataclass(frozen=True)
 class Options:
-    """Classify images with the network of a finished run: CSV on standard output, with the most
-    probable class of each image.
+    """Classify images with the network of a run, which may still be under way, or of a file that it
+    has exported: CSV of each image with its most probable class, with the --top-k of them, or with
+    the probabilities of --all classes.
     """
 
-    work_dir: Annotated[Positional[Path], arg(metavar="WORKDIR")]
-    """Folder of the run."""
+    source: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Folder of the run, or its model.safetensors."""
     images: Annotated[
         Positional[tuple[Path, ...]],
         arg(metavar="PATH [PATH ...]", help_behavior_hint="(required)"),
     ]
     """Images, and folders of images."""
+    all: bool = False
+    """A column for each class, with its probability."""
+    top_k: int = 1
+    """So many classes, the most probable first, two columns each."""
+    output: Annotated[
+        Path | None,
+        arg(aliases=["-o"], metavar="FILE", help_behavior_hint="(default: standard output)"),
+    ] = None
+    """Where to write."""
     batch_size: int = 64
     """Images."""
 
     def __post_init__(self) -> None:
         if not self.images:
             raise UserError("PATH must be an image or a folder of images")
-        front_end.check_positive(batch_size=self.batch_size)
+        front_end.check_positive(batch_size=self.batch_size, top_k=self.top_k)
+        if self.all and self.top_k != 1:
+            raise UserError("--all and --top-k are two forms of an answer: choose one")
 
 
 def run(options: Options) -> None:
     from ..engine.export import images_in, predictions, trained
 
-    model = trained(options.work_dir)
+    model = trained(options.source)
     paths = images_in(options.images)
-    writer = csv.writer(sys.stdout)
-    writer.writerow(["image", "class", "probability"])
-    for path, probabilities in predictions(model, paths, options.batch_size):
-        best = int(probabilities.argmax())
-        writer.writerow([path, model.classes[best], f"{float(probabilities[best]):.4f}"])
+    rows = _rows(options, model.classes, predictions(model, paths, options.batch_size))
+    if options.output is None:
+        csv.writer(sys.stdout).writerows(rows)
+        return
+    try:
+        with options.output.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+    except OSError as error:
+        raise UserError(f"cannot write {options.output}: {error.strerror}") from None
+
+
+def _rows(
+    options: Options, classes: Sequence[str], found: Iterable[tuple[Path, Any]]
+) -> Iterator[list[object]]:
+    """The header, and a row for each image."""
+    if options.all:
+        yield ["image", *classes]
+        for path, probabilities in found:
+            yield [path, *(f"{value:.4f}" for value in probabilities.tolist())]
+        return
+    count = min(options.top_k, len(classes))
+    numbers = [""] if count == 1 else [str(place) for place in range(1, count + 1)]
+    yield ["image", *(f"{name}{n}" for n in numbers for name in ("class", "probability"))]
+    for path, probabilities in found:
+        most = probabilities.topk(count)
+        pairs = zip(most.indices.tolist(), most.values.tolist(), strict=True)
+        yield [path, *(cell for i, value in pairs for cell in (classes[i], f"{value:.4f}"))]

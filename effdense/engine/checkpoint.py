@@ -1,7 +1,7 @@
 """Checkpoints on disk: there whole or not at all, and checked before they are used.
 
-Each is a folder of its own, ``epoch-00003-step-0000012``, named after the position that comes
-next: epochs count from 1, steps within them from 0. It holds
+Each is a folder of its own, ``epoch-00003-step-0000012`` after twelve steps of the third epoch,
+``epoch-00003-tested`` after its end. It holds
 
 - ``run.json``: the position, the configuration and the rows of the CSV files,
 - ``state.pt``: what is the same on every process, such as parameters and optimiser,
@@ -29,7 +29,7 @@ from typing import Any
 from ..errors import UserError
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"epoch-(\d+)-step-(\d+)")
+_NAME = re.compile(r"epoch-(\d+)-(?:step-(\d+)|tested)")
 _FORMAT = 1
 
 
@@ -41,7 +41,21 @@ class Position:
     step: int
 
     def __str__(self) -> str:
+        if self.epoch > 1 and not self.step:
+            # sorted by name, it comes behind the epoch's steps
+            return f"epoch-{self.epoch - 1:05d}-tested"
         return f"epoch-{self.epoch:05d}-step-{self.step:07d}"
+
+    @classmethod
+    def of(cls, name: str) -> Position | None:
+        """What a checkpoint of this name was taken at; None if it is no checkpoint's.
+
+        Older runs called the end of an epoch step 0 of the next.
+        """
+        found = _NAME.fullmatch(name)
+        if found is None:
+            return None
+        return cls(int(found[1]), int(found[2])) if found[2] else cls(int(found[1]) + 1, 0)
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ class CheckpointStore:
 
     Args:
         folder: where they are; made with the first one.
-        keep: how many of the newest stay; the one with the least test error stays besides.
+        keep: how many of the newest stay; the one with the best test stays besides.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -80,13 +94,16 @@ class CheckpointStore:
 
     def positions(self) -> list[Position]:
         """What has been published, oldest first."""
+        return sorted(self._published())
+
+    def _published(self) -> dict[Position, Path]:
         if not self.folder.is_dir():
-            return []
-        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
-        return sorted(Position(int(m[1]), int(m[2])) for m in matches if m)
+            return {}
+        found = ((Position.of(path.name), path) for path in self.folder.iterdir())
+        return {position: path for position, path in found if position is not None}
 
     def publish(
-        self, position: Position, files: Mapping[str, bytes], test_error: float | None = None
+        self, position: Position, files: Mapping[str, bytes], badness: float | None = None
     ) -> Path:
         """Write a checkpoint, and take away those that are no longer kept.
 
@@ -95,14 +112,14 @@ class CheckpointStore:
         Args:
             position: what comes next.
             files: name to content.
-            test_error: per cent, where it has just been measured.
+            badness: of the test, where there has just been one: less is better.
 
         Raises:
             UserError: where the disk refuses; what had been published is untouched.
         """
         path = self.folder / str(position)
-        if path.exists():
-            return path
+        if position in (published := self._published()):
+            return published[position]
         partial = self.folder / f".{path.name}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +127,7 @@ class CheckpointStore:
             partial.mkdir()
             manifest = {
                 "format": _FORMAT,
-                "test_error": test_error,
+                "badness": badness,
                 "files": {
                     name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
                     for name, content in files.items()
@@ -132,10 +149,10 @@ class CheckpointStore:
 
     def left(self) -> str:
         """What a run that has to stop can go on from, in words."""
-        published = self.positions()
+        published = self._published()
         if not published:
             return "there is no checkpoint yet"
-        return f"the newest checkpoint is {self.folder / str(published[-1])}"
+        return f"the newest checkpoint is {published[max(published)]}"
 
     def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that is what was written; None if there is none.
@@ -147,8 +164,7 @@ class CheckpointStore:
         """
         for leftover in self.folder.glob(".epoch-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        for position in reversed(self.positions()):
-            path = self.folder / str(position)
+        for _, path in sorted(self._published().items(), reverse=True):
             try:
                 return Checkpoint(path, verified(path))
             except Damaged as damage:
@@ -158,21 +174,39 @@ class CheckpointStore:
                 say(f"passed over the checkpoint {path}: {damage}")
         return None
 
-    def _prune(self) -> None:
-        positions = self.positions()
-        kept = set(positions[-self._keep :])
-        errors: dict[Position, float] = {}
-        for position in positions:
+    def best(self) -> Checkpoint | None:
+        """The one with the best test, or where there is none yet the newest, of those that are what
+        was written; None if there is none.
+        """
+        published, tested = self._published(), self._tested()
+        untested = sorted(published.keys() - tested.keys(), reverse=True)
+        for position in [*sorted(tested, key=lambda p: (tested[p], p)), *untested]:
+            path = published[position]
+            with suppress(Damaged):
+                return Checkpoint(path, verified(path))
+        return None
+
+    def _tested(self) -> dict[Position, float]:
+        """The badness of those that were taken after a test."""
+        found: dict[Position, float] = {}
+        for position, path in self._published().items():
             with suppress(OSError, ValueError, KeyError, TypeError):
-                manifest = json.loads((self.folder / str(position) / MANIFEST).read_bytes())
-                errors[position] = float(manifest["test_error"])
-        if errors:
-            kept.add(min(errors, key=lambda position: (errors[position], position)))
-        for position in set(positions) - kept:
+                manifest = json.loads((path / MANIFEST).read_bytes())
+                # what it was before there was a choice
+                found[position] = float(manifest.get("badness", manifest.get("test_error")))
+        return found
+
+    def _prune(self) -> None:
+        published = self._published()
+        kept = set(sorted(published)[-self._keep :])
+        tested = self._tested()
+        if tested:
+            kept.add(min(tested, key=lambda position: (tested[position], position)))
+        for position in published.keys() - kept:
             # renamed first: half of a checkpoint must not have a checkpoint's name
-            removed = self.folder / f".{position}"
+            removed = self.folder / f".{published[position].name}"
             with suppress(OSError):
-                os.rename(self.folder / str(position), removed)
+                os.rename(published[position], removed)
             shutil.rmtree(removed, ignore_errors=True)
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..weights import read_safetensors
+from ..weights import read_metadata, read_safetensors
+from .checkpoint import CheckpointStore, Position
 from .data.image_files import Preparation, image_preparation
 from .networks import build
-from .records import read_config
+from .records import CHECKPOINTS, read_config
+from .resumption import weights_in
 
 
 @dataclass(frozen=True)
@@ -23,20 +28,109 @@ class Trained:
     network: nn.Module
     prepare: Preparation
     classes: Sequence[str]
+    shape: tuple[int, ...]
+    """Of what it takes, without the batch."""
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Of each class, (N, classes), from what the network says."""
+        return outputs.softmax(1)
 
 
-def trained(work_dir: Path) -> Trained:
-    """Build the network of a run with its final weights.
+def trained(source: Path) -> Trained:
+    """The network of a run's best epoch so far, or of a file that a run has exported.
 
     Raises:
-        UserError: if there is no finished run in ``work_dir``.
+        UserError: if there is none.
     """
-    recorded = read_config(work_dir)
+    recorded, state = _held(source)
     options, classes = recorded["options"], recorded["classes"]
     prepare = image_preparation(options["data"], options["image_size"])
     network = build(options, len(classes), prepare.channels)
-    network.load_state_dict(read_safetensors(work_dir / "model.safetensors"))
-    return Trained(network.eval(), prepare, classes)
+    try:
+        network.load_state_dict({name: state[name] for name in network.state_dict()})
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"the weights in {source} are not its network's: {error}") from None
+    shape = (prepare.channels, options["image_size"], options["image_size"])
+    return Trained(network.eval(), prepare, classes, shape)
+
+
+def load(source: str | os.PathLike[str]) -> nn.Module:
+    """The network of a run's best epoch, or of a file that a run has exported, ready to be asked.
+
+    Args:
+        source: the folder of a run, which may still be under way, or a ``.safetensors`` file of it.
+
+    Returns:
+        The network in eval mode on the CPU. ``classes`` are the names of what it tells apart,
+        ``preprocess(path)`` reads an image as (channels, height, width) and
+        ``probabilities(outputs)`` says (N, classes) what its outputs mean::
+
+            model = effdense.load("runs/digits-1")
+            outputs = model(model.preprocess("image.png")[None])
+            print(dict(zip(model.classes, model.probabilities(outputs)[0].tolist())))
+
+    Raises:
+        ValueError: if there is none; says what there is.
+    """
+    found = trained(Path(source))
+    network: Any = found.network
+    network.classes = tuple(found.classes)
+    network.preprocess = found.prepare
+    network.probabilities = found.probabilities
+    return network
+
+
+# What a file need not know of the machine that it was made on.
+_PLACES = ("data_dir", "work_dir", "table", "weights")
+
+
+def described(work_dir: Path, epoch: int, last: int) -> dict[str, str]:
+    """What a run's exported file says of itself: all that :func:`load` needs.
+
+    Args:
+        work_dir: of the run.
+        epoch: whose weights they are.
+        last: the run's last epoch.
+    """
+    recorded = read_config(work_dir)
+    facts = {name: recorded[name] for name in _FACTS if name in recorded}
+    options = {n: v for n, v in recorded["options"].items() if n not in _PLACES}
+    return {
+        "format": "pt",
+        "arch": recorded["model"]["name"],
+        "classes": json.dumps(facts["classes"]),
+        "run": json.dumps({**facts, "options": options, "epoch": epoch, "last": last}),
+    }
+
+
+# Of config.yaml, besides the options.
+_FACTS = ("classes", "task", "normalization")
+
+
+def _held(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is recorded of a network, and its weights."""
+    if not source.is_dir():
+        about = read_metadata(source).get("run")
+        if about is None:
+            raise UserError(
+                f"{source} does not say what network it is for: give the folder of a run or a "
+                f".safetensors file that a run has exported, or build the network yourself, with "
+                f"weights={str(source)!r}"
+            )
+        recorded: dict[str, Any] = json.loads(about)
+        return recorded, read_safetensors(source)
+    recorded = read_config(source)
+    exported, store = source / "model.safetensors", CheckpointStore(source / CHECKPOINTS, keep=1)
+    positions = store.positions()
+    if exported.exists():
+        last = json.loads(read_metadata(exported).get("run", "{}")).get("last")
+        # unless the run has gone on since
+        if last is None or not positions or positions[-1] <= Position(last + 1, 0):
+            return recorded, read_safetensors(exported)
+    best = store.best()
+    if best is None:
+        raise UserError(f"the run in {source} has no checkpoint yet, and no weights")
+    return recorded, weights_in(best)
 
 
 def images_in(paths: Sequence[Path]) -> list[Path]:
@@ -68,7 +162,7 @@ def predictions(
     for begin in range(0, len(paths), batch_size):
         some = paths[begin : begin + batch_size]
         images = torch.stack([model.prepare(path) for path in some])
-        yield from zip(some, model.network(images).softmax(1), strict=True)
+        yield from zip(some, model.probabilities(model.network(images)), strict=True)
 
 
 def evaluated(model: Trained, folder: Path, batch_size: int = 64) -> tuple[float, float, int]:

@@ -162,6 +162,8 @@ class OptimisationOptions:
     """What to do about a loss or gradient that is not finite. skip: leave out its step."""
     max_skipped: int = 10
     """Stop after leaving out more steps than that."""
+    patience: int = 0
+    """Stop after so many epochs without a better test; 0: never."""
     seed: int = 0
     """Seed of the initial weights, the order of the data, the augmentation and dropout."""
 
@@ -184,7 +186,10 @@ class OutputOptions:
     checkpoint_minutes: float = 15.0
     """Write a checkpoint when the last one is so many minutes old; 0: none."""
     keep_checkpoints: int = 3
-    """How many of the newest checkpoints stay; the one with the least test error stays too."""
+    """How many of the newest checkpoints stay; the best epoch's stays too."""
+    best_by: Annotated[str | None, _recipe_default("METRIC", "error; of labels, auroc")] = None
+    """What of a test says which epoch is the best, whose weights are exported: loss, error or a
+    column of scores.csv."""
     tensorboard: bool = False
     """Write the scores for TensorBoard too, which must be installed."""
     system_interval: int = 100
@@ -294,7 +299,7 @@ _ASIDE = frozenset(
 ROUNDING = frozenset({"device", "threads", "backend", "save", "budget"})
 # and the length, as a run that has ended may have been too short: the rest learns at the rates of
 # a run of the new length. All else would be another experiment, which --weights RUN begins.
-MAY_CHANGE = _ASIDE | ROUNDING | {"epochs"}
+MAY_CHANGE = _ASIDE | ROUNDING | {"epochs", "patience"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,6 +398,7 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
         "checkpoint_minutes",
         "max_skipped",
         "hang_timeout",
+        "patience",
     ):
         require(getattr(config, option) >= 0, option, "at least 0")
     if config.budget not in (None, "auto"):

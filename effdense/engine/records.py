@@ -29,7 +29,6 @@ from .checkpoint import CheckpointStore, Position, flush_folder
 from .distributed import World
 from .lock import Lock
 from .options import ResolvedConfig, renamed
-from .scores import Score
 
 LOG_COLUMNS = {
     "train.csv": ("epoch", "step", "lr", "loss", "error"),
@@ -56,6 +55,7 @@ _RUN_FILES = (
     "memory.png",
     "report.html",
     "model.safetensors",
+    "last.safetensors",
     "model.pt",
     CHECKPOINTS,
 )
@@ -114,12 +114,6 @@ class CsvLog:
         """The whole file."""
         with _writing(self._path), self._path.open(newline="") as file:
             return file.read()
-
-
-def last_score(text: str) -> Score:
-    """What the last row of a test.csv says."""
-    *_, row = csv.DictReader(io.StringIO(text))
-    return Score(float(row["loss"]), float(row["error"]), int(row["samples"]))
 
 
 def _csv_line(cells: Sequence[object]) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .records import last_score, read_config
+from .records import read_config
+from .standings import Standings
 
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -20,18 +21,24 @@ pre { overflow-x: auto; background: #f4f4f4; padding: .8em }
 """
 
 
-def html_report(work_dir: Path) -> str:
+def html_report(work_dir: Path, best: int) -> str:
     """Result, curves, options, memory plan and versions of the run in ``work_dir``.
+
+    Args:
+        work_dir: where its files are.
+        best: the epoch whose weights are exported.
 
     Raises:
         UserError: where there is no run.
     """
     recorded = read_config(work_dir)
     options = recorded["options"]
-    test = last_score((work_dir / "test.csv").read_text(encoding="utf-8"))
+    texts = {"test.csv": (work_dir / "test.csv").read_text(encoding="utf-8")}
+    tests = Standings("error", texts).tests
+    test = tests[best]
     parts = [
         f"<p>Test error <b>{test.error:.2f} %</b>, loss {test.loss:.4f}, on {test.samples:,} "
-        f"images, after {options['epochs']} epochs.</p>",
+        f"images, in epoch {best}, the best of {max(tests)}.</p>",
         *(f"<figure>{svg}</figure>" for svg in _curves(work_dir)),
         _section("Memory plan", f"<pre>{_text(recorded.get('memory_plan', ''))}</pre>")
         if recorded.get("memory_plan")

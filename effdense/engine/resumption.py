@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from effdense.machine.environment import versions
 
@@ -96,18 +97,18 @@ class Keeper:
         if stop:
             self._stop(round(stop))
 
-    def after_epoch(self, test_error: float) -> None:
+    def after_epoch(self, badness: float) -> None:
         """Save the end of an epoch, and stop if any process has been told to; a collective.
 
         Raises:
             Interrupted: on every process.
         """
-        self.save(test_error)
+        self.save(badness)
         (stop,) = largest([self._signals.received])
         if stop:
             self._stop(round(stop))
 
-    def save(self, test_error: float | None = None) -> None:
+    def save(self, badness: float | None = None) -> None:
         """Publish a checkpoint of this moment; a collective.
 
         Raises:
@@ -130,7 +131,7 @@ class Keeper:
                     "state.pt": saved(trainer.shared_state()),
                     **{f"rank-{rank}.pt": state for rank, state in enumerate(own)},
                 }
-                self._store.publish(trainer.position, files, test_error)
+                self._store.publish(trainer.position, files, badness)
         self._saved_at = time.monotonic()
 
     def _stop(self, number: int) -> None:
@@ -237,6 +238,16 @@ def _redistributed(
         "tally": sums if world.is_main else torch.zeros_like(sums),
         "random": {"cpu": torch.Generator().manual_seed(key).get_state()},
     }
+
+
+def weights_in(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The parameters and buffers of the network that a checkpoint's test was of."""
+    shared, own = (_loaded(checkpoint.files[name]) for name in ("state.pt", "rank-0.pt"))
+    if shared["average"]:
+        prefix = "module."
+        both = {**shared["average"], **own["average"]}
+        return {n.removeprefix(prefix): t for n, t in both.items() if n.startswith(prefix)}
+    return {**shared["parameters"], **own["buffers"]}
 
 
 def _loaded(content: bytes) -> dict[str, Any]:

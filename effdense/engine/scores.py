@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,15 @@ class Score:
     error: float
     """Per cent."""
     samples: int
+
+    def value(self, metric: str) -> float:
+        """What it says by one of :data:`METRICS`; NaN where that is not known."""
+        found = {"loss": self.loss, "error": self.error}
+        return float(found.get(metric, math.nan))
+
+
+METRICS = {"loss": False, "error": False}
+"""Whether more of it is better."""
 
 
 class Tally:

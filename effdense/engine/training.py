@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -29,15 +28,17 @@ from .distributed import (
     launched_processes,
     lost_processes,
 )
+from .export import described
 from .networks import fit_to_budget, largest_share, make_network
 from .options import ResolvedConfig, TrainConfig
 from .progress import Progress, Speed, peak_memory
-from .records import LOG_COLUMNS, CsvLog, WorkDir, last_score, saved
+from .records import LOG_COLUMNS, CsvLog, WorkDir, saved
 from .rehearsal import replan_if_needed
 from .report import html_report
-from .resumption import Keeper, go_on
+from .resumption import Keeper, go_on, weights_in
 from .scores import Score
 from .signals import StopSignals
+from .standings import Standings
 from .start import freeze, load_start, read_start
 from .telemetry import Telemetry
 from .tensorboard import Board, require_tensorboard
@@ -48,11 +49,11 @@ from .watchdog import Watchdog
 REHEARSED = ("cuda",)
 
 
-def run(options: TrainConfig) -> Score:
+def run(options: TrainConfig) -> Standings:
     """Train, and write the run's work directory; called on every process.
 
     Returns:
-        The score on the test set after the last epoch.
+        The tests of all epochs.
 
     Raises:
         UserError: for what the user can mend, on every process.
@@ -85,7 +86,7 @@ def _determinism(config: ResolvedConfig) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Score:
+def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Standings:
     data = _load_together(config, world)
     network = _made_together(config, data, world)
     facts: dict[str, Any] = {
@@ -174,7 +175,7 @@ def _train(
     records: _Records,
     progress: Progress,
     signals: StopSignals,
-) -> Score:
+) -> Standings:
     """The run from where its newest checkpoint is, or else from the beginning, to its end."""
     config, world = trainer.config, trainer.world
     keeper = Keeper(trainer, config, world, records.store, records.logs, signals)
@@ -189,8 +190,8 @@ def _train(
         telemetry.after_step(trainer.position.epoch, step, steps_left == 0)
         keeper.after_step(steps_left)
 
-    test = records.tested
-    while trainer.position.epoch <= config.epochs:
+    standings = records.standings
+    while trainer.position.epoch <= config.epochs and not standings.is_over(config.patience):
         epoch, done = trainer.position.epoch, trainer.position.step
         progress.epoch(epoch)
         began = time.monotonic()
@@ -206,11 +207,15 @@ def _train(
         _say_left_out(trainer, data, progress)
         progress.end(train, test, speed)
         trainer.position = Position(epoch + 1, 0)
-        keeper.after_epoch(test.error)
-    assert test is not None
+        keeper.after_epoch(standings.add(epoch, test))
+    if standings.is_over(config.patience):
+        progress.say(
+            f"stopped after epoch {max(standings.tests)}: {config.patience} epochs have brought no "
+            f"better {standings.metric} than epoch {standings.best}'s"
+        )
     with all_or_none():
-        records.finish(data.classes, test)
-    return test
+        records.finish()
+    return standings
 
 
 def _speed(trainer: Trainer, images: int, seconds: float) -> Speed:
@@ -229,13 +234,11 @@ class _Records:
         work_dir: WorkDir | None,
         store: CheckpointStore | None,
         logs: dict[str, CsvLog],
-        tested: Score | None,
+        standings: Standings,
         progress: Progress,
     ) -> None:
         self._trainer, self._work_dir, self._progress = trainer, work_dir, progress
-        self.store, self.logs = store, logs
-        self.tested = tested
-        """The last test before this process began, if there was one."""
+        self.store, self.logs, self.standings = store, logs, standings
         shown = work_dir if trainer.config.tensorboard else None
         self._board = Board(shown.path / "tensorboard" if shown else None)
 
@@ -263,8 +266,8 @@ class _Records:
                 logs = work_dir.logs(rows, wanted)
         for line in said:
             progress.say(line)
-        tested = last_score(rows["test.csv"]) if trainer.position.epoch > config.epochs else None
-        return cls(trainer, work_dir, store, logs, tested, progress)
+        standings = Standings(config.best_by or "error", rows)
+        return cls(trainer, work_dir, store, logs, standings, progress)
 
     def left(self) -> str:
         """What a run that has to stop can go on from, to be put after why it stops."""
@@ -288,20 +291,33 @@ class _Records:
         plots.draw([self._work_dir.path], self._work_dir.path)
         self._board.add(epoch, train, test, speed)
 
-    def finish(self, classes: Sequence[str], test: Score) -> None:
-        """The run's weights and its page."""
-        if self._work_dir is None:
+    def finish(self) -> None:
+        """The best epoch's weights, the last one's, and the run's page."""
+        if self._work_dir is None or self.store is None:
             return
-        folder = self._work_dir.path
+        folder, standings = self._work_dir.path, self.standings
         plots.draw([folder], folder, plots.ALL)
-        weights = self._trainer.tested.state_dict()
-        config = self._trainer.config
-        about = {"arch": str(config.model or config.arch), "classes": json.dumps(classes)}
-        self._work_dir.write_file("model.safetensors", safetensors_bytes(weights, about))
-        path = self._work_dir.write_file("model.pt", saved(weights))
-        self._work_dir.write_file("report.html", html_report(folder).encode())
+        last = self._trainer.tested.state_dict()
+        epoch, best = standings.best, last
+        if epoch != max(standings.tests):
+            found = self.store.best()
+            if found is not None and Position.of(found.path.name) == Position(epoch + 1, 0):
+                held = weights_in(found)
+                best = {name: held[name] for name in last}
+            else:
+                self._progress.say(f"the checkpoint of epoch {epoch}, the best, is gone or damaged")
+                epoch = max(standings.tests)
+        for name, weights, of in (("last", last, max(standings.tests)), ("model", best, epoch)):
+            about = described(folder, of, max(standings.tests))
+            path = self._work_dir.write_file(
+                f"{name}.safetensors", safetensors_bytes(weights, about)
+            )
+        self._work_dir.write_file("model.pt", saved(best))
+        self._work_dir.write_file("report.html", html_report(folder, epoch).encode())
+        test = standings.tests[epoch]
         self._progress.say(
-            f"test error {test.error:.2f} % on {test.samples} images; weights in {path}"
+            f"best epoch {epoch} of {max(standings.tests)}: test error {test.error:.2f} % on "
+            f"{test.samples} images; weights in {path}, the last epoch's in last.safetensors"
         )
 
 

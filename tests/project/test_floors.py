@@ -31,9 +31,9 @@ FLOORS = (
     {"conversion", "models"},
     {"memory"},
     {"verification"},
+    {"engine"},
     # what users import
     {"effdense"},
-    {"engine"},
     {"commands"},
     {"__main__"},
     {"benchmarks", "train_ddp"},

@@ -1,0 +1,88 @@
+"""``export``: a run's network for other programs."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from ..errors import UserError, first_line
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write the network of a run, which may still be under way, or of a file that it has exported
+    as ONNX: from images, read and normalised as model.preprocess of effdense.load does it, to
+    outputs. Then ONNX Runtime, which must be installed, is held against torch.
+    """
+
+    source: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Folder of the run, or its model.safetensors."""
+    onnx: Annotated[
+        Path | None, arg(metavar="FILE", help_behavior_hint="(default: model.onnx beside RUN's)")
+    ] = None
+    """Where to write."""
+    images: Annotated[
+        tuple[Path, ...],
+        arg(metavar="PATH [PATH ...]", help_behavior_hint="(default: noise)"),
+    ] = ()
+    """Images, or folders of images, of which the first eight are answered by both."""
+    tolerance: float = 1e-4
+    """Largest difference of an output over the largest output."""
+
+
+def run(options: Options) -> None:
+    import torch
+
+    from ..engine.export import images_in, trained
+
+    folder = options.source if options.source.is_dir() else options.source.parent
+    target = options.onnx or folder / "model.onnx"
+    if not target.parent.is_dir():
+        raise UserError(f"cannot write {target}: there is no folder {target.parent}")
+    model = trained(options.source)
+    if options.images:
+        paths = images_in(options.images)[:8]
+        images = torch.stack([model.prepare(path) for path in paths])
+    else:
+        images = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(0))
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  what torch.onnx writes with
+    except ImportError as error:
+        raise UserError(
+            f"{error.name} is not installed: pip install onnxscript onnxruntime"
+        ) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batch = torch.export.Dim("batch")
+        try:
+            torch.onnx.export(
+                model.network,
+                (images,),
+                str(target),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                input_names=["images"],
+                output_names=["outputs"],
+                dynamic_shapes=({0: batch},),
+            )
+        except OSError as error:
+            raise UserError(f"cannot write {target}: {first_line(error)}") from None
+    session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        expected = model.network(images)
+    largest = float(expected.abs().max())
+    difference = float((torch.from_numpy(found) - expected).abs().max()) / max(largest, 1e-30)
+    if not difference <= options.tolerance:
+        raise UserError(
+            f"{target} answers otherwise than torch: by {difference:.1e} of the largest output, "
+            f"more than --tolerance {options.tolerance}"
+        )
+    what = f"{len(images)} images" if options.images else "noise"
+    print(f"{target}; ONNX Runtime and torch differ by {difference:.1e} at most on {what}")
