@@ -61,7 +61,7 @@ def test_every_option_is_resolved_and_given_ones_are_kept() -> None:
     for data in RECIPES:
         resolved = dataclasses.asdict(TrainConfig(data=data).resolved())  # type: ignore[arg-type]
         unused = [] if resolved["arch"] == "densenet_bc" else ["depth", "growth_rate"]
-        none = ["model", "model_args", "weights", "freeze", "budget", "work_dir"]
+        none = ["model", "model_args", "weights", "freeze", "budget", "work_dir", "best_by"]
         assert [k for k, v in resolved.items() if v is None] == [*unused, *none]
         assert set(resolved) == {field.name for field in dataclasses.fields(TrainConfig)}
     given = TrainConfig(data="cifar10", epochs=7, milestones=(0.1,), growth_rate=3, seed=5)

@@ -37,8 +37,8 @@ COMMANDS = {
     r"python -m effdense convert-report torchvision": RUN,
     r"python -m effdense convert-report": "not run: a placeholder",
     r"python -m effdense verify": "not run: minutes; small in tests/exactness/test_verification.py",
-    r"python -m effdense (plot|evaluate|predict)": "not run: wants a run's folder; with one in "
-    "tests/project/test_cli.py and tests/engine/test_export.py",
+    r"python -m effdense (plot|evaluate|predict|export)": "not run: wants a run's folder; with one "
+    "in tests/project/test_cli.py, tests/engine/test_export.py and tests/engine/test_best.py",
     r"python train_ddp.py --help": RUN,
     r"(python|torchrun .*) (train_ddp.py|-m effdense train)": "not run: trains; every option in "
     "tests/engine/test_training.py, and README's first command in full",
