@@ -15,7 +15,7 @@ from __future__ import annotations
 import copyreg
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -24,9 +24,10 @@ from torch import nn
 
 from .backends.select import check_backend
 from .block.dense_block import check_save
-from .block.forwards import BlockForward, SequentialForward, TransitionForward, set_save
+from .block.forwards import BlockForward, SequentialForward, TransitionForward, over, set_save
 from .choices import Save
 from .machine.tables import columns
+from .recognition.graphs import group
 from .recognition.objections import BATCH_NORMS
 from .recognition.parts import input_width, layers_of
 from .recognition.reading import read_block, read_chain, read_transition
@@ -97,6 +98,7 @@ def _class_for(kind: Kind, original: type[Any]) -> type[Any]:
         "__module__": __name__ if of_torch else original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
+        "forward": over(_MIXINS[kind], original),
     }
     metaclass: Any = type(original)
     made: type[Any] = metaclass(original.__name__, (_MIXINS[kind], original), names)
@@ -161,11 +163,11 @@ def convert(
         check_save(mode)
     check_backend(backend)
     _check_model(model)
-    report, changed = _change_classes(model)
+    report, undo = _change_classes(model)
     try:
         set_save(model, save)
     except ValueError:
-        _restore_classes(changed)
+        undo()
         raise
     for module in model.modules():
         if isinstance(module, (BlockForward, TransitionForward, SequentialForward)):
@@ -181,8 +183,8 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         ValueError: for an nn.DataParallel.
     """
     _check_model(model)
-    report, changed = _change_classes(model)
-    _restore_classes(changed)
+    report, undo = _change_classes(model)
+    undo()
     return report
 
 
@@ -210,19 +212,22 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _change_classes(model: nn.Module) -> tuple[ConversionReport, list[nn.Module]]:
-    """What was found in a model, and the modules whose class was changed for it."""
+def _change_classes(model: nn.Module) -> tuple[ConversionReport, Callable[[], None]]:
+    """What was found in a model, and what puts everything back that was changed for it."""
+    ungroup, left = group(model)
     before = {module: type(module) for module in model.modules()}
     report = ConversionReport()
     if _convert_blocks(model, report):
         _convert_readers(model, report)
-    return report, [module for module, kind in before.items() if type(module) is not kind]
+    report.left += left.items()
 
+    def undo() -> None:
+        for module, kind in before.items():
+            if type(module) is not kind:
+                module.__class__ = kind
+        ungroup()
 
-def _restore_classes(modules: Sequence[nn.Module]) -> None:
-    for module in modules:
-        assert isinstance(module, _Converted)
-        module.__class__ = module.original  # type: ignore[assignment]
+    return report, undo
 
 
 def _convert_blocks(model: nn.Module, found: ConversionReport) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from .block.forwards import (
     set_offload,
     set_save,
 )
+from .block.traced import sequence_call
 from .choices import NetworkName, Save
 from .errors import spelled_shape
 from .recognition.objections import has_hooks, refuse_replica
@@ -71,6 +72,8 @@ class DenseNet(reference.DenseNet):
     block_type = DenseBlock
     transition_type = Transition
     features_type = Features
+    # not for TorchScript
+    __jit_unused_properties__: ClassVar[list[str]] = ["save", "offload"]
 
     def __init__(
         self,
@@ -138,18 +141,31 @@ class DenseNet(reference.DenseNet):
             ValueError: for an input of other dimensions, channels, dtype or device.
             RuntimeError: under nn.DataParallel.
         """
-        traced = is_traced(x)
-        if not traced and not graph_is_recorded():
+        # which TorchScript knows when it compiles: it does not look at the other path
+        return self._by_modules(x) if torch.jit.is_scripting() else self._by_stages(x)
+
+    # not by name: torch.fx writes it into the code that TorchScript then reads
+    forward.__annotations__.update({"x": Tensor, "return": Tensor})
+
+    def _by_modules(self, x: Tensor) -> Tensor:
+        """For those who look at code: the dimensions aren't counted."""
+        features = F.relu(self.features(x))
+        return self.classifier(features.flatten(2).mean(2))
+
+    def _by_stages(self, x: Tensor) -> Tensor:
+        features = self.features
+        if is_traced(x) and type(features) is Features:
+            pooled = sequence_call(features, x, pool=True)
+            if pooled is not None:
+                return self.classifier(pooled)
+        if is_traced(x):
+            return self._by_modules(x)
+        if not graph_is_recorded():
             self._check_input(x)
-        if traced or self._must_call_modules():
-            features = F.relu(self.features(x))
-            # a traced tensor doesn't know how many dimensions it has
-            dims = (2,) if traced else tuple(range(2, features.dim()))
-            pooled = (features.flatten(2) if traced else features).mean(dim=dims)
-        else:
-            assert isinstance(self.features, Features)
-            pooled = self.features.pooled(x)
-        return self.classifier(pooled)
+        if self._must_call_modules():
+            return self._by_modules(x)
+        assert isinstance(features, Features)
+        return self.classifier(features.part(x, 0, len(features), pool=True))
 
     def _check_input(self, x: Tensor) -> None:
         refuse_replica(self)

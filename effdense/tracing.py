@@ -25,21 +25,6 @@ def is_traced(x: Any) -> bool:
     return isinstance(x, torch.fx.Proxy)
 
 
-def leaf_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One node that calls a module, where torch.fx traces what holds it; None where it doesn't.
-
-    A traced model so keeps the module, and with it the memory and the bits of its forward.
-    """
-    # a list: torch.export of torch 2.7 cannot follow next() of a generator
-    proxies: list[Any] = [x for x in (*args, *kwargs.values()) if is_traced(x)]
-    if not proxies:
-        return None
-    tracer = proxies[0].tracer
-    path = tracer.path_of_module(module)
-    # the module itself is traced through
-    return tracer.create_proxy("call_module", path, args, kwargs) if path else None
-
-
 def outside_graphs(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """``torch.compiler.disable`` that imports torch's compiler only once something is compiled."""
     disabled: Callable[_Arguments, _Result] | None = None

@@ -33,15 +33,21 @@ from ..recognition.objections import (
 )
 from ..recognition.parts import TransitionParts
 from ..recognition.reading import read_block, read_chain, read_transition
-from ..tracing import graph_is_recorded, leaf_call, outside_graphs, torch_function
+from ..tracing import graph_is_recorded, is_traced, outside_graphs, torch_function
 from .captured import run_captured
 from .dense_block import check_save
 from .offloading import offload
 from .recomputation import run_chain
 from .stage import run_stage
 from .stem import run_stem
+from .traced import leaf_call, over, sequence_call
 
 _Mixin = TypeVar("_Mixin")
+
+
+# TorchScript cannot read annotations of what modules hold, so these have none
+def _default_save() -> Save:
+    return "features"
 
 
 class BlockForward:
@@ -52,9 +58,9 @@ class BlockForward:
     changed between forwards. ``offload`` keeps it elsewhere: see :func:`effdense.offload`.
     """
 
-    save: Save = "features"
-    backend: str = "auto"
-    offload: bool = False
+    save = _default_save()
+    backend = "auto"
+    offload = False
     """Whether what is kept for backward is kept elsewhere: see offloading.py."""
     original: ClassVar[type[nn.Module]]
     """Whose forward is the plain path."""
@@ -62,7 +68,16 @@ class BlockForward:
     """Whether layers that are no BN-ReLU-Conv may be recomputed through autograd."""
     fused_layers: ClassVar[bool] = True
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # See NOTE [ what TorchScript compiles ].
+        output = self._in_linear_memory(*args, **kwargs)
+        if output is None:
+            with self._offloading():
+                output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return output
+
+    def _in_linear_memory(self, *args: Any, **kwargs: Any) -> Any:
+        """The output, or None where the plain path is to give it."""
         if len(args) == 1 and not kwargs and _may_run(self, args[0]):
             output = run_block(self, args[0])
             if output is not None:
@@ -71,19 +86,27 @@ class BlockForward:
         if traced is not None:
             return traced
         refuse_torchs(self.modules(), *args, *kwargs.values())  # type: ignore[attr-defined]
-        with offload() if self.offload else nullcontext():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return None
+
+    def _offloading(self) -> Any:
+        return offload() if self.offload else nullcontext()
 
 
 class TransitionForward:
     """BN-ReLU-Conv1x1-AvgPool that keeps only its input for backward."""
 
-    save: Save = "features"
+    save = _default_save()
     """Is "all" where all blocks of the network keep everything: plain autograd throughout."""
-    backend: str = "auto"
+    backend = "auto"
     original: ClassVar[type[nn.Module]]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # See NOTE [ what TorchScript compiles ].
+        output = self._in_linear_memory(*args, **kwargs)
+        return super().forward(*args, **kwargs) if output is None else output  # type: ignore[misc]
+
+    def _in_linear_memory(self, *args: Any, **kwargs: Any) -> Any:
+        """The output, or None where the plain path is to give it."""
         if len(args) == 1 and not kwargs and _may_run(self, args[0]):
             output = run_block(None, args[0], self)
             if output is not None:
@@ -92,49 +115,76 @@ class TransitionForward:
         if traced is not None:
             return traced
         refuse_torchs(self.modules(), *args, *kwargs.values())  # type: ignore[attr-defined]
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return None
 
 
 class SequentialForward:
     """Modules one after the other, a block and its transition as one stage."""
 
-    save: Save = "features"
+    save = _default_save()
     """As a transition's."""
-    backend: str = "auto"
+    backend = "auto"
+    channels_last: ClassVar[bool] = False
+    """Whether inputs are laid out so."""
     original: ClassVar[type[nn.Module]]
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # See NOTE [ what TorchScript compiles ].
+        output = self._in_linear_memory(*args, **kwargs)
+        return super().forward(*args, **kwargs) if output is None else output  # type: ignore[misc]
+
+    def _in_linear_memory(self, input: Any) -> Any:
+        """The output, or None where the plain path is to give it."""
+        if is_traced(input):
+            return sequence_call(self, input, pool=False)
         if not has_global_hooks() and _may_run(self, input):
-            return self._by_stages(input, pool=False)
+            return self._by_stages(input, 0, len(self), pool=False)  # type: ignore[arg-type]
         refuse_torchs(self.children(), input)  # type: ignore[attr-defined]
-        return super().forward(input)  # type: ignore[misc]
+        return None
 
-    def pooled(self, x: Tensor) -> Tensor:
-        """Features after the last norm, ReLU and global average pooling, (N, C)."""
-        if x.numel() == 0 and not synchronises(self):  # type: ignore[arg-type]
-            features = super().forward(x)  # type: ignore[misc]
-            return F.relu(features).mean(dim=tuple(range(2, features.dim())))
-        return self._by_stages(x, pool=True)
+    def part(self, x: Tensor, start: int, stop: int, pool: bool) -> Tensor:
+        """What the modules from ``start`` to ``stop`` make of x; (N, C) with ``pool``.
 
-    def _by_stages(self, x: Tensor, pool: bool) -> Tensor:
-        modules: list[nn.Module] = list(self.children())  # type: ignore[attr-defined]
-        i = 0
-        while i < len(modules):
-            module, following = modules[i], modules[i + 1] if i + 1 < len(modules) else None
+        With ``pool``, features after ReLU and global average pooling.
+        """
+        # TorchScript compiles the first alone
+        if torch.jit.is_scripting():
+            return self._plain_part(x, start, stop, pool)
+        else:
+            return self._fused_part(x, start, stop, pool)
+
+    def _plain_part(self: Any, x: Tensor, start: int, stop: int, pool: bool) -> Tensor:
+        for i, module in enumerate(self):
+            if start <= i and i < stop:
+                x = module(x)
+        return F.relu(x).flatten(2).mean(2) if pool else x
+
+    def _fused_part(self, x: Tensor, start: int, stop: int, pool: bool) -> Tensor:
+        if has_global_hooks() or not _may_run(self, x):
+            return self._plain_part(x, start, stop, pool)
+        return self._by_stages(x, start, stop, pool)
+
+    def _by_stages(self, x: Tensor, start: int, stop: int, pool: bool) -> Tensor:
+        # one that stands there twice runs twice
+        modules: list[nn.Module] = list(self)  # type: ignore[call-overload]
+        i = start
+        while i < stop:
+            module, following = modules[i], modules[i + 1] if i + 1 < stop else None
             output, used = None, 1
             if is_unchanged(module, BlockForward) and module.save != "all":
                 if is_unchanged(following, TransitionForward) and following.save != "all":
                     output, used = run_block(module, x, following), 2
-                elif pool and i + 2 == len(modules) and norm_objection("", following) is None:
+                elif pool and i + 2 == stop and norm_objection("", following) is None:
                     output = run_block(module, x, following)
                     if output is not None:
                         return output
             else:
                 save = _saved_behind(modules[i:])
-                output, used = run_stem(modules[i : i + 4], x, self.backend, save)
+                output, used = run_stem(modules[i : min(i + 4, stop)], x, self.backend, save)
             if output is None:
                 # the first convolution's output takes its input's layout, and blocks copy any other
-                output, used = _call(module, channels_last(x) if pool and i == 0 else x), 1
+                last = self.channels_last and i == 0
+                output, used = _call(module, channels_last(x) if last else x), 1
             x = output
             i += used
         return F.relu(x).mean(dim=tuple(range(2, x.dim()))) if pool else x
@@ -160,6 +210,7 @@ class DenseBlock(BlockForward, reference.DenseBlock):
     """
 
     original = reference.DenseBlock
+    forward = over(BlockForward, reference.DenseBlock)
     any_layers = True
 
     def extra_repr(self) -> str:
@@ -170,12 +221,15 @@ class Transition(TransitionForward, reference.Transition):
     """BN-ReLU-Conv1x1-AvgPool that keeps only its input for backward."""
 
     original = reference.Transition
+    forward = over(TransitionForward, reference.Transition)
 
 
 class Features(SequentialForward, nn.Sequential):
     """``features`` of a DenseNet: called, it returns norm5's output."""
 
     original = nn.Sequential
+    forward = over(SequentialForward, nn.Sequential)
+    channels_last = True
 
 
 def dense_blocks(model: nn.Module, kind: Any = BlockForward) -> dict[str, Any]:
@@ -226,11 +280,10 @@ def set_offload(model: nn.Module, offload: bool | Sequence[bool]) -> None:
 
 def is_unchanged(module: nn.Module | None, mixin: type[_Mixin]) -> TypeGuard[_Mixin]:
     """Whether calling ``module`` means what ``mixin`` says, with nobody watching."""
-    return (
-        isinstance(module, mixin)
-        and type(module).forward is mixin.forward  # type: ignore[attr-defined]
-        and not has_hooks(module)  # type: ignore[arg-type]
-    )
+    if not isinstance(module, mixin):
+        return False
+    code = getattr(type(module).forward, "__code__", None)  # type: ignore[attr-defined]
+    return code is mixin.forward.__code__ and not has_hooks(module)  # type: ignore[attr-defined, arg-type]
 
 
 def has_global_hooks() -> bool:

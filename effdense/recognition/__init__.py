@@ -1,3 +1,3 @@
 """Which modules are dense blocks and transitions, and what keeps them from being fused."""
 
-__all__ = ["objections", "parts", "reading"]
+__all__ = ["graphs", "objections", "parts", "reading"]

@@ -276,33 +276,3 @@ def test_a_single_layer_that_is_a_sequence_is_one_layer() -> None:
     x = images(2, 5, 6, 4)
     assert ours(x).shape == (2, 8, 6, 4)
     assert_same_step(step(ours, x), step(naive, x))
-
-
-# ---------------------------------------------------------------------- torch.fx
-
-
-def test_blocks_are_leaves_of_a_traced_model(networks: Any) -> None:
-    ours, naive = networks
-    x = images(*X)
-    traced = torch.fx.symbolic_trace(ours)
-    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
-    assert "features.denseblock1" in called
-    assert not any("denselayer" in name for name in called)
-    actual, expected = step(traced, x), step(naive, x)
-    assert_close(actual.output, expected.output)
-    assert actual.input_gradient is not None
-    assert expected.input_gradient is not None
-    assert_close(actual.input_gradient, expected.input_gradient)
-    assert stages_in(traced(x)) >= 2
-
-
-def test_a_feature_extractor_gives_the_originals_features(networks: Any) -> None:
-    from torchvision.models.feature_extraction import create_feature_extractor
-
-    names = ["features.denseblock1", "features.transition1", "features.norm5"]
-    x = images(*X)
-    found, expected = (create_feature_extractor(m, names)(x) for m in networks)
-    assert found.keys() == expected.keys()
-    for name in names:
-        assert_close(found[name], expected[name], name=name)
-    assert stages_in(*found.values()) >= 2
