@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .block.cuda_graphs import CudaGraphs, cuda_graphs
     from .block.forwards import DenseBlock, Transition
     from .block.offloading import offload
+    from .block.stepping import step_in_backward
     from .conversion import ConversionReport, conversion_report, convert, revert
     from .engine.export import load
     from .memory.estimation import BlockEstimate, Estimate, estimate
@@ -66,12 +67,14 @@ __all__ = [
     "plan",
     "reference",
     "revert",
+    "step_in_backward",
 ]
 
 _HOMES = {
     "block.cuda_graphs": ("CudaGraphs", "cuda_graphs"),
     "block.forwards": ("DenseBlock", "Transition"),
     "block.offloading": ("offload",),
+    "block.stepping": ("step_in_backward",),
     "conversion": ("ConversionReport", "conversion_report", "convert", "revert"),
     "engine.export": ("load",),
     "memory.estimation": ("BlockEstimate", "Estimate", "estimate"),

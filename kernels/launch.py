@@ -44,6 +44,8 @@ import triton.testing
 from torch import Tensor
 from triton.runtime import driver
 
+from effdense.backends.sharing import address
+
 T = TypeVar("T")
 
 STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -161,7 +163,7 @@ class Start:
     addresses in place of tensors, to the compiled kernel's own launcher.
     """
 
-    __slots__ = ("_constants", "_integers", "_matrices", "_runs", "grid", "kernel")
+    __slots__ = ("_address", "_constants", "_integers", "_matrices", "_runs", "grid", "kernel")
 
     def __init__(
         self,
@@ -182,6 +184,8 @@ class Start:
         self._constants = constants
         pointers = [name for name in names if name.startswith("p_")]
         self._matrices = [i for i, name in enumerate(pointers) if name in kernel.matrices]
+        # features may be shared with what users were given; nobody writes them any more then
+        self._address = [address if n in kernel.matrices else Tensor.data_ptr for n in pointers]
         # by device
         self._runs: dict[int, tuple[Any, ...]] = {}
 
@@ -193,7 +197,7 @@ class Start:
             with torch.cuda.device(device):
                 self(tensors, floats)
             return
-        addresses = [t.data_ptr() for t in tensors]
+        addresses = [of(t) for of, t in zip(self._address, tensors, strict=True)]
         bits = 0
         for i in self._matrices:
             bits |= addresses[i]

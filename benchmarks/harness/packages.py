@@ -15,6 +15,7 @@ import effdense
 from effdense.memory.timeline import Training
 
 from .case import Case
+from .fc_densenet import FCDenseNet
 from .providers import set_parameters
 
 PROVIDERS = ("original", "converted")
@@ -24,6 +25,7 @@ ModelName = Literal[
     "torchxrayvision-densenet121",
     "monai-densenet121-3d",
     "smp-unet-densenet121",
+    "fc-densenet67",
 ]
 
 
@@ -88,6 +90,9 @@ MODELS: dict[ModelName, PackageModel] = {
     ),
     "smp-unet-densenet121": PackageModel(
         "segmentation_models_pytorch", 'smp.Unet("densenet121")', _smp, 3, 2, 2, True, 4, 256
+    ),
+    "fc-densenet67": PackageModel(
+        "torch", "FC-DenseNet67 (growth_rate=16)", FCDenseNet, 3, 2, 12, True, 2, 224
     ),
 }
 

@@ -11,6 +11,7 @@ __all__ = [
     "precision",
     "select",
     "self_check",
+    "sharing",
     "torch_backend",
     "triton_backend",
     "variants",

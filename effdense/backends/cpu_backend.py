@@ -19,6 +19,7 @@ from .base import Correction, Deferred, Normalization, PendingNorm, Rebuild, Sta
 from .cpu_library import load
 from .dropout import kept_value, threshold
 from .norm_sums import ALL_CHANNELS, STABLE_RATIO, Channels
+from .sharing import address
 from .torch_backend import TorchBackend
 
 # A thread's transformed lines of pixels should stay in its cache.
@@ -54,8 +55,8 @@ class _Product(ctypes.Structure):
 
     def __init__(self, norm: Normalization, weight: Tensor, y: Tensor | None, panels: int) -> None:
         b, c = weight.shape
-        address = 0 if y is None else y.data_ptr()
-        super().__init__(_Norm(norm), c, b, weight.data_ptr(), address, panels)
+        out = 0 if y is None else y.data_ptr()
+        super().__init__(_Norm(norm), c, b, weight.data_ptr(), out, panels)
 
 
 class _Correction(ctypes.Structure):
@@ -97,7 +98,7 @@ class _Convolution(ctypes.Structure):
         reach = [0] * absent + [1] * len(spatial)
         super().__init__(
             _Norm(norm),
-            source.data_ptr(),
+            address(source),
             source.stride(0),
             source.shape[1],
             weight.shape[0],
@@ -124,7 +125,7 @@ class _Pool(ctypes.Structure):
     ) -> None:
         absent = [1] * (4 - len(shape))
         sizes = [shape[0], *absent, *shape[1:], *absent, *window]
-        super().__init__(_Norm(norm), x.data_ptr(), x.stride(0), x.shape[1], *sizes)
+        super().__init__(_Norm(norm), address(x), x.stride(0), x.shape[1], *sizes)
 
 
 class _Channels(ctypes.Structure):
@@ -173,7 +174,7 @@ class CpuBackend(TorchBackend):
         threads = torch.get_num_threads()
         scratch = _Scratch(x, [threads * 4 * c], [])
         rest = (x.stride(0), _SUM_ROWS, *scratch.areas, *out)
-        self._library.call("statistics", threads, rows, c, x, *rest)
+        self._library.call("statistics", threads, rows, c, address(x), *rest)
 
     def bn_relu(self, x: Tensor, norm: Normalization, out: Tensor) -> None:
         strides = x.stride(0), out.stride(0)
@@ -181,7 +182,7 @@ class CpuBackend(TorchBackend):
             "bn_relu",
             torch.get_num_threads(),
             *x.shape,
-            x,
+            address(x),
             strides[0],
             _Norm(norm),
             out,
@@ -226,7 +227,7 @@ class CpuBackend(TorchBackend):
             threads,
             rows,
             c,
-            x,
+            address(x),
             x.stride(0),
             _Norm(norm),
             z,
@@ -257,7 +258,7 @@ class CpuBackend(TorchBackend):
             "bn_relu_backward_apply",
             torch.get_num_threads(),
             *x.shape,
-            x,
+            address(x),
             x.stride(0),
             _Correction(norm, correction, *scratch.areas),
             dz,
@@ -284,7 +285,7 @@ class CpuBackend(TorchBackend):
             "bn_relu_conv1x1",
             threads,
             rows,
-            x,
+            address(x),
             x.stride(0),
             _Product(norm, weight, out, panels),
             _TILE_ROWS,
@@ -328,7 +329,7 @@ class CpuBackend(TorchBackend):
             "bn_relu_conv1x1_backward",
             threads,
             rows,
-            x,
+            address(x),
             x.stride(0),
             _Product(norm, weight, None, panels),
             dz,
@@ -507,7 +508,7 @@ class CpuBackend(TorchBackend):
             *x.shape,
             d,
             d.stride(0),
-            x,
+            address(x),
             x.stride(0),
             mean,
             s,

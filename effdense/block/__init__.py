@@ -1,3 +1,11 @@
 """The dense block in linear memory, and the forwards of modules that run it."""
 
-__all__ = ["cuda_graphs", "dense_block", "forwards", "offloading", "recomputation", "traced"]
+__all__ = [
+    "cuda_graphs",
+    "dense_block",
+    "forwards",
+    "offloading",
+    "recomputation",
+    "stepping",
+    "traced",
+]

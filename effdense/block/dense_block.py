@@ -39,9 +39,10 @@ a gradient, whose P is that of all processes; everything else is this process's 
 NOTE [ saved tensors ]
 Every tensor goes through save_for_backward: in-place changes are noticed, hooks such
 as save_on_cpu see each buffer once, and nothing forms a reference cycle. X is saved
-as the dense (P, C) matrix, the base of the view that is returned, because hooks need
-not keep strides. The block never reads .grad and never updates parameters: DDP's
-hooks on the parameters fire as for any other module.
+as the dense (P, C) matrix, because hooks need not keep strides. Without a tail X itself
+is returned, and users may write what they are given: they get a tensor of its own that
+shares X's memory until somebody does. The block never reads .grad and never updates
+parameters: DDP's hooks on the parameters fire as for any other module.
 
 Sources: Huang et al. 2017 (the network); Pleiss et al. 2017, "Memory-Efficient
 Implementation of DenseNets" (shared storage and recomputation); Jung et al. 2019,
@@ -72,10 +73,12 @@ from ..backends.base import (
 from ..backends.dropout import layer_keys
 from ..backends.layout import channels, channels_first, like_parameter, round_up
 from ..backends.layout import rows as rows_of
+from ..backends.sharing import as_base, copy_on_write
 from ..choices import SAVE_MODES, Save
 from ..differentiation import Anchor, first_order
 from ..norms.buffers import NormSpec
 from ..norms.synchronization import Batch
+from .stepping import Step
 
 
 def check_save(save: str) -> Save:
@@ -114,6 +117,10 @@ class StageSpec(NamedTuple):
     """What x depends on."""
     newest_first: bool = False
     """Each layer's features stand before those it read, as after ``cat([new, x])``."""
+    new_only: bool = False
+    """Without a tail what the layers made is returned, without the block's input."""
+    steps: tuple[Step | None, ...] | None = None
+    """What is to be done at once with the gradients of the tensors, instead of returning them."""
 
 
 class LayerTensors(NamedTuple):
@@ -133,6 +140,8 @@ class LayerTensors(NamedTuple):
     weight2: Tensor | None = None
     frozen_mean2: Tensor | None = None
     frozen_var2: Tensor | None = None
+    bias: Tensor | None = None
+    """Of the 3-wide convolution."""
 
 
 class TailTensors(NamedTuple):
@@ -147,7 +156,7 @@ class TailTensors(NamedTuple):
 
 # gradients are returned in the order in which tensors were given
 _LAYER = len(LayerTensors._fields)
-_WEIGHT1, _WEIGHT2 = (LayerTensors._fields.index(name) for name in ("weight1", "weight2"))
+_WEIGHT1, _WEIGHT2, _BIAS = map(LayerTensors._fields.index, ("weight1", "weight2", "bias"))
 _TAIL_WEIGHT = TailTensors._fields.index("weight")
 
 
@@ -157,7 +166,8 @@ class DenseStage(torch.autograd.Function):
     ``apply(spec, x, seed, *tensors)``: x (N, C0, *spatial); seed () is this forward's of
     dropout, None where nothing is dropped (backends/dropout.py); tensors are the layers'
     :class:`LayerTensors`, then the tail's :class:`TailTensors`, flattened. Returns
-    (output, mean, var, mean2, var2): the output is (N, C, *spatial) without a tail,
+    (output, mean, var, mean2, var2): the output is (N, C, *spatial) without a tail (or
+    (N, L k, *spatial) of new features only),
     (N, C', *spatial // 2) after a transition, (N, C) after global pooling; mean and
     var (C,) are the features' statistics and mean2, var2 the bottlenecks', one after
     the other, all non-differentiable.
@@ -326,6 +336,11 @@ class _Stage:
             return x.split_with_sizes(sizes[::-1], -1)[-2::-1]
         return x.split_with_sizes(sizes, -1)[1:]
 
+    def _returned(self) -> slice:
+        """X's channels that are returned without a tail."""
+        first = self.c0 if self.spec.new_only else 0
+        return channels(first, self.width, self.width, self.spec.newest_first)
+
     def _norm1(self, index: int) -> Normalization:
         if self._latest_norm1 is not None and self._latest_norm1[0] == index:
             # backward asks twice: for the bottleneck made ahead, and for the layer's own pass
@@ -397,8 +412,20 @@ class _Stage:
         """X[:, c:c+k] of layer ``index``; in forward proper, their statistics too."""
         source, norm, weight = self._convolution(index, y)
         own = self._by_layer_statistics[index] if first_time and self._shared else None
-        new, mask = self._x_by_layer[index], self._dropout_mask(index)
-        self.ops.bn_relu_conv3(source, norm, weight, self.shape, new, mask, own)
+        new, mask, bias = (
+            self._x_by_layer[index],
+            self._dropout_mask(index),
+            self.layers[index].bias,
+        )
+        if bias is None:
+            self.ops.bn_relu_conv3(source, norm, weight, self.shape, new, mask, own)
+        else:
+            self.ops.bn_relu_conv3(source, norm, weight, self.shape, new, None, None)
+            new += bias
+            if mask is not None:
+                new *= mask
+            if own is not None:
+                self.ops.statistics(new, own)
         if own is not None:
             # See NOTE [ which positions ].
             self.spec.batch.merge(own)
@@ -435,6 +462,7 @@ class _Stage:
         offset = len(self.layers) * _LAYER
         d, grads[offset:] = self._tail_backward(grad_output, needs[offset:])
         self._d_by_layer = self._by_layer(d)
+        self._step(slice(offset, len(grads)), grads)
 
         # Below the first layer that needs anything there is nothing to compute.
         first = 0
@@ -470,10 +498,22 @@ class _Stage:
                 before = index - 1 if ahead else None
                 found, y = self._bottleneck_layer_backward(index, d, _given(y), dz, need, before)
             grads[own(index)] = _as_gradients(found, self.layers[index], need)
+            del found
+            self._step(own(index), grads)
 
         if not needs_x:
             return None, grads
         return channels_first(self._input_gradient(d), self.images, self.spatial), grads
+
+    def _step(self, own: slice, grads: list[Tensor | None]) -> None:
+        """Use up those gradients that nobody is to get; see stepping.py."""
+        if self.spec.steps is None:
+            return
+        for i in range(*own.indices(len(grads))):
+            step, gradient = self.spec.steps[i], grads[i]
+            if step is not None and gradient is not None:
+                step(gradient)
+                grads[i] = None
 
     def _input_gradient(self, d: Tensor) -> Tensor:
         """Of the block's input, (P, C0)."""
@@ -507,6 +547,9 @@ class _Stage:
             scratch=self._finished_like,
         )
 
+    def _bias_gradient(self, gradient: Unfinished, need: Sequence[bool]) -> Tensor | None:
+        return gradient.finish(self.ops).sum(0, dtype=self.sum_dtype) if need[_BIAS] else None
+
     def _finished_like(self) -> Tensor:
         if self._scratch is None:
             self._scratch = self.x.new_empty((self.positions, self.k))
@@ -529,6 +572,7 @@ class _Stage:
         spec, read = self.spec.layers[index], self._read(index)
         source, norm2, weight2 = self._convolution(index, y)
         gradient = self._gradient(index)
+        dbias = self._bias_gradient(gradient, need)
         dw2, s2, t2 = self.ops.bn_relu_conv3_backward(
             source, norm2, weight2, gradient, self.shape, need[_WEIGHT2], dz, None
         )
@@ -551,18 +595,21 @@ class _Stage:
             rebuild,
             self._deferred(spec.norm1, read),
         )
-        found = LayerTensors(gamma1=t1, beta1=s1, weight1=dw1, gamma2=t2, beta2=s2, weight2=dw2)
+        found = LayerTensors(
+            gamma1=t1, beta1=s1, weight1=dw1, gamma2=t2, beta2=s2, weight2=dw2, bias=dbias
+        )
         return found, y_before
 
     def _plain_layer_backward(self, index: int, d: Tensor, need: Sequence[bool]) -> LayerTensors:
         read = self._read(index)
         source, norm1, weight = self._convolution(index, None)
         gradient = self._gradient(index)
+        dbias = self._bias_gradient(gradient, need)
         dw, s, t = self.ops.bn_relu_conv3_backward(
             source, norm1, weight, gradient, self.shape, need[_WEIGHT1], None, _part(d, read)
         )
         self._defer(self.spec.layers[index].norm1, norm1, s, t, read)
-        return LayerTensors(gamma1=t, beta1=s, weight1=dw)
+        return LayerTensors(gamma1=t, beta1=s, weight1=dw, bias=dbias)
 
     def _deferred(self, spec: NormSpec, read: slice) -> Deferred | None:
         """Where a reader of some channels leaves its correction; a frozen norm makes none."""
@@ -581,7 +628,10 @@ class _Stage:
 
     def _tail_forward(self) -> Tensor:
         if self.tail is None:
-            return channels_first(self.x, self.images, self.spatial)
+            features = channels_first(self.x[:, self._returned()], self.images, self.spatial)
+            # See NOTE [ saved tensors ].
+            saved = self.spec.keep and self.spec.save != "input"
+            return copy_on_write(features) if saved else as_base(features)
         norm = self._tail_norm()
         if self.spec.tail == "pool":
             out = self.x.new_empty((self.images, self.width))
@@ -591,7 +641,7 @@ class _Stage:
         pooled = [size // 2 for size in self.spatial]
         out = self.x.new_empty((self.images * math.prod(pooled), weight.shape[0]))
         self.ops.bn_relu_avg_pool_conv1x1(self.x, norm, weight, self.shape, out)
-        return channels_first(out, self.images, pooled)
+        return as_base(channels_first(out, self.images, pooled))
 
     def _tail_backward(
         self, grad_output: Tensor, needs: Sequence[bool]
@@ -600,7 +650,9 @@ class _Stage:
         # See NOTE [ who owns the gradient buffer ].
         d = self._empty_rows(self.width)[:, : self.width]
         if self.tail is None:
-            d.copy_(rows_of(grad_output))
+            d[:, self._returned()].copy_(rows_of(grad_output))
+            if self.spec.new_only:
+                d[:, self._read(0)].zero_()
             return d, []
         norm, dw = self._tail_norm(), None
         if self.spec.tail == "pool":

@@ -388,6 +388,9 @@ def _run_with_block(block: Any, x: Tensor, tail: Any, tail_parts: Any) -> Tensor
     if not isinstance(parts, str):
         if not parts.layers and tail is None:
             return None
+        if parts.new_only and tail is not None:
+            # which reads something else than the block's whole buffer
+            return None
         norms = [layer.norm1 for layer in parts.layers]
         norms += [layer.norm2 for layer in parts.layers if layer.norm2 is not None]
         last = tail_parts.norm if isinstance(tail_parts, TransitionParts) else tail_parts

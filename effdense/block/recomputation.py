@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..autocast import autocast, autocast_dtype
 from ..backends.layout import channels
+from ..backends.sharing import copy_on_write
 from ..choices import Save
 from ..differentiation import Anchor, first_order
 from ..recognition.parts import Chain, layers_of
@@ -83,7 +84,8 @@ class Recomputed(torch.autograd.Function):
             ctx.input_dtype = x.dtype
             ctx.save_for_backward(x if run.save == "input" else output, *parameters)
         ctx.set_materialize_grads(False)
-        return output
+        # users may write what they are given
+        return copy_on_write(output)
 
     @staticmethod
     @first_order

@@ -18,7 +18,9 @@ from ..differentiation import Anchor
 from ..errors import spelled_shape
 from ..norms.buffers import batch_of, read_norm, update_running_statistics
 from ..recognition.parts import BlockParts, TransitionParts
+from .captured import recorder
 from .dense_block import DenseStage, LayerSpec, LayerTensors, StageSpec, TailTensors
+from .stepping import steps_of
 
 
 def run_stage(
@@ -56,8 +58,17 @@ def run_stage(
     used += [] if tail_norm is None else [tail_norm]
     batch = batch_of(x, used)
 
+    # a recorded stage gives its gradients away, to be used up behind it
+    own = torch.is_grad_enabled() and recorder.get() is None
+    steps = steps_of(tensors) if own else None
+    if steps is not None and dtype == torch.float16:
+        raise ValueError(
+            "float16 wants its loss scaled (torch.amp.GradScaler), and gradients checked before "
+            "a step: steps in backward are for other types, such as bfloat16"
+        )
     dropping = any(spec.drop_rate > 0 for spec in specs)
     newest_first = block is not None and block.newest_first
+    new_only = block is not None and block.new_only
     spec = StageSpec(
         backend=get_backend(backend, x.device, dtype) if x.numel() else EmptyBackend(),
         save=save,
@@ -69,6 +80,8 @@ def run_stage(
         keep=torch.is_grad_enabled(),
         anchor=Anchor(x),
         newest_first=newest_first,
+        new_only=new_only,
+        steps=steps,
     )
     seed = draw_seed(x.device) if dropping else None
     output, mean, var, mean2, var2 = DenseStage.apply(spec, x, seed, *tensors)
@@ -84,6 +97,7 @@ def _read_layer(layer: Any) -> tuple[LayerSpec, LayerTensors]:
         weight1=layer.conv1.weight,
         frozen_mean1=frozen_mean,
         frozen_var1=frozen_var,
+        bias=(layer.conv1 if layer.conv2 is None else layer.conv2).bias,
     )
     norm2 = None
     if layer.norm2 is not None:

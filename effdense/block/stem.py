@@ -6,16 +6,16 @@ that block's backward, the peak of a step. It is made from three channels, by a 
 a step's arithmetic. So where the first block would rather compute again than keep
 ("features", "input") the stem keeps its images and convolves them again; else it keeps the
 convolution's output. There is no whole gradient of that output: batch norm's sums are over
-the maxima of the pooling, where alone its gradient isn't zero, so that each few images'
-gradient can be finished when it is made, and go through the convolution at once. A
-convolution that can't be run without calling it is called, and BN-ReLU-MaxPool keeps its output.
+the maxima of the pooling, where alone its gradient isn't zero, so that each slab's gradient
+can be finished when it is made, and go through the convolution at once. In forward the output
+is pooled where it is made (slabs.py) and never is there as a whole; only backward, to which the
+dense blocks have given back their memory by then, makes all of it. A convolution that can't be
+run without calling it is called, and BN-ReLU-MaxPool keeps its output.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from ..backends.empty import EmptyBackend
 from ..backends.layout import channels_first, channels_last, like_parameter
 from ..backends.layout import rows as rows_of
 from ..backends.select import get_backend
+from ..backends.sharing import as_base
 from ..choices import Save
 from ..differentiation import Anchor, first_order
 from ..norms.buffers import NormSpec, batch_of, read_norm, update_running_statistics
@@ -37,16 +38,7 @@ from ..recognition.objections import BATCH_NORMS, CONVOLUTIONS, has_hooks, modul
 from ..recognition.reading import read_norm_relu
 from ..tracing import outside_graphs, torch_function
 from .captured import run_captured
-
-_MAX_POOL: dict[type[nn.Module], Any] = {
-    nn.MaxPool1d: F.max_pool1d,
-    nn.MaxPool2d: F.max_pool2d,
-    nn.MaxPool3d: F.max_pool3d,
-}
-_MAX_POOL_BACKWARD = (
-    torch.ops.aten.max_pool2d_with_indices_backward,
-    torch.ops.aten.max_pool3d_with_indices_backward,
-)
+from .slabs import MAX_POOL, Moments, Pooling, Slab, Source
 
 
 def run_stem(
@@ -77,17 +69,17 @@ def _run_stem(
         return None, 1
     norm, used = found
     pool = modules[used]
-    if type(pool) not in _MAX_POOL or has_hooks(pool) or pool.return_indices:
+    if type(pool) not in MAX_POOL or has_hooks(pool) or pool.return_indices:
         return None, 1
     channels = convolution[0].in_channels if convolution else norm.num_features
-    if x.dim() != 3 + list(_MAX_POOL).index(type(pool)) or x.shape[1] != channels:
+    if x.dim() != 3 + list(MAX_POOL).index(type(pool)) or x.shape[1] != channels:
         # torch's own error
         return None, 1
     if not convolution:
         run = partial(_norm_relu_max_pool, norm=norm, pool=pool, backend=backend)
         return run_captured(modules[: used + 1], x, run), used + 1
     (conv,) = convolution
-    if not torch.is_grad_enabled() or _objection(conv, x) is not None:
+    if _objection(conv, x) is not None:
         # called as it is; what follows it may still be run as one
         return None, 1
     run = partial(
@@ -131,24 +123,8 @@ def _output_size(conv: Any, x: Tensor) -> list[int]:
 
 def _norm_relu_max_pool(x: Tensor, norm: nn.Module, pool: Any, backend: str) -> Tensor:
     """MaxPool(relu(norm(x))) for x (N, C, *spatial); moves the norm's running statistics."""
-    spec, tensors = read_norm(norm)
-    batch = batch_of(x, [spec])
     ops = get_backend(backend, x.device, x.dtype) if x.numel() else EmptyBackend()
-    if not spec.batch_statistics and not torch.is_grad_enabled():
-        # nothing is kept and no statistics are taken: no second copy of x as a matrix either
-        # its rows, z and what pooling takes are in use together, twice each in 3-D
-        image_bytes = x.shape[1:].numel() * x.element_size()
-        step = ops.images_per_step(x.shape[0], 4 * image_bytes)
-        parts = [
-            _Stem.apply(ops, batch, spec, pool, None, Anchor(part), part, None, None, *tensors)
-            for part in x.split(step)
-        ]
-        return parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts])
-    output, mean, var = _Stem.apply(
-        ops, batch, spec, pool, None, Anchor(x), x, None, None, *tensors
-    )
-    update_running_statistics([norm], [mean], [var], batch.count)
-    return output
+    return _apply(ops, x, norm, pool, None, Anchor(x), x, None, None)
 
 
 def _conv_norm_relu_max_pool(
@@ -158,14 +134,31 @@ def _conv_norm_relu_max_pool(
     dtype = _compute_dtype(image, conv.weight)
     assert dtype is not None
     ops = get_backend(backend, image.device, dtype)
-    geometry = conv.stride, conv.padding, conv.dilation, False, [0] * len(conv.stride), conv.groups
-    convolution = _Convolution(geometry, save in ("features", "input"))
-    with torch.no_grad(), without_autocast(image.device):
-        x = convolution.forward(image, conv.weight, dtype)
+    again = save in ("features", "input") or not torch.is_grad_enabled()
+    shape = torch.Size((len(image), conv.out_channels, *_output_size(conv, image)))
+    convolution = _Convolution(
+        conv.stride, conv.padding, conv.dilation, conv.groups, shape, dtype, again
+    )
+    like = image.new_empty(()).expand(shape)
+    return _apply(ops, like, norm, pool, convolution, Anchor(image), None, image, conv.weight)
+
+
+def _apply(
+    ops: Backend,
+    like: Tensor,
+    norm: nn.Module,
+    pool: Any,
+    convolution: _Convolution | None,
+    anchor: Anchor,
+    x: Tensor | None,
+    image: Tensor | None,
+    weight: Tensor | None,
+) -> Tensor:
+    """Run the stem on x, which is of the shape and on the device of ``like``."""
     spec, tensors = read_norm(norm)
-    batch = batch_of(x, [spec])
+    batch = batch_of(like, [spec])
     output, mean, var = _Stem.apply(
-        ops, batch, spec, pool, convolution, Anchor(image), x, image, conv.weight, *tensors
+        ops, batch, spec, pool, convolution, anchor, x, image, weight, *tensors
     )
     update_running_statistics([norm], [mean], [var], batch.count)
     return output
@@ -183,7 +176,7 @@ class _Stem(torch.autograd.Function):
         pool: Any,
         convolution: _Convolution | None,
         anchor: Anchor,
-        x: Tensor,
+        x: Tensor | None,
         image: Tensor | None,
         weight: Tensor | None,
         gamma: Tensor,
@@ -191,29 +184,51 @@ class _Stem(torch.autograd.Function):
         frozen_mean: Tensor | None,
         frozen_var: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with without_autocast(x.device):
-            rows = rows_of(x)
-            dtype = accumulate_dtype(x.dtype)
-            if frozen_mean is None or frozen_var is None:
-                mean, var = (rows.new_empty(rows.shape[1], dtype=dtype) for _ in range(2))
-                ops.statistics(rows, Statistics(mean, var))
-                batch.merge(Statistics(mean, var))
+        with without_autocast(gamma.device):
+            sign, kept = _sign(gamma), None
+            if convolution is None:
+                assert x is not None
+                shape, dtype = x.shape, x.dtype
+                source: Source = _Given(x, sign)
+                if any(ctx.needs_input_grad):
+                    kept = rows_of(x)
+                    source = _Given(channels_first(kept, len(x), x.shape[2:]), sign)
             else:
+                assert image is not None
+                assert weight is not None
+                shape, dtype = convolution.shape, convolution.dtype
+                source = convolution.source(image, weight, sign)
+            pooling = Pooling(ops, pool, shape, dtype)
+            like = torch.empty_like(gamma, dtype=accumulate_dtype(dtype))
+            moments = Moments(ops, like) if frozen_mean is None else None
+            keep = None
+            if convolution is not None and not convolution.again:
+                keep = like.new_empty((shape[0], *shape[2:], shape[1]), dtype=dtype)
+                kept = keep.flatten(0, -2)
+            extremes = pooling.forward(source, moments, keep)
+            if moments is not None:
+                mean, var = moments.mean, moments.var
+                batch.merge(Statistics(mean, var))
+                mean *= sign
+            else:
+                assert frozen_mean is not None
+                assert frozen_var is not None
                 # copies: the buffers may be changed before backward
-                mean, var = frozen_mean.to(dtype, copy=True), frozen_var.to(dtype, copy=True)
-            pooling = _Pooling(ops, spec, pool, rows, x.shape, gamma, beta, mean, var)
-            output = pooling.forward()
+                mean = frozen_mean.to(like.dtype, copy=True)
+                var = frozen_var.to(like.dtype, copy=True)
+            output = torch.empty_like(extremes)
+            norm = Normalization(mean * sign, var, gamma.abs(), beta, spec.eps)
+            ops.bn_relu(extremes.flatten(0, -2), norm, output.flatten(0, -2))
         ctx.ops, ctx.batch, ctx.spec, ctx.pool = ops, batch, spec, pool
         ctx.anchor = anchor
-        ctx.convolution, ctx.shape, ctx.dtype = convolution, x.shape, x.dtype
+        ctx.convolution, ctx.shape, ctx.dtype = convolution, shape, dtype
         # See NOTE [ what the stem keeps ].
         again = convolution is not None and convolution.again
-        kept = None if again else rows
         kept_image = image if again or any(ctx.needs_input_grad[7:9]) else None
         ctx.save_for_backward(kept, kept_image, weight, gamma, beta, mean, var)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return output, mean, var
+        return as_base(output.movedim(-1, 1)), mean, var
 
     @staticmethod
     @first_order
@@ -222,180 +237,160 @@ class _Stem(torch.autograd.Function):
             return (None,) * 13
         rows, image, weight, gamma, beta, mean, var = ctx.saved_tensors
         need_x, need_image, need_weight = ctx.needs_input_grad[6:9]
-        convolution, dimage, dweight = ctx.convolution, None, None
+        convolution, dx, dimage, dweight = ctx.convolution, None, None, None
         with without_autocast(gamma.device):
+            sign = _sign(gamma)
+            pooling = Pooling(ctx.ops, ctx.pool, ctx.shape, ctx.dtype)
+            images, _, *spatial = ctx.shape
             if rows is None:
-                rows = rows_of(convolution.forward(image, weight, ctx.dtype))
-            constants = ctx.ops, ctx.spec, ctx.pool
-            pooling = _Pooling(*constants, rows, ctx.shape, gamma, beta, mean, var)
-            s, t, pixels, masked = pooling.reduce(grad_output)
+                rows = convolution.whole(pooling, convolution.source(image, weight, sign))
+            x = channels_first(rows, images, spatial)
+            source = _Given(x, sign if convolution is None else None)
+            norm = Normalization(mean * sign, var, gamma.abs(), beta, ctx.spec.eps)
+            s, t, pixels, masked = pooling.reduce(source, norm, grad_output)
             correction = None
             if ctx.spec.batch_statistics:
                 correction = (*ctx.batch.sum(s, t), float(ctx.batch.count))
-            dx = torch.empty_like(rows) if need_x else None
             if need_x or need_image or need_weight:
-                parts = pooling.backward(pixels, masked, correction, dx)
+                parts = pooling.backward(source, norm, pixels, masked, correction)
                 if convolution is None:
-                    deque(parts, maxlen=0)
+                    dx = channels_first(torch.empty_like(rows), images, spatial)
+                    for slab, part in parts:
+                        lines = slice(slab.first, slab.last)
+                        dx[slab.images, :, lines] = part * _along(sign, part)
                 else:
                     needs = need_image, need_weight
-                    dimage, dweight = convolution.backward(image, weight, parts, needs)
-        if dx is not None:
-            dx = channels_first(dx, ctx.shape[0], ctx.shape[2:])
+                    found = convolution.source(image, weight, sign).backward(parts, needs)
+                    dimage, dweight = found
+            t *= sign
         gradients = dx, dimage, dweight, t.to(gamma.dtype), s.to(beta.dtype)
         return *(None,) * 6, *gradients, None, None
 
 
-class _Convolution(NamedTuple):
-    """A convolution without bias."""
+def _sign(gamma: Tensor) -> Tensor:
+    """1 where a norm's weight is 0 too."""
+    return torch.ones_like(gamma).copysign_(gamma).where(gamma != 0, 1.0)
 
-    geometry: tuple[Any, ...]
-    """Stride, padding, dilation, transposed, output padding, groups."""
+
+def _along(vector: Tensor, x: Tensor) -> Tensor:
+    """A vector (C,) as it is multiplied with x (N, C, *spatial), in its type."""
+    return vector.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
+
+
+class _Given(NamedTuple):
+    """x that is there, (N, C, *spatial); with the signs or to be given them."""
+
+    x: Tensor
+    sign: Tensor | None
+
+    def lines(self, images: slice, first: int, last: int) -> Tensor:
+        part = self.x[images, :, first:last]
+        return part if self.sign is None else part * _along(self.sign, part)
+
+
+class _Convolution(NamedTuple):
+    """A convolution without bias, and what it makes."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    shape: torch.Size
+    """Of its output."""
+    dtype: torch.dtype
+    """It computes in."""
     again: bool
     """Instead of keeping its output."""
 
-    def forward(self, image: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """(N, c, *spatial) to (N, C, *spatial), in ``dtype``."""
-        # its output takes its input's layout
-        image, weight = channels_last(image.to(dtype)), weight.to(dtype)
-        return torch.ops.aten.convolution(image, weight, None, *self.geometry)
+    def source(self, image: Tensor, weight: Tensor, sign: Tensor) -> _Convolved:
+        signs = sign.to(self.dtype).view(-1, *[1] * (weight.dim() - 1))
+        return _Convolved(self, image, weight, weight.to(self.dtype) * signs, sign)
+
+    def whole(self, pooling: Pooling, source: Source) -> Tensor:
+        """All of its output, (P, C), slab by slab as in forward."""
+        x: Tensor | None = None
+        for slab in pooling.slabs():
+            part = source.lines(slab.images, slab.first, slab.last).movedim(1, -1)
+            if x is None:
+                x = part.new_empty((self.shape[0], *self.shape[2:], self.shape[1]))
+            x[slab.images, slab.first : slab.last] = part
+            del part  # before the next slab's is made
+        assert x is not None
+        return x.flatten(0, -2)
+
+
+class _Convolved(NamedTuple):
+    """The output of a convolution, made where it is asked for."""
+
+    convolution: _Convolution
+    image: Tensor
+    weight: Tensor
+    signed: Tensor
+    """The weight, of which each output channel has its norm's sign."""
+    sign: Tensor
+
+    def lines(self, images: slice, first: int, last: int) -> Tensor:
+        part, padding = self._read(images, first, last)
+        return torch.ops.aten.convolution(part, self.signed, None, *self._geometry(padding))
 
     def backward(
-        self,
-        image: Tensor,
-        weight: Tensor,
-        gradients: Iterable[tuple[slice, Tensor]],
-        needs: tuple[bool, bool],
+        self, gradients: Iterable[tuple[Slab, Tensor]], needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of image and weight where needed, from those of some images at a time."""
-        dimage = torch.empty_like(image) if needs[0] else None
+        """Gradients of image and weight where needed."""
+        dimage = torch.zeros_like(self.image) if needs[0] else None
         dweight = None
-        for images, dx in gradients:
-            part = channels_last(image[images].to(dx.dtype))
+        for slab, dx in gradients:
+            part, padding = self._read(slab.images, slab.first, slab.last)
+            geometry = self._geometry(padding)
             found = torch.ops.aten.convolution_backward(
-                dx, part, weight.to(dx.dtype), None, *self.geometry, [*needs, False]
+                dx, part, self.signed, None, *geometry, [*needs, False]
             )
             if dimage is not None:
-                dimage[images] = found[0]
+                first, last = self._reach(slab.first, slab.last)
+                inside = slice(max(0, first), min(last, self.image.shape[2]))
+                begin = 0 if padding else inside.start - first
+                own = found[0][:, :, begin : begin + inside.stop - inside.start]
+                dimage[slab.images, :, inside] += own
             if needs[1]:
                 new = found[1].to(accumulate_dtype(dx.dtype))
                 dweight = new if dweight is None else dweight.add_(new)
             del part, found
-        return dimage, None if dweight is None else like_parameter(dweight, weight)
+        if dweight is None:
+            return dimage, None
+        dweight *= self.sign.view(-1, *[1] * (dweight.dim() - 1))
+        return dimage, like_parameter(dweight, self.weight)
+
+    def _reach(self, first: int, last: int) -> tuple[int, int]:
+        """The lines of the image that some of the output's read; outside there is padding."""
+        stride, padding, dilation = (getattr(self.convolution, name)[0] for name in _SIZES)
+        kernel = self.weight.shape[2]
+        begin = first * stride - padding
+        return begin, begin + (last - first - 1) * stride + dilation * (kernel - 1) + 1
+
+    def _read(self, images: slice, first: int, last: int) -> tuple[Tensor, int]:
+        """What the convolution reads for some lines, and the padding that is left to it."""
+        part, padding = self.image[images], self.convolution.padding[0]
+        if (first, last) != (0, self.convolution.shape[2]):
+            begin, end = self._reach(first, last)
+            lines, padding = part.shape[2], 0
+            part = part[:, :, max(0, begin) : min(end, lines)].to(self.signed.dtype)
+            outside = max(0, -begin), max(0, end - lines)
+            if any(outside):
+                part = F.pad(part, [*[0, 0] * (part.dim() - 3), *outside])
+        # its output takes its input's layout
+        part = channels_last(part.to(self.signed.dtype))
+        if part.shape[1] == 1 and part.dim() > 3:
+            # one channel is in either order of memory; torch goes by its stride
+            strides = list(part.stride())
+            strides[1] = 1
+            part = part.as_strided(part.shape, strides)
+        return part, padding
+
+    def _geometry(self, padding: int) -> tuple[Any, ...]:
+        """Stride, padding, dilation, transposed, output padding, groups."""
+        conv = self.convolution
+        paddings = [padding, *conv.padding[1:]]
+        return conv.stride, paddings, conv.dilation, False, [0] * len(paddings), conv.groups
 
 
-class _Pooling:
-    """One forward or backward, a few images at a time."""
-
-    def __init__(
-        self,
-        ops: Backend,
-        spec: NormSpec,
-        pool: Any,
-        rows: Tensor,
-        shape: torch.Size,
-        gamma: Tensor,
-        beta: Tensor,
-        mean: Tensor,
-        var: Tensor,
-    ) -> None:
-        self.ops, self.pool, self.rows = ops, pool, rows
-        self.images, self.channels, *self.spatial = shape
-        self.norm = Normalization(mean, var, gamma, beta, spec.eps)
-
-    def _steps(self) -> Iterator[tuple[slice, slice]]:
-        per_image = math.prod(self.spatial)
-        image_bytes = per_image * self.channels * self.rows.element_size()
-        step = self.ops.images_per_step(self.images, image_bytes)
-        # without images, one step of none: pooling knows the output's shape
-        for first in self.ops.pieces(range(0, max(1, self.images), step)):
-            last = min(self.images, first + step)
-            yield slice(first, last), slice(first * per_image, last * per_image)
-
-    def _rectified(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Relu(norm(x)) of some images, as a matrix and as the (n, C, *spatial) view of it."""
-        x = self.rows[rows]
-        z = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        self.ops.bn_relu(x, self.norm, z)
-        return z, channels_first(z, len(z) // math.prod(self.spatial), self.spatial)
-
-    def _max_pool(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Maxima of some images (n, C, *spatial), and the pixels that they are at."""
-        pool = self.pool
-        return _MAX_POOL[type(pool)](
-            z,
-            pool.kernel_size,
-            pool.stride,
-            pool.padding,
-            pool.dilation,
-            pool.ceil_mode,
-            return_indices=True,
-        )
-
-    def _max_pool_backward(self, grad: Tensor, x: Tensor, pixels: Tensor) -> Tensor:
-        """The gradient of pooling's input, of the shape and layout of x (n, C, *spatial)."""
-        pool = self.pool
-        window = [pool.kernel_size, pool.stride, pool.padding, pool.dilation]
-        if x.dim() > 3:
-            backward = _MAX_POOL_BACKWARD[x.dim() - 4]
-            return backward(grad, x, *window, pool.ceil_mode, pixels)
-        # as on images one pixel high
-        high = (1, 1, 0, 1)
-        window = [[h, *nn.modules.utils._single(n)] for h, n in zip(high, window, strict=True)]
-        grad, x, pixels = grad.unsqueeze(2), x.unsqueeze(2), pixels.unsqueeze(2)
-        return _MAX_POOL_BACKWARD[0](grad, x, *window, pool.ceil_mode, pixels).squeeze(2)
-
-    def forward(self) -> Tensor:
-        output: Tensor | None = None
-        for images, rows in self._steps():
-            pooled = self._max_pool(self._rectified(rows)[1])[0].movedim(1, -1)
-            if output is None:
-                output = pooled.new_empty((self.images, *pooled.shape[1:]))
-            output[images] = pooled
-        assert output is not None
-        return output.movedim(-1, 1)
-
-    def reduce(self, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """S and T; the pixel of each maximum, and its gradient before the ReLU, (N, *pooled, C).
-
-        Pooling's gradient is zero but at the maxima, so sums over these are the whole sums.
-        """
-        s, t = torch.zeros_like(self.norm.mean), torch.zeros_like(self.norm.mean)
-        pixels = masked = None
-        for images, rows in self._steps():
-            pooled, found = self._max_pool(self._rectified(rows)[1])
-            found = found.movedim(1, -1)
-            if pixels is None or masked is None:
-                size = self.images, *found.shape[1:]
-                # no image has 2^31 of them
-                pixels = found.new_empty(size, dtype=torch.int32)
-                masked = pooled.new_empty(size)
-            pixels[images] = found
-            by_image = self.rows[rows].view(len(found), math.prod(self.spatial), self.channels)
-            maxima = by_image.gather(1, found.flatten(1, -2)).flatten(0, 1)
-            grad, z, out = rows_of(grad_output[images]), rows_of(pooled), masked[images]
-            sums = self.ops.bn_relu_backward_reduce(maxima, self.norm, grad, z, out.flatten(0, -2))
-            del pooled, found, maxima, grad, z  # before the next step's are made
-            s += sums[0]
-            t += sums[1]
-        assert pixels is not None
-        assert masked is not None
-        return s, t, pixels, masked
-
-    def backward(
-        self,
-        pixels: Tensor,
-        masked: Tensor,
-        correction: tuple[Tensor, Tensor, float] | None,
-        out: Tensor | None,
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """The gradient of x, of some images at a time; in ``out`` (P, C) where given."""
-        for images, rows in self._steps():
-            x, found = self.rows[rows], pixels[images].movedim(-1, 1).to(torch.int64)
-            shaped = channels_first(x, len(found), self.spatial)
-            dx = rows_of(self._max_pool_backward(masked[images].movedim(-1, 1), shaped, found))
-            if out is not None:
-                dx = out[rows].copy_(dx)
-            self.ops.bn_relu_backward_apply(x, self.norm, dx, correction)
-            yield images, channels_first(dx, len(found), self.spatial)
-            del dx, found  # before the next step's are made
+_SIZES = ("stride", "padding", "dilation")

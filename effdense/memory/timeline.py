@@ -178,7 +178,10 @@ class Timeline(TorchDispatchMode):
         out = meta_result(func, args, kwargs or {})
         if out is NotImplemented:
             out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
+        if func is torch.ops.aten._lazy_clone.default:
+            # what is shared until it is written
+            self._see(out, 0)
+        elif isinstance(out, torch.Tensor):
             self._see(out)
         elif out is not None:
             for leaf in tree_leaves(out):
@@ -187,7 +190,7 @@ class Timeline(TorchDispatchMode):
         self._workspaces.see(self._clock, func, args, out)
         return out
 
-    def _see(self, tensor: torch.Tensor) -> None:
+    def _see(self, tensor: torch.Tensor, nbytes: int | None = None) -> None:
         storage = tensor.untyped_storage()
         # the address of the C++ object: views share it, and it is ours until the storage dies
         key = storage._cdata
@@ -196,7 +199,8 @@ class Timeline(TorchDispatchMode):
         self._clock += 1
         now = time.perf_counter()
         place = self._place
-        record = _Storage(storage.nbytes(), self._phase, self._clock, place, place, now)
+        size = storage.nbytes() if nbytes is None else nbytes
+        record = _Storage(size, self._phase, self._clock, place, place, now)
         self._storages.append(record)
         self._alive[key] = record
         weakref.finalize(storage, self._bury, key).atexit = False

@@ -72,7 +72,7 @@ def norm_objection(name: str, norm: nn.Module | None) -> str | None:
 
 
 def conv_objection(name: str, conv: nn.Module | None, kernel: int) -> str | None:
-    """Why one convolution can't be fused, or None."""
+    """Why one convolution can't be fused, or None; of 1-wide ones a bias is in the way."""
     if type(conv) not in CONVOLUTIONS:
         return f"{name} is a {type(conv).__name__}, not a convolution"
     assert isinstance(conv, nn.modules.conv._ConvNd)
@@ -84,9 +84,10 @@ def conv_objection(name: str, conv: nn.Module | None, kernel: int) -> str | None
         or conv.padding != (kernel // 2,) * len(ones)
         or conv.groups != 1
         or conv.padding_mode != "zeros"
-        or conv._parameters.get("bias") is not None
+        or (kernel == 1 and conv._parameters.get("bias") is not None)
     ):
-        return f"{name} is {conv}, not a {kernel}-wide convolution of stride 1 without bias"
+        without = " without bias" if kernel == 1 else ""
+        return f"{name} is {conv}, not a {kernel}-wide convolution of stride 1{without}"
     return module_objection(name, conv)
 
 

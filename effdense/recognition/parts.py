@@ -38,10 +38,13 @@ class LayerParts(NamedTuple):
 
 
 class BlockParts(NamedTuple):
-    """A dense block's layers, and whether new features stand before the old ones."""
+    """What a dense block is."""
 
     layers: tuple[LayerParts, ...]
     newest_first: bool
+    """New features stand before the old ones."""
+    new_only: bool = False
+    """The block returns what its layers made, without its input (FC-DenseNet's way up)."""
 
 
 class TransitionParts(NamedTuple):
@@ -91,6 +94,7 @@ def _read_layer(layer: nn.Module) -> _Layer | str:
         types.append(kind)
         if kind in CONVOLUTIONS or isinstance(module, nn.modules.conv._ConvNd):
             convs.append((name, module))
+            types.append(module._parameters.get("bias") is not None)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             norms.append((name, module))
             types += map(type, module.children())

@@ -91,8 +91,11 @@ def _double_copy(module: nn.Module, original: type[nn.Module]) -> Any:
     return twin
 
 
-def _prove_block(block: nn.Module, original: type[nn.Module]) -> bool:
-    """Whether new features stand first; raises _Unproved where it is no dense block."""
+def _prove_block(block: nn.Module, original: type[nn.Module], new_only: bool) -> bool:
+    """Whether new features stand first; raises _Unproved where it is no dense block.
+
+    ``new_only``: the block returns nothing but them.
+    """
     twin = _double_copy(block, original)
     layers = layers_of(twin)
     read = [layer for layer in map(_read_layer, layers) if isinstance(layer, _Layer)]
@@ -108,6 +111,9 @@ def _prove_block(block: nn.Module, original: type[nn.Module]) -> bool:
                 actual = twin(x.clone())
                 for order in sorted(orders):
                     expected = both[order][0]
+                    if new_only:
+                        width = x.shape[1]
+                        expected = expected[:, :-width] if order else expected[:, width:]
                     if not _same(actual, expected) or not _same_gradients(actual, expected, asked):
                         orders.discard(order)
             if not orders:
@@ -258,7 +264,7 @@ def _batch_norm(norm: Any, x: Tensor, training: bool) -> tuple[Tensor, list[Tens
 def _norm_relu_conv(norm: Any, conv: Any, x: Tensor, training: bool) -> tuple[Tensor, list[Tensor]]:
     y, buffers = _batch_norm(norm, x, training)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
-    return convolve(F.relu(y), conv.weight, padding=conv.padding), buffers
+    return convolve(F.relu(y), conv.weight, conv.bias, padding=conv.padding), buffers
 
 
 def _expected_block(

@@ -62,25 +62,24 @@ def read_block(block: nn.Module, original: type[nn.Module]) -> BlockParts | str:
     found = kept(block, original, _read_block)
     if isinstance(found, str):
         return found
-    newest_first, layers = found
+    parts, layers = found
     if not any(layer.parts.drop_rate for layer in layers):
-        return BlockParts(tuple(layer.parts for layer in layers), newest_first)
-    return BlockParts(
-        tuple(
+        return parts
+    return parts._replace(
+        layers=tuple(
             layer.parts if layer.mode.training else layer.parts._replace(drop_rate=0.0)
             for layer in layers
-        ),
-        newest_first,
+        )
     )
 
 
 def _read_block(
     block: nn.Module, original: type[nn.Module], evidence: Evidence
-) -> tuple[bool, list[_Layer]] | str:
-    """Whether new features stand first, and the layers; or an objection."""
+) -> tuple[BlockParts, list[_Layer]] | str:
+    """The parts, and where they were read; or an objection."""
     layers = layers_of(block)
     if not layers:
-        return False, []
+        return BlockParts((), False), []
     read: list[_Layer] = []
     for layer in layers:
         found = _read_layer(layer)
@@ -91,24 +90,23 @@ def _read_block(
     objection = _width_objection(parts) or _shared_objection(parts) or _own_objection(block)
     if objection is not None:
         return objection
-    order = _captured_order(block, original, read, evidence)
-    if isinstance(order, str):
-        return order
+    captured = _captured_order(block, original, read, evidence)
+    if isinstance(captured, str):
+        return captured
+    found_parts = BlockParts(parts, *captured)
     if original is reference.DenseBlock and all(type(x) is reference.DenseLayer for x in layers):
-        return order, read
+        return found_parts, read
     # followed for each layer above, so a number of equal ones proves no more than one number
     kinds = tuple(kind for kind, _ in groupby(layer.signature for layer in read))
     signature = (original, _scalars(block), kinds, evidence.key())
-    proof = _proved(signature, lambda: _prove_block(block, original))
-    if isinstance(proof, str):
-        return proof
-    return order, read
+    proof = _proved(signature, lambda: _prove_block(block, original, found_parts.new_only))
+    return proof if isinstance(proof, str) else (found_parts, read)
 
 
 def _captured_order(
     block: nn.Module, original: type[nn.Module], read: Sequence[_Layer], evidence: Evidence
-) -> bool | str:
-    """Whether a block's code puts new features first; or what else it does."""
+) -> tuple[bool, bool] | str:
+    """Whether a block's code puts new features first, and returns them alone; or what else."""
     layers = layers_of(block)
     capture = Capture(block, original, evidence)
     rank = read[0].parts.conv1.weight.dim()
@@ -151,15 +149,17 @@ def _captured_order(
         return output
     if not isinstance(output, Symbol) or len(features) != len(layers) + 1:
         return "its forward does not return the features of all its layers"
-    _keep_orders(orders, capture.parts(output.node), features)
+    returned = capture.parts(output.node)
+    new_only = len(returned) == len(layers) > 1
+    _keep_orders(orders, returned, features[1:] if new_only else features)
     if capture.effects:
         return "its forward changes parameters or buffers"
     if not orders:
-        return "its forward returns something else than all features, concatenated"
-    return min(orders)
+        return "its forward returns something else than all features, or all new ones"
+    return min(orders), new_only
 
 
-def _keep_orders(orders: set[bool], found: list[int], features: list[int]) -> None:
+def _keep_orders(orders: set[bool], found: Sequence[int], features: Sequence[int]) -> None:
     if found != features:
         orders.discard(False)
     if found != features[::-1]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import effdense
 from effdense import reference
+from effdense.backends.sharing import address
+from effdense.block.forwards import set_save
 from effdense.tracing import nodes_behind
 from effdense.verification.comparison import randomize_norms
 from tests.helpers.compare import (
@@ -158,6 +161,106 @@ def test_norms_move_once_under_a_checkpoint_around_features(
     assert_same_buffers(dict(ours.named_buffers()), dict(naive.named_buffers()))
     for (name, one), other in zip(ours.named_parameters(), naive.parameters(), strict=True):
         assert_close(one.grad, other.grad, name=name)
+
+
+# ---------------------------------------------------------------------- in-place operations
+
+
+def _written(model: Any, x: Tensor) -> Tensor:
+    """Features, where the output of every block and transition is changed in place."""
+    for name, module in model.features.named_children():
+        x = module(x)
+        if name.startswith(("denseblock", "transition")):
+            x *= 0.75
+            x += torch.linspace(-1, 1, x.shape[1], dtype=x.dtype)[:, None, None]
+    return F.relu(x, inplace=True)
+
+
+def _headless(model: Any, x: Tensor) -> Tensor:
+    return F.relu(model.features[:-1](x), inplace=True)
+
+
+def _without_classifier(model: Any, x: Tensor) -> Tensor:
+    features = model.features(x)
+    features += 1
+    return features
+
+
+@pytest.mark.parametrize("call", [_written, _headless, _without_classifier])
+@pytest.mark.parametrize("save", effdense.SAVE_MODES)
+@pytest.mark.usefixtures("each_backend", "nan_filled_memory")
+def test_what_is_returned_may_be_changed_in_place(networks: Any, save: str, call: Any) -> None:
+    set_save(networks[0], save)  # type: ignore[arg-type]
+    x = images(*X)
+    for _ in range(2):
+        actual, expected = (step(m, x, call=partial(call, m)) for m in networks)
+        assert_same_step(actual, expected)
+
+
+class _Tanh(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh_()
+
+
+@pytest.mark.parametrize("save", [s for s in effdense.SAVE_MODES if s != "all"])
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_what_a_recomputed_block_returns_may_be_changed_in_place(
+    save: str, newest_first: bool
+) -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            convs = [nn.Conv2d(5 + 3 * i, 3, 3, padding=1) for i in range(2)]
+            self.layers = nn.ModuleList(nn.Sequential(conv, nn.SiLU()) for conv in convs)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.cat([layer(x), x] if newest_first else [x, layer(x)], 1)
+            return x
+
+    naive = Chain().double()
+    ours = effdense.convert(copy.deepcopy(naive), save=save)  # type: ignore[arg-type]
+    x = images(2, 5, 6, 4)
+    actual, expected = (step(nn.Sequential(m, _Tanh()), x) for m in (ours, naive))
+    assert "RecomputedBackward" in {type(node).__name__ for node in nodes_behind(ours(x))}
+    assert_same_step(actual, expected)
+
+
+_READERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "norm": lambda model, x: model.features.norm5(x),
+    "convolution": lambda model, x: F.conv2d(x, torch.ones(3, x.shape[1], 3, 3).to(x)),
+    "pooling": lambda model, x: F.adaptive_avg_pool2d(F.relu(x), 1),
+    "concatenation": lambda model, x: torch.cat([x, F.interpolate(x, scale_factor=1)], 1),
+    "transition": lambda model, x: effdense.Transition(x.shape[1], 4).to(x)(x),
+    "block": lambda model, x: effdense.DenseBlock(
+        effdense.reference.dense_layers(2, x.shape[1], 4, 2)
+    ).to(x)(x),
+}
+
+
+@pytest.mark.parametrize("save", ["features", "bottlenecks"])
+@pytest.mark.parametrize("reader", _READERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_memory_is_shared_where_nobody_writes(
+    networks: Any, reader: str, save: str, dtype: torch.dtype, each_backend: str
+) -> None:
+    if (each_backend, dtype) == ("cpu", torch.bfloat16):
+        pytest.skip("there are no loops for 16 bits")
+    ours, _ = networks
+    set_save(ours, save)  # type: ignore[arg-type]
+    ours.to(dtype)
+    block = ours.features.denseblock2
+    x = images(2, 8, 6, 5, dtype=dtype).requires_grad_()
+    features = block(x)
+    saved = features.grad_fn.saved_tensors[0]
+    addresses = address(saved), address(features)
+    loss = _READERS[reader](ours, features).float().square().sum()
+    loss.backward(retain_graph=True)
+    assert addresses == (address(saved), address(features))
+    assert addresses[0] == addresses[1]
+    with torch.no_grad():
+        features.zero_()
+    assert addresses[0] == address(saved) != address(features)
 
 
 # --------------------------------------------------------------- changed after conversion

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from harness.fc_densenet import FCDenseNet
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
@@ -114,6 +115,15 @@ def _smp_unet() -> nn.Module:
     return smp.Unet("densenet121", encoder_weights=None, decoder_channels=(16, 8, 8, 4, 4))
 
 
+def _fc_densenet(drop_rate: float = 0.0, biases: bool = False) -> nn.Module:
+    model = FCDenseNet(4, (2, 3), 2, 7, 5, drop_rate=drop_rate)
+    for name, parameter in model.named_parameters():
+        # the gradient of a bias before a batch norm is zero up to rounding
+        normed = name.endswith("bias") and "norm" not in name and "classify" not in name
+        parameter.requires_grad_(biases or not normed)
+    return model
+
+
 # name: (how it is made, shape of an input, fused stages in a step, recomputed blocks)
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "torchvision": (_torchvision, (2, 3, 37, 33), 2, 0),
@@ -129,6 +139,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "timm RDNet": (_rdnet, (2, 3, 33, 32), 0, 3),
     "torchxrayvision": (_torchxrayvision, (2, 1, 224, 224), 2, 0),
     "segmentation-models-pytorch": (_smp_unet, (2, 3, 32, 64), 4, 0),
+    "FC-DenseNet": (_fc_densenet, (2, 3, 12, 20), 5, 0),
     "new features last": (lambda: FlatNet(AppendingBottleneck), (2, 3, 9, 7), 3, 0),
     "new features first": (lambda: FlatNet(PrependingBottleneck), (2, 3, 9, 7), 3, 0),
     "without bottleneck": (lambda: FlatNet(SingleLayer), (2, 3, 9, 7), 3, 0),
@@ -186,6 +197,45 @@ def test_a_converted_model_equals_the_original(name: str) -> None:
     assert stages_in(ours(x)) == stages
     with torch.inference_mode():
         assert_close(ours(x), naive(x))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("save", [s for s in effdense.SAVE_MODES if s != "all"])
+@pytest.mark.usefixtures("each_backend", "nan_filled_memory")
+def test_biases_of_layers_get_their_gradients(save: str, frozen: bool) -> None:
+    ours, naive = _pair(lambda: _fc_densenet(biases=True))
+    _convert(ours, save)
+    if frozen:
+        for model in (ours, naive):
+            _freeze_norms(model)
+    actual, expected = (step(model, images(2, 3, 12, 20)) for model in (ours, naive))
+    if frozen:
+        assert_same_step(actual, expected)
+    for name, gradient in expected.gradients.items():
+        found, weight = actual.gradients[name], expected.gradients[name.replace("bias", "weight")]
+        assert found is not None
+        assert gradient is not None
+        assert weight is not None
+        # where a batch norm follows, only rounding is left of a bias's
+        assert (found - gradient).abs().max() <= 1e-10 * weight.abs().max(), name
+
+
+def test_dropped_channels_of_layers_with_biases_are_zero() -> None:
+    model: Any = _convert(_fc_densenet(0.5, biases=True))
+    # with norms of 0 a layer's new features are its bias alone
+    for norm in norms_of(model):
+        nn.init.zeros_(norm.weight), nn.init.zeros_(norm.bias)
+    block = model.down[1]
+    for layer in block.layers:
+        nn.init.ones_(layer.conv.bias)
+    x = torch.randn(64, block.layers[0].norm.num_features, 4, 6)
+    new = block(x)[:, x.shape[1] :]
+    assert set(new.flatten().tolist()) == {0.0, 2.0}
+    assert 0.4 < float((new == 0).double().mean()) < 0.6
+    assert torch.equal(new, new[:, :, :1, :1].expand_as(new))
+    new.sum().backward()
+    kept = new[:, :4, 0, 0].sum(0) * 24
+    assert_close(block.layers[0].conv.bias.grad, kept, 1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +12,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import effdense
+from effdense.backends.torch_backend import TorchBackend
+from effdense.block.stem import run_stem
 from effdense.tracing import nodes_behind
-from tests.helpers.compare import assert_identical, assert_same_step, images, step, twins
+from tests.helpers.compare import (
+    assert_close,
+    assert_identical,
+    assert_same_step,
+    images,
+    step,
+    twins,
+)
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "each_backend")
 
@@ -85,9 +95,17 @@ def _operations(output: Tensor) -> set[str]:
     return {type(node).__name__ for node in nodes_behind(output)}
 
 
+@pytest.fixture(params=["whole images", "lines"])
+def _slabs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some images, or of as few lines of one as there may be."""
+    if request.param == "lines":
+        monkeypatch.setattr(TorchBackend, "images_per_step", lambda *_: 1)
+
+
 @fused_saves
 @pytest.mark.parametrize("input_grad", [True, False])
 @pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.usefixtures("_slabs")
 def test_a_changed_stem_equals_naive(name: str, input_grad: bool, save: str) -> None:
     change, runs_fused = CHANGES[name]
     ours, naive = twins(save, small_inputs=False)
@@ -100,7 +118,42 @@ def test_a_changed_stem_equals_naive(name: str, input_grad: bool, save: str) -> 
     assert ("ConvolutionBackward0" in found) == (not runs_fused)
 
 
+@fused_saves
+@pytest.mark.parametrize("dims", [1, 3])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.usefixtures("_slabs")
+def test_a_stem_of_other_dimensions_equals_naive(dims: int, channels: int, save: str) -> None:
+    config: dict[str, Any] = {"small_inputs": False}
+    config |= {"spatial_dims": dims, "in_channels": channels}
+    ours, naive = twins(save, **config)
+    x = images(2, channels, *(43, 18, 21)[:dims])
+    for train in (True, True, False):
+        ours.train(train), naive.train(train)
+        assert_same_step(step(ours, x), step(naive, x))
+        with torch.no_grad():
+            assert_close(ours(x), naive(x))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_of_maxima_that_the_norm_rounds_to_one_the_largest_gets_the_gradient(sign: int) -> None:
+    """torch's pooling gives it to the first; see slabs.py, NOTE [ pooling before the norm ]."""
+    pool, norm = nn.MaxPool1d(4), nn.BatchNorm1d(1).eval().to(torch.bfloat16)
+    norm.requires_grad_(False)
+    norm.weight.fill_(sign * 2**-6), norm.bias.fill_(1)
+    x = torch.tensor([[[0.125, 0.25, 0.375, 0.375]]], dtype=torch.bfloat16) * sign
+    x.requires_grad_()
+    with mock.patch.dict("os.environ", EFFDENSE_BACKEND="torch"):
+        output, used = run_stem([norm, nn.ReLU(), pool], x, "auto", "features")
+    assert used == 3
+    assert output is not None
+    assert torch.equal(output, pool(norm(x).relu()))
+    output.sum().backward()
+    assert x.grad is not None
+    assert (x.grad != 0).tolist() == [[[False, False, True, False]]]
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.usefixtures("_slabs")
 def test_save_modes_agree_bit_for_bit(dims: int) -> None:
     x = images(3, 3, *(39, 30, 17)[:dims], dtype=torch.float32)
     nets = [

@@ -1,0 +1,323 @@
+"""BN-ReLU-MaxPool by slabs of lines, of a tensor that need not exist as a whole.
+
+NOTE [ slabs ]
+A line is what one index of the first spatial dimension holds: a line of pixels of an image, a
+plane of a volume. Where images are small a slab is some of them, else some of the lines of one.
+Every line of x is made in one slab, whose windows may reach into the lines of the one before.
+
+NOTE [ pooling before the norm ]
+scale x + shift, rounded, and the ReLU behind it never fall as x grows where gamma is positive,
+and never grow where it is negative. So the largest of a window's z = relu(norm(x)) is that of
+its largest x, or of its smallest, and pooling can be done before the statistics are known: of x
+times the sign of gamma, its largest. All below is in terms of that x and of |gamma|; the source
+of x gives it with its sign. Where gamma is 0 all of z is the same, and the window's first
+position has its maximum, as in torch.
+
+Known limitation: of positions whose z are equal though their x are not (rounded to the same
+number by the norm, which happens in 16 bits) torch's pooling gives the gradient to the first,
+this to the one whose x is largest, and among equal x to the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backends.base import Backend, Correction, Normalization, Statistics
+from ..backends.layout import channels_first
+from ..backends.layout import rows as rows_of
+
+MAX_POOL: dict[type[nn.Module], Any] = {
+    nn.MaxPool1d: F.max_pool1d,
+    nn.MaxPool2d: F.max_pool2d,
+    nn.MaxPool3d: F.max_pool3d,
+}
+_BACKWARD = (
+    torch.ops.aten.max_pool2d_with_indices_backward,
+    torch.ops.aten.max_pool3d_with_indices_backward,
+)
+
+
+class Slab(NamedTuple):
+    """Images, and lines of them; see NOTE [ slabs ]."""
+
+    images: slice
+    first: int
+    last: int
+    """The lines of x that no slab before it has."""
+    pooled: slice
+    """The lines of the output that it makes."""
+    whole: bool
+    """All lines of its images."""
+
+
+class Source(Protocol):
+    """Where x (N, C, *spatial) comes from, with the sign of its norm's weight."""
+
+    def lines(self, images: slice, first: int, last: int) -> Tensor:
+        """Some lines of some images, in channels-last order."""
+        ...
+
+
+class Moments:
+    """Mean and biased variance (C,) of what is added (Chan, Golub, LeVeque 1979)."""
+
+    def __init__(self, ops: Backend, like: Tensor) -> None:
+        self._ops, self.count = ops, 0
+        self.mean, self.var = torch.zeros_like(like), torch.zeros_like(like)
+
+    def add(self, rows: Tensor) -> None:
+        own = Statistics(torch.empty_like(self.mean), torch.empty_like(self.var))
+        self._ops.statistics(rows, own)
+        count = self.count + len(rows)
+        share = len(rows) / count
+        distance = own.mean - self.mean
+        self.mean += distance * share
+        self.var += (own.var - self.var) * share
+        self.var.addcmul_(distance, distance, value=share * (1 - share))
+        self.count = count
+
+
+class Window(NamedTuple):
+    """A max-pooling along the lines."""
+
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+
+    def first(self, pooled: int) -> int:
+        """The first line that is read for a line of the output; below 0 it is padding."""
+        return pooled * self.stride - self.padding
+
+    def last(self, pooled: int) -> int:
+        """Behind the last one."""
+        return self.first(pooled) + self.dilation * (self.kernel - 1) + 1
+
+
+class Pooling:
+    """The pooling of tensors of one shape."""
+
+    def __init__(self, ops: Backend, pool: Any, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.ops, self.pool, self.dtype = ops, pool, dtype
+        self.images, self.channels, *self.spatial = shape
+        dims = len(self.spatial)
+        parts = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        sizes = [(n,) * dims if isinstance(n, int) else tuple(n) for n in parts]
+        self.windows = [Window(*own) for own in zip(*sizes, strict=True)]
+        pairs = zip(self.spatial, self.windows, strict=True)
+        self.pooled = [_pooled_size(n, window, pool.ceil_mode) for n, window in pairs]
+        self.lines, *rest = self.spatial
+        self.line = math.prod(rest)
+        self.window = self.windows[0]
+
+    def slabs(self) -> Iterator[Slab]:
+        """All of x, in order; see NOTE [ slabs ]."""
+        line_bytes = self.line * self.channels * self.dtype.itemsize
+        step = self.ops.images_per_step(self.images * self.lines, line_bytes)
+        every = slice(0, self.pooled[0])
+        if step >= self.lines:
+            step //= self.lines
+            for first in self.ops.pieces(range(0, self.images, step)):
+                images = slice(first, min(self.images, first + step))
+                yield Slab(images, 0, self.lines, every, True)
+            return
+        # of the lines that a slab's windows read most should be its own
+        reach = self.window.last(0) - self.window.first(0)
+        step = max(step, 2 * reach) // self.window.stride
+        for image in self.ops.pieces(range(self.images)):
+            for start in self.ops.pieces(range(0, self.pooled[0], step)):
+                stop = min(self.pooled[0], start + step)
+                # a simulation leaves slabs out
+                first = 0 if start == 0 else self._made(start)
+                last = self.lines if stop == self.pooled[0] else self._made(stop)
+                yield Slab(slice(image, image + 1), first, last, slice(start, stop), False)
+
+    def _made(self, pooled: int) -> int:
+        """The lines of x that are made before those that only output from ``pooled`` on reads."""
+        return max(0, min(self.lines, self.window.last(pooled - 1)))
+
+    def forward(self, source: Source, moments: Moments | None, keep: Tensor | None) -> Tensor:
+        """Windows' largest x, (N, *pooled, C).
+
+        ``moments`` are given all of x, and ``keep`` (N, *spatial, C) gets it.
+        """
+        out: Tensor | None = None
+        held: Tensor | None = None
+        for slab in self.slabs():
+            if slab.first == 0:
+                held = None
+            x = source.lines(slab.images, slab.first, slab.last)
+            if moments is not None:
+                moments.add(rows_of(x))
+            if keep is not None:
+                keep[slab.images, slab.first : slab.last] = x.movedim(1, -1)
+            if held is not None:
+                x = torch.cat([held, x], 2)
+            start = slab.last - x.shape[2]
+            found = self.extremes(slab, x, start)[0].movedim(1, -1)
+            if out is None:
+                out = found.new_empty((self.images, *self.pooled, self.channels))
+            out[slab.images, slab.pooled] = found
+            # what the next slab's windows read too, without the rest's memory
+            wanted = x[:, :, max(0, self.window.first(slab.pooled.stop) - start) :]
+            held = None if slab.whole else _like(wanted, wanted.shape).copy_(wanted)
+            del x, wanted, found  # before the next slab's are made
+        if out is None:
+            out = source.lines(slice(0, 0), 0, self.lines).new_empty(
+                (0, *self.pooled, self.channels)
+            )
+        return out
+
+    def reduce(
+        self, source: Source, norm: Normalization, grad_output: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """S and T; the pixel of each maximum, and its gradient before the ReLU, (N, *pooled, C).
+
+        Pooling's gradient is zero but at the maxima, so sums over these are the whole sums.
+        """
+        s, t = torch.zeros_like(norm.mean), torch.zeros_like(norm.mean)
+        shape = self.images, *self.pooled, self.channels
+        # no image has 2^31 of them
+        pixels = norm.mean.new_empty(shape, dtype=torch.int32)
+        masked = grad_output.new_empty(shape)
+        flat = norm.gamma == 0
+        for slab in self.slabs():
+            first = max(0, self.window.first(slab.pooled.start))
+            last = min(self.lines, self.window.last(slab.pooled.stop - 1))
+            first, last = (0, self.lines) if slab.whole else (first, last)
+            x = source.lines(slab.images, first, last)
+            found = self.extremes(slab, x, first)[1].movedim(1, -1)
+            found = torch.where(flat, self.firsts(slab, x).movedim(1, -1), found)
+            pixels[slab.images, slab.pooled] = found
+            found -= first * self.line
+            by_image = rows_of(x).view(len(found), -1, self.channels)
+            maxima = by_image.gather(1, found.flatten(1, -2)).flatten(0, 1)
+            grad = rows_of(grad_output[slab.images, :, slab.pooled])
+            out = masked.new_empty(grad.shape)
+            sums = self.ops.bn_relu_backward_reduce(maxima, norm, grad, None, out)
+            masked[slab.images, slab.pooled] = out.view(found.shape)
+            del x, found, by_image, maxima, grad, out  # before the next slab's are made
+            s += sums[0]
+            t += sums[1]
+        return s, t, pixels, masked
+
+    def backward(
+        self,
+        source: Source,
+        norm: Normalization,
+        pixels: Tensor,
+        masked: Tensor,
+        correction: Correction | None,
+    ) -> Iterator[tuple[Slab, Tensor]]:
+        """The gradient of x, a slab at a time, (n, C, lines, *spatial)."""
+        grad, found = masked.movedim(-1, 1), pixels.movedim(-1, 1)
+        for slab in self.slabs():
+            if slab.first == slab.last:
+                continue
+            dx = rows_of(self.scatter(slab, grad, found))
+            x = rows_of(source.lines(slab.images, slab.first, slab.last))
+            self.ops.bn_relu_backward_apply(x, norm, dx, correction)
+            images = slab.images.stop - slab.images.start
+            size = slab.last - slab.first, *self.spatial[1:]
+            yield slab, channels_first(dx, images, size)
+            del dx, x  # before the next slab's are made
+
+    def extremes(self, slab: Slab, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Windows' largest x, and at which pixels of their images, (n, C, *pooled).
+
+        ``x`` are the slab's images' lines from ``start`` on, up to the last that is read at least.
+        """
+        if slab.whole:
+            return self._max_pool(x, self.window.padding)
+        first, last = self.window.first(slab.pooled.start), self.window.last(slab.pooled.stop - 1)
+        x = x[:, :, max(first, start) - start : min(last, self.lines) - start]
+        outside = max(0, -first), max(0, last - self.lines)
+        if any(outside):
+            shape = [(*x.shape[:2], n, *x.shape[3:]) for n in outside]
+            above, below = (_like(x, size).fill_(-math.inf) for size in shape)
+            x = torch.cat([above, x, below], 2)
+        found, pixels = self._max_pool(x, 0)
+        return found, pixels.add_(first * self.line)
+
+    def firsts(self, slab: Slab, like: Tensor) -> Tensor:
+        """At which pixels windows begin, (1, 1, *pooled)."""
+        first = max(0, self.window.first(slab.pooled.start))
+        last = min(self.lines, self.window.last(slab.pooled.stop - 1))
+        first, last = (0, self.lines) if slab.whole else (first, last)
+        nothing = like.new_zeros((1, 1, last - first, *self.spatial[1:]))
+        return self.extremes(slab, nothing, first)[1]
+
+    def scatter(self, slab: Slab, grad: Tensor, pixels: Tensor) -> Tensor:
+        """The gradient of the slab's lines of x, (n, C, lines, *spatial).
+
+        ``grad`` and ``pixels`` (N, C, *pooled) are those of all maxima.
+        """
+        if slab.whole:
+            return self._spread(grad[slab.images], pixels[slab.images], 0, self.lines, self.window)
+        # all windows that read one of these lines
+        window, height = self.window, self.pooled[0]
+        reach = window.last(0) - window.first(0)
+        start = max(0, -(-(slab.first + window.padding - reach + 1) // window.stride))
+        stop = min(height, (slab.last - 1 + window.padding) // window.stride + 1)
+        first, last = window.first(start), window.last(stop - 1)
+        part = slab.images, slice(None), slice(start, stop)
+        found = self._spread(grad[part], pixels[part], first, last, window._replace(padding=0))
+        # lines that no window reads
+        above, below = max(0, first - slab.first), max(0, slab.last - last)
+        if above or below:
+            found = F.pad(found, [*[0, 0] * (len(self.spatial) - 1), above, below])
+        begin = slab.first - first + above
+        return found[:, :, begin : begin + slab.last - slab.first]
+
+    def _max_pool(self, x: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+        windows = [self.window._replace(padding=padding), *self.windows[1:]]
+        kernel, stride, paddings, dilation = zip(*windows, strict=True)
+        return MAX_POOL[type(self.pool)](
+            x, kernel, stride, paddings, dilation, self.pool.ceil_mode, return_indices=True
+        )
+
+    def _spread(
+        self, grad: Tensor, pixels: Tensor, first: int, last: int, window: Window
+    ) -> Tensor:
+        """The gradient of lines ``first`` to ``last``, which ``window`` reads and nothing else."""
+        pixels = pixels.to(torch.int64)
+        pixels -= first * self.line
+        kernel, stride, padding, dilation = map(
+            list, zip(*[window, *self.windows[1:]], strict=True)
+        )
+        size = (*grad.shape[:2], last - first, *self.spatial[1:])
+        x = channels_first(
+            grad.new_empty((grad.shape[0] * math.prod(size[2:]), self.channels)),
+            grad.shape[0],
+            size[2:],
+        )
+        ceil = self.pool.ceil_mode
+        if x.dim() > 3:
+            backward = _BACKWARD[x.dim() - 4]
+            return backward(grad, x, kernel, stride, padding, dilation, ceil, pixels)
+        # as on images one pixel high
+        windows = kernel, stride, padding, dilation
+        both = [[high, *own] for high, own in zip((1, 1, 0, 1), windows, strict=True)]
+        grad, x, pixels = grad.unsqueeze(2), x.unsqueeze(2), pixels.unsqueeze(2)
+        return _BACKWARD[0](grad, x, *both, ceil, pixels).squeeze(2)
+
+
+def _pooled_size(size: int, window: Window, ceil: bool) -> int:
+    """As torch counts windows: with ``ceil`` the last may reach out, but must begin inside."""
+    left = size + 2 * window.padding - window.dilation * (window.kernel - 1) - 1
+    found = (left + (window.stride - 1 if ceil else 0)) // window.stride + 1
+    if ceil and (found - 1) * window.stride >= size + window.padding:
+        found -= 1
+    return found
+
+
+def _like(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Room for another size in the layout of x, channels last."""
+    matrix = x.new_empty((size[0] * math.prod(size[2:]), size[1]))
+    return channels_first(matrix, size[0], size[2:])
