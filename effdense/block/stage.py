@@ -59,8 +59,8 @@ def run_stage(
     batch = batch_of(x, used)
 
     # a recorded stage gives its gradients away, to be used up behind it
-    own = torch.is_grad_enabled() and recorder.get() is None
-    steps = steps_of(tensors) if own else None
+    by_itself = torch.is_grad_enabled() and recorder.get() is None
+    steps = steps_of(tensors) if by_itself else None
     if steps is not None and dtype == torch.float16:
         raise ValueError(
             "float16 wants its loss scaled (torch.amp.GradScaler), and gradients checked before "
