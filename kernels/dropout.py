@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -45,6 +47,15 @@ def dropout_mask_fwd_kernel(
     b_z = (b_z ^ (b_z >> 27)) * _FACTOR_2
     b_out = tl.where(b_z.to(tl.int64) < THRESHOLD, value, 0.0)
     store_columns(p_out + o_p[:, None] * s_out + o_c[None, :], b_out, o_p < P, o_c, C)
+
+
+def wide(out: Tensor) -> Tensor:
+    """A dense matrix as one of more columns, where there is one: its stores are wider.
+
+    An element's place is counted along the rows, so it has the same one in either.
+    """
+    columns = math.gcd(out.numel(), 128)
+    return out.view(-1, columns) if columns > out.shape[1] else out
 
 
 def dropout_mask(out: Tensor, key: Tensor, p: float, launcher: Launcher) -> None:

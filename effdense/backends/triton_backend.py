@@ -189,7 +189,7 @@ class TritonBackend(Stepwise):
         return max(1, min(images, KERNEL_STEP_BYTES // max(1, bytes_per_image)))
 
     def dropout_mask(self, key: Tensor, p: float, out: Tensor) -> None:
-        self._run("map", dropout.dropout_mask, out, key, p)
+        self._run("map", dropout.dropout_mask, dropout.wide(out), key, p)
 
     def statistics(self, x: Tensor, out: Statistics) -> None:
         self._run("reduce", statistics.statistics, x, out)

@@ -42,6 +42,7 @@ from effdense.kernels import (
     bn_relu_conv3,
     bn_relu_conv3_backward,
     bn_relu_pool,
+    dropout,
     finish_gradient,
     statistics,
 )
@@ -383,6 +384,14 @@ def _finish(
     return own, s.matrix(x, "PC"), *vectors, s.rows, into
 
 
+def _mask(s: Small, out: Tensor, key: Tensor, p: float) -> tuple[Any, ...]:
+    return s.nothing(out, "PC"), torch.full_like(key, 5, device=s.device), p
+
+
+def _torchs_mask(o: TorchBackend, out: Tensor, key: Tensor, p: float) -> None:
+    o.dropout_mask(key, p, out)
+
+
 CHECKS: dict[Callable[..., Any], Check] = {
     statistics.statistics: Check(_columns, _statistics, TorchBackend.statistics, (1,)),
     bn_relu.bn_relu: Check(_columns, _bn_relu, TorchBackend.bn_relu, (2,)),
@@ -410,6 +419,7 @@ CHECKS: dict[Callable[..., Any], Check] = {
     bn_relu_pool.bn_relu_global_pool_backward: Check(
         _columns, _global_pool_backward, _torchs_global_backward, (4, 5)
     ),
+    dropout.dropout_mask: Check(_columns, _mask, _torchs_mask, (0,)),
     finish_gradient.finish_gradient: Check(_columns, _finish, TorchBackend.finish_gradient, (6,)),
 }
 
