@@ -49,7 +49,7 @@ def bn_relu_global_pool_reference(x: Tensor, norm: Normalization, images: int) -
     return bn_relu_reference(x, norm).view(images, -1, x.shape[1]).mean(1)
 
 
-@jit(ALIGN=("s_x",), ALIGN_C=("s_out", "C"))
+@jit(ALIGN=("s_x",), ALIGN_P=("s_out",), ALIGN_C=("C",))
 def bn_relu_avg_pool_fwd_kernel(
     p_x,
     p_mean,
@@ -71,11 +71,12 @@ def bn_relu_avg_pool_fwd_kernel(
     W2: tl.constexpr,
     PAD: tl.constexpr,
     ALIGN: tl.constexpr,
+    ALIGN_P: tl.constexpr,
     ALIGN_C: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    s_x, s_out, C = s_x * ALIGN, s_out * ALIGN_C, C * ALIGN_C
+    s_x, s_out, C = s_x * ALIGN, s_out * ALIGN_P, C * ALIGN_C
     i_p, i_c = tl.program_id(0) // n_c, tl.program_id(0) % n_c
     o_p = i_p.to(tl.int64) * BP + tl.arange(0, BP)
     o_c = i_c * BC + tl.arange(0, BC)
@@ -98,7 +99,7 @@ def bn_relu_avg_pool_fwd_kernel(
     store_columns(p_out + o_p[:, None] * s_out + o_c[None, :], b_out, m_p, o_c, C)
 
 
-@jit(ALIGN=("s_x", "s_d"), ALIGN_C=("s_dpooled", "s_pooled", "C"))
+@jit(ALIGN=("s_x", "s_d"), ALIGN_P=("s_dpooled", "s_pooled"), ALIGN_C=("C",))
 def bn_relu_avg_pool_bwd_kernel(
     p_x,
     p_mean,
@@ -125,13 +126,15 @@ def bn_relu_avg_pool_bwd_kernel(
     W1: tl.constexpr,
     W2: tl.constexpr,
     PAD: tl.constexpr,
+    PAD_P: tl.constexpr,
     ALIGN: tl.constexpr,
+    ALIGN_P: tl.constexpr,
     ALIGN_C: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
     s_x, s_d = s_x * ALIGN, s_d * ALIGN
-    s_dpooled, s_pooled, C = s_dpooled * ALIGN_C, s_pooled * ALIGN_C, C * ALIGN_C
+    s_dpooled, s_pooled, C = s_dpooled * ALIGN_P, s_pooled * ALIGN_P, C * ALIGN_C
     i_c = tl.program_id(0)
     i_s = tl.program_id(1).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC)
@@ -153,7 +156,7 @@ def bn_relu_avg_pool_bwd_kernel(
         o_0, o_n = o_rest % n0, o_rest // n0
         m_p = o_p < last
         m_full = m_p & (o_0 < f0) & (o_1 < f1) & (o_2 < f2)
-        m_pooled = m_full[:, None] & m_c[None, :]
+        m_pooled = m_full[:, None] & columns_loaded(o_c, C, PAD_P)[None, :]
         o_pooled = ((o_n * f0 + o_0) * f1 + o_1) * f2 + o_2
         o_row = ((o_n * S0 + o_0 * W0) * S1 + o_1 * W1) * S2 + o_2 * W2
         p_tile = p_dpooled + o_pooled[:, None] * s_dpooled + o_c[None, :]
@@ -217,7 +220,7 @@ def bn_relu_global_pool_fwd_kernel(
     tl.store(p_out + i_n * s_out + o_c, b_out, m_c)
 
 
-@jit(ALIGN=("s_x", "s_d"), ALIGN_C=("s_dpooled", "C"))
+@jit(ALIGN=("s_x", "s_d"), ALIGN_P=("s_dpooled",), ALIGN_C=("C",))
 def bn_relu_global_pool_bwd_kernel(
     p_x,
     p_mean,
@@ -236,12 +239,14 @@ def bn_relu_global_pool_bwd_kernel(
     positions,
     rows,
     PAD: tl.constexpr,
+    PAD_P: tl.constexpr,
     ALIGN: tl.constexpr,
+    ALIGN_P: tl.constexpr,
     ALIGN_C: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    s_x, s_d, s_dpooled, C = s_x * ALIGN, s_d * ALIGN, s_dpooled * ALIGN_C, C * ALIGN_C
+    s_x, s_d, s_dpooled, C = s_x * ALIGN, s_d * ALIGN, s_dpooled * ALIGN_P, C * ALIGN_C
     i_c = tl.program_id(0)
     i_s = tl.program_id(1).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC)
@@ -259,7 +264,8 @@ def bn_relu_global_pool_bwd_kernel(
         m_x = m_p[:, None] & m_load[None, :]
         b_x = tl.load(p_x + o_p[:, None] * s_x + o_c[None, :], m_x, 0.0)  # [BP, BC]
         p_tile = p_dpooled + (o_p // positions)[:, None] * s_dpooled + o_c[None, :]
-        b_dz = tl.load(p_tile, m_p[:, None] & m_c[None, :], 0.0).to(tl.float32) / positions
+        m_pooled = m_p[:, None] & columns_loaded(o_c, C, PAD_P)[None, :]
+        b_dz = tl.load(p_tile, m_pooled, 0.0).to(tl.float32) / positions
         b_g, b_gx = backward_terms(b_x, b_dz, b_mean, b_scale, b_shift)
         b_s += b_g
         b_t += b_gx
@@ -344,6 +350,7 @@ def bn_relu_avg_pool_backward(
         sizes |= {"s_x": x.stride(0), "s_dpooled": dpooled.stride(0)}
         sizes |= {"s_d": d.stride(0), "s_pooled": into.stride(0)}
         constants = windows | {"REBUILD": pooled is not None, "PAD": pad(x)}
+        constants["PAD_P"] = min(pad(dpooled), pad(into))
         kernel, grid = bn_relu_avg_pool_bwd_kernel, (n_c, ranges)
         start = launcher.prepare(kernel, launch, grid, sizes, **constants)
         sums = prepare_sums(launcher, ranges, 0, C, deferred is not None)
@@ -409,7 +416,8 @@ def bn_relu_global_pool_backward(
         sizes = {"P": P, "C": C, "positions": P // images, "rows": rows}
         sizes |= {"s_x": x.stride(0), "s_dpooled": dpooled.stride(0), "s_d": d.stride(0)}
         kernel, grid = bn_relu_global_pool_bwd_kernel, (n_c, ranges)
-        start = launcher.prepare(kernel, launch, grid, sizes, PAD=pad(x))
+        padded = {"PAD": pad(x), "PAD_P": pad(dpooled)}
+        start = launcher.prepare(kernel, launch, grid, sizes, **padded)
         sums = prepare_sums(launcher, ranges, 0, C, deferred is not None)
         found = launcher.keep(key, (start, (ranges, 2, C), sums))
     start, part_shape, sums = found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import Backend, Normalization, Statistics, Unfinished, WholeWork
-from .layout import channels_first
+from .layout import channels_first, round_up
 from .layout import rows as rows_of
 from .norm_sums import ALL_CHANNELS, Channels, direct_channels, second_sum
 
@@ -208,7 +208,7 @@ class Stepwise(WholeWork):
         weight = weight.to(x.dtype)
         for rows, pooled_rows, part in _window_steps(self, x, shape):
             # A 1x1 convolution commutes with average pooling: pool first, a quarter of the product.
-            pooled = x.new_empty((pooled_rows.stop - pooled_rows.start, x.shape[1]))
+            pooled = _room(self, x, pooled_rows)
             self.bn_relu_avg_pool(x[rows], norm, part, pooled)
             torch.mm(pooled, weight.t(), out=out[pooled_rows])
             del pooled  # before the next step's is made
@@ -228,8 +228,8 @@ class Stepwise(WholeWork):
         channels = self.direct_channels(norm) if from_product else ALL_CHANNELS
         total = _Total(norm.mean.dtype)
         for rows, pooled_rows, part in _window_steps(self, x, shape):
-            dpooled = dout[pooled_rows] @ weight
-            pooled = torch.empty_like(dpooled) if need_weight else None
+            dpooled = torch.mm(dout[pooled_rows], weight, out=_room(self, x, pooled_rows))
+            pooled = _room(self, x, pooled_rows) if need_weight else None
             sums = self.bn_relu_avg_pool_backward(
                 x[rows], norm, part, dpooled, d[rows], pooled, channels
             )
@@ -263,6 +263,12 @@ class _Total:
         assert s is not None
         assert t is not None
         return dw, s, t
+
+
+def _room(backend: Backend, x: Tensor, rows: slice) -> Tensor:
+    """For ``rows`` of x's columns, as far apart as the backend wants them."""
+    columns = round_up(x.shape[1], backend.row_multiple)
+    return x.new_empty((rows.stop - rows.start, columns))[:, : x.shape[1]]
 
 
 def _image_steps(

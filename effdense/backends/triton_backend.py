@@ -44,6 +44,7 @@ from effdense.kernels import (
 
 from ..machine.environment import cache_folder
 from . import variants
+from .layout import round_up
 from .torch_backend import TorchBackend
 
 # what an operation asks the launch table for, where that is not one thing of its own name
@@ -369,6 +370,11 @@ class TritonBackend(Stepwise):
         self, x: Tensor, norm: Normalization, images: int, dpooled: Tensor, d: Tensor
     ) -> tuple[Tensor, Tensor]:
         function = bn_relu_pool.bn_relu_global_pool_backward
+        columns = round_up(dpooled.shape[1], self.row_multiple)
+        if columns != dpooled.shape[1]:
+            # small beside d, whose stores would be as narrow as these loads
+            padded = dpooled.new_empty((images, columns))[:, : dpooled.shape[1]]
+            dpooled = padded.copy_(dpooled)
         return self._run("reduce", function, x, norm, images, dpooled, d, None)
 
     def finish_gradient(
