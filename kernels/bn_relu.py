@@ -209,7 +209,7 @@ def bn_relu_backward_reduce(
         found = start, (ranges, 2, C), prepare_sums(launcher, ranges, 0, C, False)
         launcher.keep(key, found)
     start, shape, sums = found
-    part = empty(x, *shape)
+    part = empty(mean, *shape)
     start((x, mean, var, gamma, beta, dz, into, part), (eps,))
     if d is not None:
         written(d)

@@ -143,7 +143,7 @@ def bn_relu_conv1x1(
     if found is None:
         found = launcher.keep(key, _prepare(x, weight, out, take, launcher))
     start, shape, combine = found
-    part = empty(x, *shape) if take else mean
+    part = empty(mean, *shape) if take else mean
     start((x, mean, var, gamma, beta, weight, out, part), (eps,))
     written(out)
     if statistics is not None:

@@ -253,7 +253,7 @@ def bn_relu_conv1x1_backward(
         flags = need_weight, correct, defer
         found = launcher.keep(key, _prepare(x, weight, dz, y, d, *flags, launcher))
     starts, shape, sums = found
-    part = empty(x, *shape)
+    part = empty(mean, *shape)
     s2, t2, count = (mean, mean, 1.0) if correction is None else correction
     tensors = (
         *(x, mean, var, gamma, beta, weight, dz, y, norm2.mean, norm2.var, gamma2, beta2),

@@ -243,7 +243,7 @@ def bn_relu_conv3(
         found = _prepare(source, weight, shape, out, drop, take, launcher)
         launcher.keep(key, found)
     start, read, first, size, combine = found
-    part = empty(source, *size) if take else mean
+    part = empty(mean, *size) if take else mean
     base, weight = aligned_columns(out, first), read.packed(weight)
     start((source, mean, var, gamma, beta, weight, mask if drop else out, base, part), (eps,))
     written(out)

@@ -392,13 +392,13 @@ def bn_relu_conv3_backward(
     tensors: tuple[Tensor, ...] = base_d, base_x, gradient.mean, gradient.s, gradient.t
     tensors += (source if mask is None else mask, source, norm.mean, norm.var, gamma, beta)
     floats = 1.0 / gradient.count, norm.eps
-    part = empty(source, *found.part)
+    part = empty(norm.mean, *found.part)
     found.input((*tensors, found.read.packed(weight), out, part), floats)
     written(out)
-    sums = empty(source, 2, source.shape[1])
+    sums = empty(norm.mean, 2, source.shape[1])
     dw, part_dw, dw_out = None, part, sums
     if need_weight:
-        part_dw = empty(source, *found.part_dw)
+        part_dw = empty(norm.mean, *found.part_dw)
         found.weight((*tensors, part_dw), floats)
         dw = dw_out = gradient_like(weight)
     found.sums((part, sums, part_dw, dw_out))

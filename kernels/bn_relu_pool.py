@@ -356,7 +356,7 @@ def bn_relu_avg_pool_backward(
         sums = prepare_sums(launcher, ranges, 0, C, deferred is not None)
         found = launcher.keep(key, (start, (ranges, 2, C), sums))
     start, part_shape, sums = found
-    part = empty(x, *part_shape)
+    part = empty(mean, *part_shape)
     start((x, mean, var, gamma, beta, dpooled, d, into, part), (eps,))
     written(d, into)
     return add_sums(sums, part, norm, deferred)[1:]
@@ -421,7 +421,7 @@ def bn_relu_global_pool_backward(
         sums = prepare_sums(launcher, ranges, 0, C, deferred is not None)
         found = launcher.keep(key, (start, (ranges, 2, C), sums))
     start, part_shape, sums = found
-    part = empty(x, *part_shape)
+    part = empty(mean, *part_shape)
     start((x, mean, var, gamma, beta, dpooled, d, part), (eps,))
     written(d)
     return add_sums(sums, part, norm, deferred)[1:]

@@ -65,12 +65,12 @@ def dropout_mask(out: Tensor, key: Tensor, p: float, launcher: Launcher) -> None
     if start is None:
         matrices(out)
         P, C = out.shape
-        launch = launcher.table("map", out, C)
+        launch = launcher.launch("map", out, C)
         n_c = cdiv(C, launch.block_c)
         sizes = {"P": P, "C": C, "n_c": n_c, "s_out": out.stride(0)}
         grid = (cdiv(P, launch.block_p) * n_c,)
         limit = dropout.threshold(p)
         start = launcher.prepare(dropout_mask_fwd_kernel, launch, grid, sizes, THRESHOLD=limit)
-        launcher.prepared[prepared] = start
+        launcher.keep(prepared, start)
     start((key, out), (dropout.kept_value(p),))
     written(out)

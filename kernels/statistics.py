@@ -139,7 +139,7 @@ def statistics(x: Tensor, out: Statistics, launcher: Launcher) -> None:
         found = start, (2, ranges, C), prepare_combination(launcher, ranges, C, P, rows)
         launcher.keep(key, found)
     start, shape, combine = found
-    part = empty(x, *shape)
+    part = empty(out.mean, *shape)
     start((x, part))
     combine((part, *out))
 

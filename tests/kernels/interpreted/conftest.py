@@ -11,7 +11,7 @@ from tests.helpers.kernel_arena import CANARY, GUARD
 
 @pytest.fixture(autouse=True)
 def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every torch.empty is full of NaN and stands between guards, workspaces included."""
+    """What torch.empty and new_empty give is full of NaN and stands between guards."""
     real = torch.empty
     allocated: list[torch.Tensor] = []
 
@@ -25,7 +25,12 @@ def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             allocated.append(flat)
         return flat[GUARD : GUARD + shape.numel()].view(shape).fill_(float("nan"))
 
+    def like(self: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+        given: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        return poisoned(*size, **given | options)
+
     monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch.Tensor, "new_empty", like)
     yield
     for flat in allocated:
         assert (flat[:GUARD] == CANARY).all(), "a workspace's guard was overwritten"
