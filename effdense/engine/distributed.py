@@ -10,6 +10,7 @@ import datetime
 import gc
 import inspect
 import json
+import math
 import os
 import platform
 import time
@@ -360,6 +361,17 @@ class LateLargest:
             work = dist.all_reduce(given, dist.ReduceOp.MAX, async_op=True)
             self._on_its_way = work, given
         return found
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether every element of this process's tensors is finite, (): a few launches for all."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
+    # each one's largest absolute value; a NaN stays one
+    most = [torch.stack(torch._foreach_norm(same, math.inf)) for same in by_dtype.values()]
+    return torch.cat([values.double() for values in most]).isfinite().all()
 
 
 def summed(values: Tensor) -> Tensor:

@@ -12,21 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..autocast import AUTOCAST_DTYPES
+from ..autocast import AUTOCAST_DTYPES, autocast
 from ..block.cuda_graphs import cuda_graphs
 from ..errors import TrainingError, UserError
 from ..memory.optimizers import make_optimizer
+from ..norms.synchronization import known_images
+from .average import MovingAverage
 from .checkpoint import Position
 from .data.images import Batch, Split
 from .data.order import global_batches, random_key, share
-from .distributed import World, average_running_statistics, data_parallel, largest
+from .distributed import World, all_finite, average_running_statistics, data_parallel, largest
 from .options import ResolvedConfig
 from .progress import Progress
 from .scores import Score, Tally
 from .start import set_head_rate, set_training
 
+# Devices whose optimisers take a step in one launch, which GradScaler's doubts need not wait for.
+FUSED = ("cuda",)
 # Devices with graphs.
 CAPTURED = ("cuda",)
 
@@ -76,15 +79,12 @@ class Trainer:
             config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            fused=world.device.type in FUSED,
         )
         if config.head_lr_factor != 1:
             set_head_rate(network, self.optimizer, config.head_lr_factor)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
-        self.average = (
-            AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-            if config.ema
-            else None
-        )
+        self.average = MovingAverage(network, config.ema) if config.ema else None
         self.position = Position(epoch=1, step=0)
         """What comes next."""
         self._tally = Tally(world.device)
@@ -103,7 +103,7 @@ class Trainer:
     def autocast(self) -> AbstractContextManager[object]:
         """The context of ``--dtype`` for forward passes."""
         dtype = AUTOCAST_DTYPES.get(self.config.dtype)
-        return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
+        return autocast(self.world.device.type, dtype)
 
     def step(
         self, images: Tensor, labels: Tensor, batch_size: int, lr: float
@@ -150,7 +150,7 @@ class Trainer:
             part, part_labels = (tensor[first : first + part_size] for tensor in (images, labels))
             alone = isinstance(self.model, DistributedDataParallel) and first < last
             with self.model.no_sync() if alone else nullcontext():  # type: ignore[operator]
-                with self.autocast():
+                with self.autocast(), self._known_images(batch_size, first, part_size):
                     said = self.model(part)
                     loss = (
                         F.cross_entropy(
@@ -166,6 +166,18 @@ class Trainer:
             losses.append(loss.detach() * (len(part_labels) / len(labels)))
             logits.append(said.detach())
         return torch.stack(losses).sum(), torch.cat(logits)
+
+    def _known_images(
+        self, batch_size: int, first: int, part_size: int
+    ) -> AbstractContextManager[None]:
+        """Norms that synchronise need not ask how many images each process has in a part."""
+        world_size = self.world.world_size
+        if world_size == 1 or not self.config.sync_batch_norm:
+            return nullcontext()
+        shares = [
+            batch_size // world_size + (r < batch_size % world_size) for r in range(world_size)
+        ]
+        return known_images([min(part_size, max(0, own - first)) for own in shares])
 
     def _part_size(self, images: int) -> int:
         """Of the parts in which --accumulate takes this process's share of a batch."""
@@ -195,11 +207,10 @@ class Trainer:
 
     def _is_finite(self, loss: Tensor) -> bool:
         """Whether the loss of every process, and the gradient, is finite; a collective."""
-        finite = [loss.detach().isfinite()]
+        tensors = [loss.detach()]
         if not self.scaler.is_enabled():  # which leaves out steps itself until its scale fits
-            gradients = (p.grad for p in self.network.parameters() if p.grad is not None)
-            finite += [gradient.isfinite().all() for gradient in gradients]
-        (broken,) = largest([not torch.stack(finite).all()])
+            tensors += [p.grad for p in self.network.parameters() if p.grad is not None]
+        (broken,) = largest([not all_finite(tensors)])
         return not broken
 
     @torch.no_grad()
@@ -295,8 +306,7 @@ class Trainer:
                 process are not finite.
         """
         score = self._tally.score()
-        tensors = [*self.network.parameters(), *self.network.buffers()]
-        finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+        finite = all_finite([*self.network.parameters(), *self.network.buffers()])
         (broken,) = largest([not finite])
         if broken or not math.isfinite(score.loss):
             what = "weights are not" if math.isfinite(score.loss) else f"loss is {score.loss}, not"

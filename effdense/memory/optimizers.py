@@ -18,6 +18,7 @@ def make_optimizer(
     *,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """An optimizer of torch.optim.
 
@@ -27,6 +28,7 @@ def make_optimizer(
         lr: learning rate.
         momentum: of sgd alone, Nesterov's, in [0, 1).
         weight_decay: on every parameter, the norms' included, as in the paper's code.
+        fused: take a step in one launch; rmsprop has none such.
 
     Raises:
         ValueError: for another name.
@@ -35,14 +37,20 @@ def make_optimizer(
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     if name == "sgd":
         return torch.optim.SGD(
-            wanted, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0
+            wanted,
+            lr,
+            momentum,
+            weight_decay=weight_decay,
+            nesterov=momentum > 0,
+            fused=fused or None,
         )
     kind = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
         "rmsprop": torch.optim.RMSprop,
     }[name]
-    return kind(wanted, lr, weight_decay=weight_decay)
+    options = {} if name == "rmsprop" else {"fused": fused or None}
+    return kind(wanted, lr, weight_decay=weight_decay, **options)
 
 
 def state_copies(name: OptimizerName, momentum: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -56,9 +57,14 @@ class Normalization:
     std: tuple[float, ...]
 
     def __call__(self, images: Tensor) -> Tensor:
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        mean, std = (_constants(values, images.device) for values in (self.mean, self.std))
         return (images.float() - mean) / std
+
+
+@functools.cache
+def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    # once: to copy them in every step would have the step wait for its device
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 # Raw 0..255 pixel values. The CIFAR constants are those of the paper's own code; on SVHN the
@@ -135,10 +141,11 @@ class InMemory:
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         drawn = None
         if epoch is not None and self.augment is not None:
-            drawn = self.augment.draw(len(self), self.seed, epoch)
-        for chosen in indices:
-            there = chosen.to(device)
+            drawn = self.augment.draw(len(self), self.seed, epoch).to(device)
+        # once for the epoch: a copy in every step would have the step wait for its device
+        order = torch.cat([*indices]).to(device) if len(indices) else torch.empty(0)
+        for there in order.split([len(chosen) for chosen in indices]):
             images = self.normalization(self.images[there])
             if drawn is not None and self.augment is not None:
-                images = self.augment(images, drawn[chosen])
+                images = self.augment(images, drawn[there])
             yield images, self.labels[there]
