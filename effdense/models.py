@@ -228,6 +228,7 @@ def densenet_bc(
     """
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
+    _torchvisions_arguments(kwargs, 'densenet_bc has none that are published: weights="FILE"')
     config = reference.densenet_bc_config(depth, growth_rate, **kwargs)
     if weights is None:
         return DenseNet(**config)
@@ -293,14 +294,30 @@ def densenet201(weights: Any = None, **kwargs: Any) -> DenseNet:
 def _torchvision_variant(name: str, weights: Any, **kwargs: Any) -> DenseNet:
     """A torchvision architecture; arguments as of :func:`densenet121`."""
     progress = bool(kwargs.pop("progress", False))
-    # saves memory there; the memory here is linear with or without
-    kwargs.pop("memory_efficient", None)
-    if kwargs.pop("pretrained", False) and weights is None:
+    if _torchvisions_arguments(kwargs) and weights is None:
         weights = "DEFAULT"
     config = TORCHVISION_VARIANTS[name] | kwargs
     if weights is None:
         return DenseNet(**config)
     return _with_weights(config, load_weights(name, weights, progress), "num_classes" in kwargs)
+
+
+def _torchvisions_arguments(kwargs: dict[str, Any], no_weights: str = "") -> bool:
+    """Takes torchvision's and timm's arguments out; whether published weights are asked for.
+
+    Raises:
+        ValueError: where there are none, or ``pretrained`` is no truth value.
+    """
+    # saves memory there; the memory here is linear with or without
+    kwargs.pop("memory_efficient", None)
+    pretrained = kwargs.pop("pretrained", False)
+    if not isinstance(pretrained, bool):
+        raise ValueError(
+            f"pretrained must be True or False, got {pretrained!r}; a file is given as weights"
+        )
+    if pretrained and no_weights:
+        raise ValueError(f"pretrained=True asks for published weights; {no_weights}")
+    return pretrained
 
 
 def _with_weights(config: dict[str, Any], state: dict[str, Tensor], own_head: bool) -> DenseNet:
@@ -338,7 +355,7 @@ def load_weights(name: str, weights: Any, progress: bool = False) -> dict[str, T
     if not isinstance(weights, (str, os.PathLike)):
         raise ValueError(
             f"weights must be None, a {enum.__name__}, one of {list(enum.__members__)} or "
-            f"a path, got {weights!r}"
+            f"a path, got {weights!r:.80}"
         )
     if not os.path.exists(weights):
         raise FileNotFoundError(

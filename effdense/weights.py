@@ -14,10 +14,12 @@ from __future__ import annotations
 import collections
 import json
 import math
+import operator
 import os
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NO_WEIGHTS = "it is not what torch.save or safetensors writes"
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # Under which checkpoints keep a state dict, and what wrappers put before its names.
 _KEYS = ("state_dict", "model_state_dict", "model", "network", "net")
@@ -77,7 +80,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(header.get("__metadata__", {}))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, TypeError, AttributeError, struct.error):
+    except (ValueError, TypeError, AttributeError, struct.error, RecursionError):
         return {}
 
 
@@ -95,8 +98,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         tensors = {}
         for name, about in header.items():
             begin, end = (8 + length + offset for offset in about["data_offsets"])
-            dtype, shape = _DTYPES[about["dtype"]], about["shape"]
-            if end - begin != math.prod(shape) * dtype.itemsize or end > len(content):
+            dtype, shape = _DTYPES[about["dtype"]], [operator.index(n) for n in about["shape"]]
+            if min([begin - 8 - length, *shape]) < 0 or end > len(content):
+                raise ValueError
+            if end - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError
             piece = content[begin:end]
             flat = torch.frombuffer(piece, dtype=dtype) if piece else torch.empty(0, dtype=dtype)
@@ -105,8 +110,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path.parent} holds no weights: there is no {path.name}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error, RecursionError):
         raise UserError(f"cannot read {path}: it is not a safetensors file") from None
+    except RuntimeError as error:
+        # sizes that no tensor has
+        raise UserError(f"cannot read {path}: {first_line(error)}") from None
     return tensors
 
 
@@ -128,13 +136,16 @@ def read_weights(source: str | os.PathLike[str]) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _without_prefix(read_safetensors(path))
     try:
+        _refuse_archive(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         found = _inertly_loaded(path)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from None
+        raise UserError(f"cannot read {path}: {_NO_WEIGHTS} ({first_line(error)})") from None
     state = _state_in(found)
     if state is None:
         kind = f"a {type(found).__name__}"
@@ -356,4 +367,25 @@ def _inertly_loaded(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", pickle_module=_InertPickle, weights_only=False)
     except Exception as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from None
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"cannot read {path}: {_NO_WEIGHTS} ({said})") from None
+
+
+def _refuse_archive(path: Path) -> None:
+    """Refuse what unpacks to more than it is, or holds code, before anything is unpacked."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.filename.split("/")[1:2] == ["constants.pkl"] for entry in entries):
+        raise UserError(
+            f"cannot read {path}: it is a TorchScript archive, whose code is not run here; save "
+            "its state_dict() by torch.save"
+        )
+    unpacked = sum(entry.file_size for entry in entries)
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or unpacked > path.stat().st_size:
+        raise UserError(
+            f"cannot read {path}: it unpacks to {unpacked:,} bytes, which torch.save's files, "
+            "being no larger than they are, don't; save it again by torch.save"
+        )

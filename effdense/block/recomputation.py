@@ -12,8 +12,9 @@ The second runs under these, on the copies (a batch norm's running statistics mo
 on the parameters as autograd saved them (one changed in between raises).
 
 Known limitations: a layer must be a function of its input, parameters, buffers and torch's
-random generators; it runs twice, so what it prints or counts happens twice. No second
-derivatives.
+random generators, which backward sees where nobody has followed its code: in a block of one's
+own, unless save is "input". It runs twice, so what it prints or counts happens twice. No
+second derivatives.
 """
 
 from __future__ import annotations
@@ -200,6 +201,8 @@ class _SecondRun:
         with torch.enable_grad():
             new = self._call(index, dense_copy(x, buffer), parameters)
         asked = [t for t in (x, *parameters) if t.requires_grad]
+        if not self.run.chain.followed:
+            self._see_equal(index, new.detach(), buffer[:, written])
         if not new.requires_grad:
             return [None] * len(parameters)
         found = torch.autograd.grad(new, asked, d[:, written].to(new.dtype), allow_unused=True)
@@ -208,6 +211,20 @@ class _SecondRun:
         if grad_x is not None:
             d[:, read] += grad_x
         return [by_id.get(id(parameter)) for parameter in parameters]
+
+    def _see_equal(self, index: int, again: Tensor, before: Tensor) -> None:
+        """Raise where a layer, whose code nobody has followed, is no function."""
+        if again.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        # sums may round in another order, no more
+        tolerance = torch.finfo(again.dtype).eps ** 0.5
+        before = before.to(again.dtype)
+        if not torch.allclose(again, before, tolerance, tolerance, equal_nan=True):
+            raise RuntimeError(
+                f"layer {index} of a dense block computed something else in backward than in "
+                "forward: layers are run twice, so they must depend on nothing but their input, "
+                'parameters, buffers and torch\'s random generators; or set save="all"'
+            )
 
     def _call(self, index: int, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         """New features of layer ``index`` as in the first run."""

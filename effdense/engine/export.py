@@ -117,7 +117,12 @@ def _held(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f".safetensors file that a run has exported, or build the network yourself, with "
                 f"weights={str(source)!r}"
             )
-        recorded: dict[str, Any] = json.loads(about)
+        try:
+            recorded: dict[str, Any] = dict(json.loads(about))
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(
+                f"cannot read {source}: what it says of its run is not what a run writes"
+            ) from None
         return recorded, read_safetensors(source)
     recorded = read_config(source)
     exported, store = source / "model.safetensors", CheckpointStore(source / CHECKPOINTS, keep=1)

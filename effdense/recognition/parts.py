@@ -58,9 +58,11 @@ class Chain(NamedTuple):
     """How a block calls layers of any kind: ``f(x)`` or ``f([x])``, and what they return."""
 
     as_list: bool
-    """New features alone, or already concatenated with what was read."""
     concatenates: bool
+    """With what was read, instead of new features alone."""
     newest_first: bool
+    followed: bool = True
+    """Whether the layers' own code is known to compute the same twice."""
 
 
 def layers_of(block: nn.Module) -> list[nn.Module]:

@@ -302,7 +302,7 @@ def _read_chain(block: nn.Module, original: type[nn.Module], evidence: Evidence)
         return "it has no layers"
     if original is reference.DenseBlock:
         # whoever builds one says that its layers are functions (see block/recomputation.py)
-        return Chain(as_list=False, concatenates=False, newest_first=False)
+        return Chain(as_list=False, concatenates=False, newest_first=False, followed=False)
     chain = _captured_chain(block, original, evidence)
     if isinstance(chain, str):
         return chain

@@ -379,3 +379,44 @@ def test_a_single_layer_that_is_a_sequence_is_one_layer() -> None:
     x = images(2, 5, 6, 4)
     assert ours(x).shape == (2, 8, 6, 4)
     assert_same_step(step(ours, x), step(naive, x))
+
+
+# ---------------------------------------------------------------------- the profiler
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_profiler_sees_what_a_block_computes(backend: str) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    block = effdense.DenseNet(**CONFIG, backend=backend).get_submodule("features.denseblock1")
+    x = torch.randn(2, 8, 6, 5, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        block(x).sum().backward()
+    seen = {event.key for event in profiled.key_averages()}
+    loops = {"bn_relu_conv1x1", "bn_relu_conv3", "bn_relu_conv1x1_backward"}
+    products = {"aten::mm", "aten::convolution", "aten::convolution_backward"}
+    expected = {f"effdense::{loop}" for loop in loops} if backend == "cpu" else products
+    assert expected <= seen
+
+
+# -------------------------------------------------------- layers that are no functions
+
+
+class _Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 2, 1).double()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.conv(x) * self.calls
+
+
+def test_a_layer_that_computes_something_else_in_backward_is_an_error() -> None:
+    block = effdense.DenseBlock([_Counting()])
+    with pytest.raises(RuntimeError, match="layer 0 of a dense block computed something else"):
+        block(images(2, 5, 6, 4)).sum().backward()
+    plain = effdense.DenseBlock([_Counting()])
+    plain.save = "all"
+    plain(images(2, 5, 6, 4)).sum().backward()

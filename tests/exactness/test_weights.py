@@ -172,3 +172,11 @@ def test_torchvisions_names_in_its_spellings(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         effdense.densenet121(pretrained=False)
+
+
+def test_torchvisions_and_timms_arguments_are_answered_by_name() -> None:
+    assert effdense.densenet_bc(10, 4, memory_efficient=True, pretrained=False)
+    with pytest.raises(ValueError, match="asks for published weights; densenet_bc has none"):
+        effdense.densenet_bc(10, 4, pretrained=True)
+    with pytest.raises(ValueError, match="pretrained must be True or False, got 'a'"):
+        effdense.densenet121(pretrained="a")
