@@ -6,7 +6,7 @@
 # make docs    build the documentation into site/
 # make dist    build wheel and source archive into dist/ and try both in clean environments
 # make audit   cross-compile every Triton kernel and inspect the machine code; no GPU needed
-# make chaos   kill a short run fifty times at random; each must end with the same bits
+# make chaos   kill runs at random, and of any two options together; each must end with the same bits
 # make bench   memory, speed and scaling measured anew, kept in benchmarks/results/, in the tables
 # make figures the pictures in benchmarks/figures/ but precision.png, which plot makes of two runs;
 #              benchmarks whose results/figures/*.csv is there are not run again
@@ -65,7 +65,7 @@ audit: $(STAMP)
 	$(BIN)/python -m effdense.kernels.audit $(ARGS)
 
 chaos: $(STAMP)
-	PYTHONPATH=benchmarks $(BIN)/python -m tests.helpers.chaos $(ARGS)
+	PYTHONPATH=benchmarks $(BIN)/python -m tests.helpers.chaos --combinations $(ARGS)
 
 MEASURED := results/bench
 RACE := --providers naive naive-channels-last checkpoint effdense-bottlenecks effdense-features

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..autocast import AUTOCAST_DTYPES
+from ..backends.select import get_backend
 from ..block.forwards import set_offload
 from ..conversion import convert
 from ..errors import UserError, first_line
@@ -154,6 +156,20 @@ def head_of(network: nn.Module) -> str:
     if not heads:
         raise UserError(f"the model, a {type(network).__name__}, has no linear layer for a head")
     return (linear or heads)[-1]
+
+
+def require_backend(config: ResolvedConfig, device: torch.device) -> None:
+    """Find out before anything is loaded whether the backend can compute the run.
+
+    Raises:
+        UserError: for one that was asked for by name and can't.
+    """
+    if config.backend == "auto":
+        return
+    try:
+        get_backend(config.backend, device, AUTOCAST_DTYPES.get(config.dtype, torch.float32))
+    except ValueError as error:
+        raise UserError(f"--backend {config.backend} --dtype {config.dtype}: {error}") from None
 
 
 def fit_to_budget(

@@ -29,7 +29,7 @@ from .distributed import (
     lost_processes,
 )
 from .export import described
-from .networks import fit_to_budget, largest_share, make_network
+from .networks import fit_to_budget, largest_share, make_network, require_backend
 from .options import ResolvedConfig, TrainConfig
 from .progress import Progress, Speed, peak_memory
 from .records import LOG_COLUMNS, CsvLog, WorkDir, saved
@@ -87,6 +87,8 @@ def _determinism(config: ResolvedConfig) -> Iterator[None]:
 
 
 def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Standings:
+    with all_or_none():
+        require_backend(config, world.device)
     data = _load_together(config, world)
     network = _made_together(config, data, world)
     facts: dict[str, Any] = {

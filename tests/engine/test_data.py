@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from effdense.engine.data.images import ImageData, InMemory, Normalization, Shif
 from effdense.engine.data.order import global_batches, share
 from effdense.engine.options import TrainConfig
 from effdense.errors import UserError
+from tests.helpers.pictures import write_folder
 
 CPU = torch.device("cpu")
 
@@ -284,3 +286,24 @@ def test_seeds_of_different_purposes_differ() -> None:
     ]
     assert len(set(keys)) == len(keys)
     assert all(0 <= key < 2**63 for key in keys)
+
+
+def test_without_loader_processes_crops_are_drawn_by_the_run_s_own_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They set the process's one random state, from which dropout draws meanwhile."""
+    forked, threads = torch.random.fork_rng, []
+
+    def fork(*arguments: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread())
+        return forked(*arguments, **options)
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    data = loaded(
+        data="imagefolder",
+        data_dir=write_folder(tmp_path / "images", train=8, val=2),
+        image_size=16,
+        num_workers=0,
+    )
+    read_all(data.train, epoch=1, size=4)
+    assert set(threads) == {threading.main_thread()}

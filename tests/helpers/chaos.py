@@ -1,6 +1,7 @@
 """Random kills of a short run on the digits: every one must end as if nothing had happened.
 
     python -m tests.helpers.chaos [--kills 50] [--seed 0] [--output results/chaos.csv]
+    python -m tests.helpers.chaos --kills 0 --combinations
 
 A run of three processes is started, one of them or all are killed after a random time, the rest
 is waited for, and the same command is given again; after a few kills the run may end. Then its
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import signal
 import tempfile
 import time
@@ -22,6 +24,7 @@ from pathlib import Path
 from harness.case import CIFAR_FAMILY, Case
 from harness.results import Recorder
 
+from tests.helpers import combinations
 from tests.helpers.ranks import Ranks, final_state
 
 WORLD_SIZE = 3
@@ -118,11 +121,24 @@ def _finish(folder: Path) -> None:
         assert ranks.wait() == [0] * WORLD_SIZE, ranks.said()
 
 
+def _combinations(folder: Path, seed: int) -> None:
+    data = combinations.write_data(folder / "data")
+    for number, run in enumerate(combinations.runs(data, seed)):
+        for world_size in (1, 2):
+            here = folder / f"{number}-{world_size}"
+            happened = combinations.goes_on(here, run, world_size, seed + number)
+            print(f"combination {number}, {world_size} processes: {happened}", flush=True)
+            shutil.rmtree(here)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="how many (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the first kill (default 0)")
     parser.add_argument("--output", type=Path, help="CSV file for the counts")
+    parser.add_argument(
+        "--combinations", action="store_true", help="also runs that hold any two options together"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         done, runs = chaos(Path(folder), options.kills, options.seed)
@@ -134,6 +150,9 @@ def main() -> None:
                 recorder.add("digits", case, metric, number, "", processes=WORLD_SIZE)
     for kill in done:
         print(kill)
+    if options.combinations:
+        with tempfile.TemporaryDirectory() as folder:
+            _combinations(Path(folder), options.seed)
     print(f"{len(done)} kills, {runs} runs, every one ended with the bits of the undisturbed run")
 
 

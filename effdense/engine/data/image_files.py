@@ -268,8 +268,10 @@ class ImageFiles:
             generator=torch.Generator(),
         )
         # its processes are started here: only the main thread can see that one has died
-        read = iter(loader)
-        return prefetched(self._finished(read, indices, epoch, device), device)
+        finished = self._finished(iter(loader), indices, epoch, device)
+        # Without such processes, crops are drawn here: from the process's one random state, which
+        # a thread would set while dropout draws from it.
+        return prefetched(finished, device) if self._num_workers else finished
 
     def _finished(
         self,
