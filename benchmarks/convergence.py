@@ -44,6 +44,7 @@ from effdense.engine.distributed import World, joined_world
 from effdense.engine.networks import make_network
 from effdense.engine.options import ResolvedConfig, TrainConfig
 from effdense.engine.progress import Progress
+from effdense.engine.tasks import make_task
 from effdense.engine.trainer import Trainer
 from effdense.machine.environment import headline
 from effdense.machine.tables import table
@@ -139,7 +140,8 @@ def trained(
     if dtype == "float64":
         # the engine's images are float32
         network.register_forward_pre_hook(lambda _, given: (given[0].double(),))
-    trainer, progress = Trainer(network, config, world), Progress(config, world)
+    trainer = Trainer(network, config, world, make_task(config, data))
+    progress = Progress(config, world)
     while trainer.position.epoch <= config.epochs:
         score = trainer.train_epoch(data.train, progress, lambda left: None)
         error = trainer.evaluate(data.test).error

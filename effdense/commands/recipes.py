@@ -12,11 +12,12 @@ cifar10       fetched by --download, as cifar100 and svhn are
 imagefolder   images in DATA_DIR/train/CLASS/ and DATA_DIR/val/CLASS/
 webdataset    shards DATA_DIR/train/NAME-NUMBER.tar and DATA_DIR/val/... of KEY.jpg and KEY.cls
               (the label's number); names of the classes in DATA_DIR/classes.txt where that is
+csv           images in DATA_DIR that a --table lists, with their labels
 fake          noise that can be learnt, for trials
 
 Standard augmentation: digits, shifts by up to 1 pixel; cifar10, cifar100 and fake, shifts by up to
-4 pixels and mirroring; svhn, the shifts alone; imagefolder and webdataset, random resized crops and
-mirroring.
+4 pixels and mirroring; svhn, the shifts alone; imagefolder, webdataset and csv, random resized crops
+and mirroring; volumes, crops and mirroring along each axis.
 """
 
 

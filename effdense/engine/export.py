@@ -19,6 +19,7 @@ from .data.image_files import Preparation, image_preparation
 from .networks import build
 from .records import CHECKPOINTS, read_config
 from .resumption import weights_in
+from .tasks import Classification, MultiLabel, Task
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,11 @@ class Trained:
     classes: Sequence[str]
     shape: tuple[int, ...]
     """Of what it takes, without the batch."""
+    task: Task
 
     def probabilities(self, outputs: Tensor) -> Tensor:
         """Of each class, (N, classes), from what the network says."""
-        return outputs.softmax(1)
+        return self.task.probabilities(outputs)
 
 
 def trained(source: Path) -> Trained:
@@ -44,14 +46,16 @@ def trained(source: Path) -> Trained:
     """
     recorded, state = _held(source)
     options, classes = recorded["options"], recorded["classes"]
-    prepare = image_preparation(options["data"], options["image_size"])
+    prepare = image_preparation(recorded)
     network = build(options, len(classes), prepare.channels)
     try:
         network.load_state_dict({name: state[name] for name in network.state_dict()})
     except (KeyError, RuntimeError) as error:
         raise UserError(f"the weights in {source} are not its network's: {error}") from None
-    shape = (prepare.channels, options["image_size"], options["image_size"])
-    return Trained(network.eval(), prepare, classes, shape)
+    spatial = options.get("crop") or [options["image_size"]] * options.get("spatial_dims", 2)
+    kind = MultiLabel if recorded.get("task") == MultiLabel.kind else Classification
+    shape = (prepare.channels, *spatial)
+    return Trained(network.eval(), prepare, classes, shape, kind(tuple(classes)))
 
 
 def load(source: str | os.PathLike[str]) -> nn.Module:

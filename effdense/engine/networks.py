@@ -57,6 +57,7 @@ def build(options: Mapping[str, Any], num_classes: int, in_channels: int) -> nn.
     arguments: dict[str, Any] = {
         "num_classes": num_classes,
         "in_channels": in_channels,
+        "spatial_dims": options.get("spatial_dims", 2),
         "drop_rate": options["drop_rate"],
         "save": options["save"],
         "backend": options["backend"],
@@ -206,4 +207,4 @@ def fit_to_budget(
 def largest_share(config: ResolvedConfig, world: World, channels: int) -> tuple[int, ...]:
     """The shape of the most images that a process gets in a step."""
     images = -(-config.batch_size // world.world_size)
-    return images, channels, config.image_size, config.image_size
+    return images, channels, *config.image_shape

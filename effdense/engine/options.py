@@ -20,9 +20,13 @@ from ..choices import BackendName, NetworkName, OptimizerName, Save
 from ..errors import UserError
 from ..machine.environment import usable_cores
 from ..machine.sizes import parse_size
-from .recipes import ADAPTIVE_LR, RECIPES, UNAUGMENTED_DROP_RATE, Recipe
+from .recipes import ADAPTIVE_LR, RECIPES, UNAUGMENTED_DROP_RATE, VOLUMES, Recipe
 
-DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagefolder", "webdataset", "fake"]
+DataName = Literal[
+    "digits", "cifar10", "cifar100", "svhn", "imagefolder", "webdataset", "csv", "fake"
+]
+FILES = ("imagefolder", "webdataset", "csv")
+"""The data sets of image files."""
 
 
 def _recipe_default(metavar: str, note: str = "the data set's") -> Any:
@@ -45,13 +49,56 @@ class DataOptions:
         None
     )
     """Augmentation of the training images; see effdense recipes."""
+    spatial_dims: Literal[2, 3] = 2
+    """2: images; 3: volumes, NIfTI or .npy, of imagefolder and csv."""
+    spacing: Annotated[
+        tuple[float, float, float] | None, _recipe_default("MM MM MM", "as it is")
+    ] = None
+    """What NIfTI volumes are resampled to along their axes, millimetres."""
+    crop: Annotated[
+        tuple[int, int, int] | None, _recipe_default("VOXELS VOXELS VOXELS", "--image-size each")
+    ] = None
+    """What is cut out of volumes, along their axes."""
     image_size: Annotated[int | None, _recipe_default("PIXELS")] = None
-    """Height and width of the images, pixels; for imagefolder, webdataset and fake only."""
+    """Height and width of the images, pixels; for imagefolder, webdataset, csv and fake only."""
+    table: Annotated[Path | None, _recipe_default("FILE", "none")] = None
+    """CSV file that lists the images of --data csv, one a row, with a header."""
+    image_column: str = "image"
+    """Its column of image files, relative to --data-dir."""
+    label_columns: tuple[str, ...] = ("label",)
+    """Its column of class names; or several, a class each, of 1, 0, -1 (uncertain) and nothing
+    (not known)."""
+    split_column: str = "split"
+    """Its column of train, val and test; without it the images are split at random."""
+    group_column: str = ""
+    """Its column of what must not be in two splits, such as the patient."""
+    val_fraction: float = 0.2
+    """Share of the groups, in (0, 1), that tests where there is no split column."""
+    task: Literal["auto", "classification", "multilabel"] = "auto"
+    """classification: one class an image; multilabel: any number, names of one column parted by
+    |. auto: by the number of label columns."""
+    uncertain: Literal["zeros", "ones", "ignore"] = "zeros"
+    """What labels of -1 are taken for. ignore: not known."""
+    missing_classes: Literal["warn", "stop"] = "warn"
+    """What to do about a class that a split has no image of."""
+    channels: Annotated[int | None, _recipe_default("1|3", "3")] = None
+    """Channels that image files are read as; 1: grey."""
+    window: Annotated[tuple[float, float] | None, _recipe_default("LOW HIGH", "all values")] = None
+    """Values of image files that become black and white, in between without loss; needed for
+    floats and 32-bit integers."""
+    normalization: Annotated[
+        Literal["imagenet", "measured"] | None,
+        _recipe_default("{imagenet,measured}", "imagenet, or measured for one channel"),
+    ] = None
+    """Mean and deviation that image files are normalised by. measured: the training images', once,
+    and kept with the run."""
+    balance: Literal["none", "loss", "sampling"] = "none"
+    """Against rare classes. loss: weigh them up, with multilabel positive against negative ones;
+    sampling: draw them as often as the others, with replacement."""
     num_workers: Annotated[
         int | None, _recipe_default("PROCESSES", "the cores per process, at most 8")
     ] = None
-    """Loader processes per training process; for imagefolder and webdataset only, other data stay
-    in memory."""
+    """Loader processes per training process; for image files only, other data stay in memory."""
     corrupt_images: Literal["stop", "skip"] = "stop"
     """What to do about image files that cannot be read. skip: in training, take the data set's
     next image instead; in testing, leave it out."""
@@ -262,7 +309,16 @@ class TrainConfig(
                 )
             recipe[name] = None
         cores = max(1, usable_cores() // local_world_size)
-        defaults = {**recipe, "threads": _threads(cores), "num_workers": min(8, cores)}
+        if self.spatial_dims == 3:
+            recipe |= VOLUMES
+        channels = self.channels or (3 if self.spatial_dims == 2 else 1)
+        defaults = {
+            **recipe,
+            "threads": _threads(cores),
+            "num_workers": min(8, cores),
+            "channels": channels,
+            "normalization": "imagenet" if channels == 3 else "measured",
+        }
         values: dict[str, Any] = {
             field.name: defaults.get(field.name) if value is None else value
             for field in dataclasses.fields(self)
@@ -278,6 +334,7 @@ class TrainConfig(
 _ASIDE = frozenset(
     {
         "data_dir",
+        "table",
         "download",
         "work_dir",
         "resume",
@@ -306,8 +363,15 @@ MAY_CHANGE = _ASIDE | ROUNDING | {"epochs", "patience"}
 class ResolvedConfig(Recipe, TrainConfig):
     """A run's options; None is left only where there is nothing to be said."""
 
+    channels: int
+    normalization: Literal["imagenet", "measured"]
     num_workers: int
     threads: int
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of an image or volume, without its channels."""
+        return self.crop or (self.image_size,) * self.spatial_dims
 
     def options(self) -> dict[str, Any]:
         """Every option in JSON's types."""
@@ -428,7 +492,46 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
         "batch_size",
         f"at least {world_size}, one image for each of the {world_size} processes",
     )
-    fixed_size = config.data not in ("imagefolder", "webdataset", "fake")
+    require(0 < config.val_fraction < 1, "val_fraction", "in (0, 1)")
+    require(bool(config.label_columns), "label_columns", "at least one")
+    require(
+        (config.table is None) == (config.data != "csv"),
+        "table",
+        "given with --data csv, and only then",
+    )
+    require(
+        config.task != "multilabel" or config.data == "csv",
+        "task",
+        f"left out: {config.data} has one class an image",
+    )
+    require(config.channels in (1, 3), "channels", "1 or 3")
+    for option, default in (("channels", 3), ("window", None), ("normalization", "imagenet")):
+        require(
+            config.data in FILES or getattr(config, option) == default,
+            option,
+            f"left out: {config.data} is no set of image files",
+        )
+    low, high = config.window or (0, 1)
+    require(-math.inf < low < high < math.inf, "window", "two numbers, the lower one first")
+    require(
+        config.normalization == "measured" or config.channels == 3,
+        "normalization",
+        "measured for one channel",
+    )
+    volumes = config.spatial_dims == 3
+    require(
+        not volumes or (config.data in ("imagefolder", "csv") and config.channels == 1),
+        "spatial_dims",
+        "2 but for imagefolder and csv, and one channel",
+    )
+    for option in ("spacing", "crop"):
+        sizes = getattr(config, option)
+        require(
+            sizes is None or (volumes and all(0 < size < math.inf for size in sizes)),
+            option,
+            "three positive numbers, with --spatial-dims 3",
+        )
+    fixed_size = config.data not in (*FILES, "fake")
     require(
         not fixed_size or config.image_size == RECIPES[config.data].image_size,
         "image_size",

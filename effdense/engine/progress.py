@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -108,13 +109,15 @@ class Progress:
         # below that, faster reading would not be noticed
         if speed.wait_percent >= 5:
             rate += f"waiting for images {speed.wait_percent:.0f} %  "
+        auroc = test.metrics.get("auroc", math.nan)
+        ranked = "" if math.isnan(auroc) else f"AUROC {auroc:.4f}  "
         seconds = time.monotonic() - self._began
         left = self._epochs - self._epoch
         width = len(str(self._epochs))
         self.say(
             f"epoch {self._epoch:{width}}/{self._epochs}  "
             f"train loss {train.loss:.4f} error {train.error:5.2f} %  "
-            f"test loss {test.loss:.4f} error {test.error:5.2f} %  "
+            f"test loss {test.loss:.4f} error {test.error:5.2f} %  {ranked}"
             f"{rate}{speed.memory / 2**20:,.0f} MiB  {seconds:.1f} s"
             + (f"  {_duration(left * seconds)} left" if left else "")
         )

@@ -64,8 +64,11 @@ RECIPES: dict[str, Recipe] = {
     "svhn": dataclasses.replace(_CIFAR, epochs=40, augment="none", drop_rate=UNAUGMENTED_DROP_RATE),
     "imagefolder": _IMAGENET,
     "webdataset": _IMAGENET,
+    "csv": _IMAGENET,
     "fake": dataclasses.replace(_CIFAR, depth=22, epochs=2, augment="none"),
 }
+# With --spatial-dims 3.
+VOLUMES = {"batch_size": 8, "image_size": 64}
 # SGD's rate comes from the recipe; these are the usual ones of the adaptive methods.
 ADAPTIVE_LR = 1e-3
 

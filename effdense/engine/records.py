@@ -33,6 +33,8 @@ from .options import ResolvedConfig, renamed
 LOG_COLUMNS = {
     "train.csv": ("epoch", "step", "lr", "loss", "error"),
     "test.csv": ("epoch", "step", "loss", "error", "samples"),
+    # what else the task is measured by, whose names are added; see scores.py
+    "scores.csv": ("epoch", "step"),
     # what a clock says; all else is the same bits after a resumption
     "speed.csv": ("epoch", "step", "seconds", "images_per_second", "wait_percent", "memory_mib"),
     # one row per process; see telemetry.py
@@ -47,6 +49,9 @@ _RUN_FILES = (
     "config.yaml",
     "train.csv",
     "test.csv",
+    "scores.csv",
+    "classes.csv",
+    "confusion.csv",
     "system.csv",
     "loss.png",
     "error.png",
@@ -118,8 +123,12 @@ class CsvLog:
 
 def _csv_line(cells: Sequence[object]) -> str:
     line = io.StringIO()
-    csv.writer(line).writerow(cells)
+    csv.writer(line).writerow("" if cell != cell else cell for cell in cells)
     return line.getvalue()
+
+
+def _csv_text(rows: Iterable[Sequence[object]]) -> bytes:
+    return "".join(map(_csv_line, rows)).encode()
 
 
 @dataclass(frozen=True)
@@ -222,7 +231,10 @@ class WorkDir:
         self._lock.release()
 
     def logs(
-        self, texts: Mapping[str, str], names: Iterable[str] = LOG_COLUMNS
+        self,
+        texts: Mapping[str, str],
+        names: Iterable[str] = LOG_COLUMNS,
+        metrics: Sequence[str] = (),
     ) -> dict[str, CsvLog]:
         """The logs called ``names`` by name; all but system.csv have one row per epoch.
 
@@ -231,12 +243,24 @@ class WorkDir:
 
         Args:
             texts: the files as they stood at the checkpoint the run goes on from.
+            names: of the files.
+            metrics: the columns of scores.csv.
         """
+        more = {"scores.csv": tuple(metrics)}
         return {
-            name: CsvLog(self.path / name, columns, texts.get(name, ""))
+            name: CsvLog(self.path / name, (*columns, *more.get(name, ())), texts.get(name, ""))
             for name, columns in LOG_COLUMNS.items()
             if name in names
         }
+
+    def write_classes(self, score: Score, classes: Sequence[str]) -> None:
+        """classes.csv and confusion.csv: a test's scores of each class, and its confusions."""
+        header = ["class", *score.per_class]
+        rows = zip(classes, *score.per_class.values(), strict=True)
+        self.write_file("classes.csv", _csv_text([header, *rows]))
+        if score.confusion:
+            table = [[name, *row] for name, row in zip(classes, score.confusion, strict=True)]
+            self.write_file("confusion.csv", _csv_text([["class", *score.answers], *table]))
 
     def checkpoints(self, keep: int) -> CheckpointStore:
         """The run's checkpoints."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,8 @@ class Board:
         writer: Any = SummaryWriter(str(self._folder), purge_step=epoch)
         with writer:
             for part, score in (("train", train), ("test", test)):
-                for name, value in asdict(score).items():
+                shown = {"loss": score.loss, "error": score.error, "samples": score.samples}
+                for name, value in {**shown, **score.metrics}.items():
                     writer.add_scalar(f"{name}/{part}", value, epoch)
             writer.add_scalar("images per second", speed.images_per_second, epoch)
             writer.add_scalar("waiting for images (%)", speed.wait_percent, epoch)

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,8 +24,9 @@ from .data.order import global_batches, random_key, share
 from .distributed import World, all_finite, average_running_statistics, data_parallel, largest
 from .options import ResolvedConfig
 from .progress import Progress
-from .scores import Score, Tally
+from .scores import Score, Tally, full_score
 from .start import set_head_rate, set_training
+from .tasks import Task, balanced
 
 # Devices whose optimisers take a step in one launch, which GradScaler's doubts need not wait for.
 FUSED = ("cuda",)
@@ -62,12 +62,16 @@ class Trainer:
         network: on ``world.device`` already, the same on every process.
         config: the run's options.
         world: this process's place; its process group must have been joined.
+        task: what the network is taught.
     """
 
-    def __init__(self, network: nn.Module, config: ResolvedConfig, world: World) -> None:
+    def __init__(
+        self, network: nn.Module, config: ResolvedConfig, world: World, task: Task
+    ) -> None:
         self.network = network
         self.config = config
         self.world = world
+        self.task = task
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
         # every shape has a program of its own: one for all would depend on which came first
@@ -87,7 +91,7 @@ class Trainer:
         self.average = MovingAverage(network, config.ema) if config.ema else None
         self.position = Position(epoch=1, step=0)
         """What comes next."""
-        self._tally = Tally(world.device)
+        self._tally = Tally(task, world.device)
         self.skipped = 0
         """Steps left out so far because something was not finite."""
         self.waited = 0.0
@@ -152,13 +156,8 @@ class Trainer:
             with self.model.no_sync() if alone else nullcontext():  # type: ignore[operator]
                 with self.autocast(), self._known_images(batch_size, first, part_size):
                     said = self.model(part)
-                    loss = (
-                        F.cross_entropy(
-                            said, part_labels, label_smoothing=self.config.label_smoothing
-                        )
-                        if len(part_labels)
-                        else said.sum()  # 0, where a mean would be NaN
-                    )
+                    # without samples 0, where a mean would be NaN
+                    loss = self.task.loss(said, part_labels) if len(part_labels) else said.sum()
                 # Gradients are averaged over processes; with this weight that is the mean over
                 # the batch however unevenly it is shared.
                 weight = len(part_labels) * self.world.world_size / batch_size
@@ -234,7 +233,7 @@ class Trainer:
         and with three processes or more end with other bits.
 
         Args:
-            image_shape: (channels, height, width).
+            image_shape: (channels, height, width), or of volumes.
         """
         if self.world.world_size == 1:
             return
@@ -261,10 +260,13 @@ class Trainer:
         """
         config, world = self.config, self.world
         epoch, done = self.position.epoch, self.position.step
-        batches = global_batches(len(split), config.batch_size, config.seed, epoch)
+        weights = None
+        if config.balance == "sampling":
+            weights = balanced(split.labels.cpu(), len(self.task.classes))
+        batches = global_batches(len(split), config.batch_size, config.seed, epoch, weights)
         shares = [share(batch, world.rank, world.world_size) for batch in batches[done:]]
         if not done:
-            self._tally = Tally(world.device)
+            self._tally = Tally(self.task, world.device)
             # what dropout draws must differ between processes
             torch.manual_seed(random_key("dropout", config.seed, epoch, world.rank))
         self.model.train()
@@ -387,14 +389,19 @@ class Trainer:
         mine = share(torch.arange(len(split)), world.rank, world.world_size)
         per_process = max(1, self.config.batch_size // world.world_size)
         self.tested.eval()
-        tally = Tally(world.device)
+        task = self.task.plain()
+        tally, answers = Tally(task, world.device), []
         chunks = mine.split(per_process) if len(mine) else ()
         for number, (images, labels) in enumerate(split.batches(chunks, None, world.device), 1):
             self.mark(f"testing, at batch {number} of {len(chunks)}")
             with self.autocast():
                 # not through DDP: shares may differ in their number of batches
                 logits = self.tested(images)
-                loss = F.cross_entropy(logits, labels)
+                loss = task.loss(logits, labels)
             tally.add(loss, logits, labels)
+            answers.append((logits, labels))
         self.mark("waiting for the others' test scores")
-        return tally.score()
+        if not answers:
+            answers = [(torch.empty(0), torch.empty(0))]
+        outputs, truth = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        return full_score(tally.score(), task, outputs, truth)

@@ -30,16 +30,18 @@ from .distributed import (
 )
 from .export import described
 from .networks import fit_to_budget, largest_share, make_network, require_backend
+from .normalization import settle_normalization
 from .options import ResolvedConfig, TrainConfig
 from .progress import Progress, Speed, peak_memory
 from .records import LOG_COLUMNS, CsvLog, WorkDir, saved
 from .rehearsal import replan_if_needed
 from .report import html_report
 from .resumption import Keeper, go_on, weights_in
-from .scores import Score
+from .scores import Score, metric_names
 from .signals import StopSignals
 from .standings import Standings
 from .start import freeze, load_start, read_start
+from .tasks import make_task
 from .telemetry import Telemetry
 from .tensorboard import Board, require_tensorboard
 from .trainer import Trainer, wants_graphs
@@ -90,6 +92,9 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Standing
     with all_or_none():
         require_backend(config, world.device)
     data = _load_together(config, world)
+    settle_normalization(config, data, world)
+    with all_or_none():
+        task = make_task(config, data)
     network = _made_together(config, data, world)
     facts: dict[str, Any] = {
         "model": {
@@ -98,7 +103,11 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Standing
         },
         "images": {"train": len(data.train), "test": len(data.test)},
         "classes": list(data.classes),
+        "task": task.kind,
+        "normalization": data.train.normalization.fact(),
     }
+    if data.digest:
+        facts["table"] = data.digest
     plan = None
     with ExitStack() as stack:
         work_dir = store = found = None
@@ -144,11 +153,13 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Standing
                 if changed is not None:
                     facts["memory_plan"] = changed
                     progress.say(changed)
-        trainer = Trainer(network, config, world)
+        for note in data.notes:
+            progress.say(note)
+        trainer = Trainer(network, config, world, task)
         watchdog = stack.enter_context(Watchdog(world, config.hang_timeout))
         trainer.mark = watchdog.mark
         stack.enter_context(lost_processes(world, watchdog.doing))
-        image_shape = data.in_channels, config.image_size, config.image_size
+        image_shape = data.in_channels, *config.image_shape
         trainer.settle_buckets(image_shape)
         captured = trainer.capture(image_shape)
         if captured is not None:
@@ -265,7 +276,7 @@ class _Records:
                 else:
                     work_dir.write_continuation(config, trainer.position)
                 wanted = set(LOG_COLUMNS) - (set() if config.system_interval else {"system.csv"})
-                logs = work_dir.logs(rows, wanted)
+                logs = work_dir.logs(rows, wanted, metric_names(trainer.task))
         for line in said:
             progress.say(line)
         standings = Standings(config.best_by or "error", rows)
@@ -283,6 +294,8 @@ class _Records:
         lr = self._trainer.optimizer.param_groups[0]["lr"]
         self.logs["train.csv"].add(**place, lr=lr, loss=train.loss, error=train.error)
         self.logs["test.csv"].add(**place, loss=test.loss, error=test.error, samples=test.samples)
+        self.logs["scores.csv"].add(**place, **test.metrics)
+        self._work_dir.write_classes(test, self._trainer.task.classes)
         self.logs["speed.csv"].add(
             **place,
             seconds=round(speed.seconds, 3),

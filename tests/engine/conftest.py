@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from effdense.engine.distributed import World, joined_world
 from tests.helpers.launch import Launch
 from tests.helpers.ranks import RUN, Ranks
 
@@ -32,6 +33,13 @@ def launch(tmp_path: Path) -> Launch:
         )
 
     return launch
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    """This process, without others."""
+    with joined_world("cpu", threads=1) as world:
+        yield world
 
 
 def _uninterrupted(folder: Path, world_size: int) -> Path:

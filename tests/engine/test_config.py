@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,10 +61,14 @@ def test_cosine_goes_from_the_rate_to_zero() -> None:
 
 def test_every_option_is_resolved_and_given_ones_are_kept() -> None:
     for data in RECIPES:
-        resolved = dataclasses.asdict(TrainConfig(data=data).resolved())  # type: ignore[arg-type]
-        unused = [] if resolved["arch"] == "densenet_bc" else ["depth", "growth_rate"]
-        none = ["model", "model_args", "weights", "freeze", "budget", "work_dir", "best_by"]
-        assert [k for k, v in resolved.items() if v is None] == [*unused, *none]
+        table = Path("table.csv") if data == "csv" else None
+        options: Any = {"data": data, "table": table}
+        resolved = dataclasses.asdict(TrainConfig(**options).resolved())
+        left_open = {"model", "model_args", "weights", "freeze", "budget", "work_dir", "best_by"}
+        left_open |= {"spacing", "crop", "window"}
+        left_open |= set() if table else {"table"}
+        left_open |= set() if resolved["arch"] == "densenet_bc" else {"depth", "growth_rate"}
+        assert {k for k, v in resolved.items() if v is None} == left_open
         assert set(resolved) == {field.name for field in dataclasses.fields(TrainConfig)}
     given = TrainConfig(data="cifar10", epochs=7, milestones=(0.1,), growth_rate=3, seed=5)
     resolved = given.resolved()  # type: ignore[assignment]

@@ -273,6 +273,10 @@ def test_image_folders_that_cannot_be_trained_on(image_folder: Path, tmp_path: P
         loaded(data="imagefolder", data_dir=image_folder)
     for picture in (image_folder / "val" / "wolf").iterdir():
         picture.unlink()
+    found = loaded(data="imagefolder", data_dir=image_folder)
+    assert (found.classes, found.notes) == (("cat", "dog"), ("no test image has the class dog",))
+    for picture in (image_folder / "val" / "cat").iterdir():
+        picture.unlink()
     with pytest.raises(UserError, match="is not a folder of images"):
         loaded(data="imagefolder", data_dir=image_folder)
 

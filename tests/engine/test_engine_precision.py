@@ -15,6 +15,7 @@ from effdense.engine.checkpoint import Position
 from effdense.engine.distributed import World, joined_world
 from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
+from effdense.engine.tasks import Classification
 from effdense.engine.trainer import Trainer
 from effdense.engine.training import run
 from tests.helpers import meddlers, workers
@@ -37,7 +38,8 @@ def trainer(world: World, **options: Any) -> Trainer:
     torch.manual_seed(0)
     network = effdense.densenet_bc(depth=10, growth_rate=4, num_classes=5).double().train()
     config = TrainConfig(data="fake", momentum=0.0, weight_decay=0.0, threads=1, **options)
-    return Trainer(network, config.resolved(), world)
+    task = Classification(tuple("abcde"))
+    return Trainer(network, config.resolved(), world, task)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:

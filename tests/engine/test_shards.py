@@ -92,8 +92,8 @@ def test_no_more_shards_are_held_open_than_may_be(
     monkeypatch.setattr(shards, "_OPEN", 2)
     source = Shards(packed / "train")
     before = len(os.listdir("/proc/self/fd"))
-    images = [source.read(index).tobytes() for index in range(18)]
-    assert [source.read(index).tobytes() for index in (17, 0, 8)] == [
+    images = [source.read(index).numpy().tobytes() for index in range(18)]
+    assert [source.read(index).numpy().tobytes() for index in (17, 0, 8)] == [
         images[index] for index in (17, 0, 8)
     ]
     assert len(os.listdir("/proc/self/fd")) <= before + 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import functools
 import os
 import pty
 import resource
@@ -12,7 +11,6 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,25 +21,20 @@ from PIL import Image
 
 import effdense
 from effdense.choices import OptimizerName
-from effdense.engine.distributed import World, joined_world
+from effdense.engine.distributed import World
 from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
+from effdense.engine.tasks import Classification
 from effdense.engine.trainer import Trainer
 from effdense.engine.training import run
 from effdense.errors import TrainingError, UserError
 from tests.helpers import workers
 from tests.helpers.launch import REPOSITORY, Launch, error_lines, flags
-from tests.helpers.ranks import Ranks
+from tests.helpers.ranks import Ranks, by_ranks
 
 SCRIPT = REPOSITORY / "train_ddp.py"
 WORKERS = Path(workers.__file__)
 SMALL: dict[str, Any] = {"data": "fake", "depth": 10, "growth_rate": 4, "image_size": 8}
-
-
-@pytest.fixture
-def alone() -> Iterator[World]:
-    with joined_world("cpu", threads=1) as world:
-        yield world
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -87,16 +80,6 @@ def test_four_processes_learn_the_digits(launch: Launch, tmp_path: Path) -> None
     network = effdense.densenet_bc(options["depth"], options["growth_rate"], 10, in_channels=1)
     network.load_state_dict(torch.load(run_dir / "model.pt", weights_only=True))
     assert sum(p.numel() for p in network.parameters()) == recorded["model"]["parameters"]
-
-
-def by_ranks(name: str, processes: int, folder: Path) -> dict[str, torch.Tensor]:
-    """What a worker of that name returns in several processes."""
-    output = folder / "result.pt"
-    meddle = functools.partial(workers.instead_of_a_run, name, output)
-    with Ranks(folder, [], processes, meddle=meddle) as ranks:
-        assert ranks.wait() == [0] * processes, ranks.said()
-    found: dict[str, torch.Tensor] = torch.load(output, weights_only=True)
-    return found
 
 
 @pytest.mark.slow
@@ -151,7 +134,7 @@ def test_optimizers_get_their_options_and_every_parameter(name: OptimizerName) -
     network = effdense.densenet_bc(depth=10, growth_rate=4)
     config = TrainConfig(optimizer=name, weight_decay=0.25).resolved()
     world = World(0, 1, 0, 1, torch.device("cpu"), None)
-    optimizer = Trainer(network, config, world).optimizer
+    optimizer = Trainer(network, config, world, Classification(())).optimizer
     assert type(optimizer).__name__.lower() == name
     (group,) = optimizer.param_groups
     assert (group["lr"], group["weight_decay"]) == (config.lr, 0.25)

@@ -7,6 +7,7 @@ itself does is tested in test_faults.py.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -26,7 +27,7 @@ RUN: list[object] = [
 """A run of a second, of two epochs of 10 steps, with everything random that there is."""
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["effdense.engine.training", "torchvision.transforms.v2", "sklearn.datasets"]
+    ["effdense.engine.training", "torchvision.transforms.v2", "sklearn.metrics"]
 )
 
 
@@ -141,6 +142,18 @@ class Ranks:
         return path.read_text() if path.exists() else ""
 
 
+def by_ranks(name: str, processes: int, folder: Path) -> dict[str, torch.Tensor]:
+    """What a function of ``workers.py`` returns in several processes."""
+    from . import workers
+
+    output = folder / "result.pt"
+    meddle = functools.partial(workers.instead_of_a_run, name, output)
+    with Ranks(folder, [], processes, meddle=meddle) as ranks:
+        assert ranks.wait() == [0] * processes, ranks.said()
+    found: dict[str, torch.Tensor] = torch.load(output, weights_only=True)
+    return found
+
+
 def wait_for(what: Callable[[], object], timeout: float = 60) -> None:
     """Return when ``what()`` is true."""
     end = time.monotonic() + timeout
@@ -162,7 +175,7 @@ def final_state(work_dir: Path) -> dict[str, object]:
         str(file.relative_to(work_dir)): _plain(torch.load(file, weights_only=True))
         for file in files
     }
-    for name in ("train.csv", "test.csv"):
+    for name in ("train.csv", "test.csv", "scores.csv"):
         state[name] = (work_dir / name).read_bytes()
     return state
 

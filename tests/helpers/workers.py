@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,20 @@ from torch import Tensor, nn
 
 import effdense
 from effdense.engine import training
-from effdense.engine.data.images import Batch, InMemory, Normalization
+from effdense.engine.data.images import Batch, ImageData, InMemory, Normalization
 from effdense.engine.data.order import share
-from effdense.engine.distributed import World, all_or_none, joined_world, launched_processes
+from effdense.engine.distributed import (
+    World,
+    all_or_none,
+    gathered,
+    joined_world,
+    launched_processes,
+)
+from effdense.engine.normalization import settle_normalization
 from effdense.engine.options import TrainConfig
+from effdense.engine.scores import Tally, full_score
 from effdense.engine.signals import StopSignals
+from effdense.engine.tasks import Classification, MultiLabel, Task
 from effdense.engine.trainer import Trainer
 from effdense.errors import UserError, one_line_errors
 
@@ -63,7 +73,7 @@ def _steps(world: World, *, frozen: bool = False, **options: Any) -> dict[str, T
         threads=1,
         **options,
     ).resolved(world_size=world.world_size)
-    trainer = Trainer(network, config, world)
+    trainer = Trainer(network, config, world, Classification(tuple("abcde"), 0.1))
     images = torch.randn(2, BATCH_SIZE, 3, 12, 12, dtype=torch.float64)
     labels = torch.randint(5, (2, BATCH_SIZE))
     for step in range(2):
@@ -96,7 +106,7 @@ def evaluations(world: World) -> dict[str, Tensor]:
     torch.manual_seed(0)
     network = effdense.densenet_bc(depth=10, growth_rate=4, num_classes=5)
     config = TrainConfig(data="fake", batch_size=12, threads=1).resolved()
-    trainer = Trainer(network, config, world)
+    trainer = Trainer(network, config, world, Classification(tuple("abcde")))
     # after the trainer, which starts all processes from the same buffers
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -114,6 +124,44 @@ def evaluations(world: World) -> dict[str, Tensor]:
         )
         results[f"{size} asked"] = counts
     return results
+
+
+def scores(world: World) -> dict[str, Tensor]:
+    """What processes make together of their shares of some answers."""
+    found = {}
+    for samples in (2, 25):
+        torch.manual_seed(1)
+        outputs, labels = torch.randn(samples, 4), torch.randint(3, (samples,))
+        gaps = (torch.rand(samples, 4) < 0.5).float().masked_fill(torch.rand(samples, 4) < 0.3, nan)
+        mine = share(torch.arange(samples), world.rank, world.world_size)
+        tasks: list[tuple[Task, Tensor]] = [
+            (Classification(tuple("abcd")), labels),
+            (MultiLabel(tuple("abcd"), known=2.0), gaps),
+        ]
+        for task, truth in tasks:
+            tally = Tally(task, world.device)
+            tally.add(torch.ones(()), outputs[mine], truth[mine])
+            score = full_score(tally.score(), task, outputs[mine], truth[mine])
+            assert len(set(map(repr, gathered(score)))) == 1
+            found[f"{samples} {task.kind} metrics"] = torch.tensor(
+                [score.loss, score.error, *score.metrics.values()], dtype=torch.float64
+            )
+            per_class = torch.tensor(list(score.per_class.values()), dtype=torch.float64)
+            found[f"{samples} {task.kind} per class"] = per_class
+            found[f"{samples} {task.kind} confusion"] = torch.tensor(score.confusion)
+    return found
+
+
+def normalization(world: World) -> dict[str, Tensor]:
+    """What is measured of five images, in batches of other sizes for other numbers of processes."""
+    torch.manual_seed(0)
+    images, labels = torch.rand(5, 2, 7, 9) * 255, torch.arange(5)
+    split = InMemory(images, labels, Normalization((0.0,) * 2, (1.0,) * 2))
+    config = TrainConfig(data="imagefolder", normalization="measured", threads=1).resolved()
+    data = ImageData(split, split, 5, 2)
+    settle_normalization(config, data, world)
+    fact = data.train.normalization.fact()
+    return {"measured": torch.tensor([fact["mean"], fact["std"]], dtype=torch.float64)}
 
 
 def mistake_on_rank_1(world: World) -> dict[str, Tensor]:
@@ -142,7 +190,14 @@ def defect_on_rank_1(world: World) -> dict[str, Tensor]:
 
 WORKERS: dict[str, Callable[[World], dict[str, Tensor]]] = {
     function.__name__: function
-    for function in (equal_steps, evaluations, mistake_on_rank_1, defect_on_rank_1)
+    for function in (
+        equal_steps,
+        evaluations,
+        scores,
+        normalization,
+        mistake_on_rank_1,
+        defect_on_rank_1,
+    )
 }
 
 

@@ -23,7 +23,7 @@ from packaging.specifiers import SpecifierSet
 from tests.project.release import ROOT, run
 
 FOLDER = ROOT / ".oldest"
-EXTRAS = ("test", "packages")
+EXTRAS = ("test", "packages", "volumes")
 
 
 def oldest(requirements: Iterable[str], extras: Sequence[str] = ()) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,23 @@ from torch import Tensor
 
 from ...errors import UserError
 from ..options import ResolvedConfig
-from .image_files import Folder, ImageFiles, Source
+from .image_files import Folder, ImageFiles, Listed, Source, file_reader
 from .images import (
     CIFAR10_NORMALIZATION,
     CIFAR100_NORMALIZATION,
     DIGITS_NORMALIZATION,
+    IMAGENET_NORMALIZATION,
     SVHN_NORMALIZATION,
     ImageData,
     InMemory,
     Normalization,
     ShiftAndFlip,
+    class_counts,
 )
 from .order import generator
+from .pixels import pixels
 from .shards import Shards
+from .tables import read_table
 
 
 def needs_preparation(config: ResolvedConfig) -> bool:
@@ -45,6 +51,8 @@ def load(config: ResolvedConfig, *, download: bool) -> ImageData:
         return _image_folder(config)
     if config.data == "webdataset":
         return _webdataset(config)
+    if config.data == "csv":
+        return _csv(config)
     return _from_torchvision(config, download)
 
 
@@ -151,18 +159,25 @@ def _from_torchvision(config: ResolvedConfig, download: bool) -> ImageData:
 
 
 def _image_folder(config: ResolvedConfig) -> ImageData:
-    train, test = (Folder(path) for path in _parts(config, "CLASS/IMAGE"))
-    if train.classes != test.classes:
-        differing = sorted(set(train.classes) ^ set(test.classes))
+    read, kinds = file_reader(config.options())
+    train, test = (Folder(path, read, kinds) for path in _parts(config, "CLASS/IMAGE"))
+    numbers = {name: number for number, name in enumerate(train.classes)}
+    tested = [test.classes[number] for number in test.labels.unique().tolist()]
+    if not set(tested) <= set(numbers):
+        differing = sorted(set(train.classes) ^ set(tested))
         raise UserError(
             f"{config.data_dir}: train and val must hold the same classes; only one of them has "
             f"{', '.join(differing[:5])}"
         )
-    return _image_files(config, train, test, train.classes)
+    # some classes may have no folder to be tested on
+    test.labels = torch.tensor([numbers.get(name, -1) for name in test.classes])[test.labels]
+    data = _image_files(config, train, test, train.classes)
+    return replace(data, notes=(*train.notes, *test.notes, *data.notes))
 
 
 def _webdataset(config: ResolvedConfig) -> ImageData:
-    train, test = (Shards(path) for path in _parts(config, "NAME-NUMBER.tar"))
+    decode = partial(pixels, channels=config.channels, window=config.window)
+    train, test = (Shards(path, decode) for path in _parts(config, "NAME-NUMBER.tar"))
     listed = config.data_dir / "classes.txt"
     try:
         classes = listed.read_text(encoding="utf-8").split("\n")
@@ -178,6 +193,14 @@ def _webdataset(config: ResolvedConfig) -> ImageData:
                 f"{len(classes)} classes, of the labels in {train.root} or of the lines of {listed}"
             )
     return _image_files(config, train, test, classes)
+
+
+def _csv(config: ResolvedConfig) -> ImageData:
+    table = read_table(config)
+    read, _ = file_reader(config.options())
+    train, test = (Listed(config.data_dir, part, read) for part in (table.train, table.val))
+    data = _image_files(config, train, test, table.classes)
+    return replace(data, notes=(*table.notes, *data.notes), digest=table.digest)
 
 
 def _parts(config: ResolvedConfig, layout: str) -> tuple[Path, Path]:
@@ -198,11 +221,22 @@ def _image_files(
     def split(source: Source) -> ImageFiles:
         return ImageFiles(
             source,
-            config.image_size,
+            config.image_shape,
             config.augment == "standard",
+            IMAGENET_NORMALIZATION,
             config.seed,
             config.num_workers,
             config.corrupt_images == "skip",
         )
 
-    return ImageData(split(train), split(test), len(classes), 3, tuple(classes))
+    notes = []
+    for part, source in (("training", train), ("test", test)):
+        counts = class_counts(source.labels, len(classes))
+        if lacking := [name for name, count in zip(classes, counts, strict=True) if not count]:
+            more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+            notes.append(f"no {part} image has the class {', '.join(lacking[:5])}{more}")
+    if notes and config.missing_classes == "stop":
+        raise UserError(f"{config.data_dir}: {'; '.join(notes)} (--missing-classes warn goes on)")
+    return ImageData(
+        split(train), split(test), len(classes), config.channels, tuple(classes), tuple(notes)
+    )

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import UserError
+from ..options import FILES
 from ..signals import outlive_stop_signals
 from .images import (
     CIFAR10_NORMALIZATION,
@@ -29,8 +32,12 @@ from .images import (
     Batch,
     Normalization,
     ShiftAndFlip,
+    largest,
 )
 from .order import random_key
+from .pixels import IMAGES, read_pixels
+from .tables import Part
+from .volumes import VOLUMES, VolumeReader, centred, drawn
 
 # Batches that are ready on the device before they are asked for.
 _AHEAD = 2
@@ -39,17 +46,17 @@ _AHEAD = 2
 class Source(Protocol):
     """Images of a data set by their number."""
 
+    labels: Tensor
+    """See :class:`.images.Split`."""
+
     def __len__(self) -> int:
         """Images in it."""
-
-    def label(self, index: int) -> int:
-        """The number of an image's class."""
 
     def name(self, index: int) -> str:
         """What a user calls it."""
 
     def read(self, index: int) -> Any:
-        """The image, PIL's, in RGB.
+        """The image as (channels, ...), from 0 to 255.
 
         Raises:
             UserError: where more than this image is lost. Anything else: it cannot be read.
@@ -63,34 +70,73 @@ class Folder:
         UserError: if ``root`` is not such a folder.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, read: Callable[[Path], Tensor], kinds: tuple[str, ...]) -> None:
         from torchvision import datasets
 
+        self._read = read
+        others = Counter[str]()
+
+        def is_image(path: str) -> bool:
+            found = path.lower().endswith(kinds)
+            others[Path(path).suffix or "no suffix"] += not found
+            return found
+
         try:
-            self._folder = datasets.ImageFolder(str(root))
+            self._folder = datasets.ImageFolder(str(root), is_valid_file=is_image, allow_empty=True)
         except FileNotFoundError as error:
             raise UserError(
                 f"{root} is not a folder of images, one folder per class: {error}"
             ) from None
+        if not len(self._folder):
+            raise UserError(f"{root} is not a folder of images: none of {', '.join(kinds)} in it")
+        for file in root.iterdir():
+            others["files in no class's folder"] += file.is_file()
+        self.notes = [
+            f"{root}: {count:,} files are not read ({kind})"
+            for kind, count in sorted(others.items())
+            if count
+        ]
         self.classes: list[str] = self._folder.classes
+        self.labels = torch.tensor(self._folder.targets)
 
     def __len__(self) -> int:
         return len(self._folder)
 
-    def label(self, index: int) -> int:
-        return int(self._folder.samples[index][1])
-
     def name(self, index: int) -> str:
         return str(self._folder.samples[index][0])
 
-    def read(self, index: int) -> Any:
-        return self._folder.loader(self._folder.samples[index][0])
+    def read(self, index: int) -> Tensor:
+        return self._read(Path(self.name(index)))
+
+
+class Listed:
+    """A :class:`Source` of the images that a table lists."""
+
+    def __init__(self, root: Path, part: Part, read: Callable[[Path], Tensor]) -> None:
+        self._root, self._names, self._read = root, part.names, read
+        self.labels = part.labels
+        first = Path(self.name(0))
+        if not first.is_file():
+            raise UserError(
+                f"the table's image {first} is not there: name the folder of its images with "
+                f"--data-dir"
+            )
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return str(self._root / self._names[index].decode())
+
+    def read(self, index: int) -> Tensor:
+        return self._read(Path(self.name(index)))
 
 
 class _Sample(NamedTuple):
     image: Tensor | None
     """None if it cannot be read."""
-    label: int
+    number: int
+    """Of the image that was read."""
     unreadable: list[str]
     """The images that could not be read."""
     lost: str
@@ -122,20 +168,19 @@ class _Keyed(Dataset[_Sample]):
             except Exception:
                 unreadable.append(self.source.name(one))
                 continue
-            label = self.source.label(one)
             if epoch is None:
-                return _Sample(self.test(image), label, unreadable, "")
+                return _Sample(self.test(image), one, unreadable, "")
             # torchvision's transforms draw from the global generator
             with torch.random.fork_rng(devices=[]):
                 key = random_key("augmentation", self.seed, epoch, index)
                 torch.default_generator.manual_seed(key)
-                return _Sample(self.train(image), label, unreadable, "")
+                return _Sample(self.train(image), one, unreadable, "")
         return _Sample(None, 0, unreadable, "")
 
 
 class _Collated(NamedTuple):
     images: Tensor
-    labels: Tensor
+    indices: Tensor
     which: Tensor
     """The place in the batch that was asked for of each image."""
     unreadable: list[str]
@@ -143,28 +188,36 @@ class _Collated(NamedTuple):
 
 
 def _collated(samples: Sequence[_Sample]) -> _Collated:
-    found = [(place, s.image, s.label) for place, s in enumerate(samples) if s.image is not None]
+    found = [(place, s.image, s.number) for place, s in enumerate(samples) if s.image is not None]
     return _Collated(
         torch.stack([image for _, image, _ in found]) if found else torch.empty(0),
-        torch.tensor([label for _, _, label in found], dtype=torch.int64),
+        torch.tensor([index for _, _, index in found], dtype=torch.int64),
         torch.tensor([place for place, _, _ in found], dtype=torch.int64),
         [path for sample in samples for path in sample.unreadable],
         next((sample.lost for sample in samples if sample.lost), ""),
     )
 
 
-def _centre(image_size: int) -> Callable[[Any], Tensor]:
-    """A PIL image as (C, H, W) of bytes: its centre, as ImageNet's networks are tested on."""
+def file_reader(options: Mapping[str, Any]) -> tuple[Callable[[Path], Tensor], tuple[str, ...]]:
+    """What reads the files of a run with these options, and the ends of their names."""
+    window = options.get("window")
+    if options.get("spatial_dims") == 3:
+        return VolumeReader(options["spacing"], window), VOLUMES
+    # older runs had no choice of channels; digits are grey
+    channels = 1 if options["data"] == "digits" else options.get("channels", 3)
+    return partial(read_pixels, channels=channels, window=window), IMAGES
+
+
+def _centre(image_shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Of an image (C, H, W) its centre, as ImageNet's networks are tested on; of a volume too."""
     from torchvision.transforms import v2
 
-    return v2.Compose(
-        [
-            v2.PILToTensor(),
-            # the usual margin: 256 for 224
-            v2.Resize(round(image_size * 256 / 224), antialias=True),
-            v2.CenterCrop(image_size),
-        ]
-    )
+    if len(image_shape) == 3:
+        return centred(image_shape)
+    image_size = image_shape[0]
+    # the usual margin: 256 for 224
+    resize = v2.Resize(round(image_size * 256 / 224), antialias=True)
+    return v2.Compose([resize, v2.CenterCrop(image_size)])
 
 
 @dataclass(frozen=True)
@@ -172,11 +225,10 @@ class Preparation:
     """How an image file becomes what a network of one data set was trained on."""
 
     channels: int
-    mode: str
-    """PIL's: "L" or "RGB"."""
+    read: Callable[[Path], Tensor]
     scale: float
     """From 0..255 to the units of the data set's pixels."""
-    fit: Callable[[Any], Tensor]
+    fit: Callable[[Tensor], Tensor]
     normalization: Normalization
 
     def __call__(self, path: Path) -> Tensor:
@@ -185,30 +237,36 @@ class Preparation:
         Raises:
             UserError: if it cannot be read as an image.
         """
-        from PIL import Image
-
         try:
-            with Image.open(path) as image:
-                pixels = self.fit(image.convert(self.mode))
+            pixels = self.fit(self.read(path))
+        except UserError:
+            raise
         # the decoders raise what they like
         except Exception as error:
             raise UserError(f"{path} cannot be read as an image: {error}") from None
         return self.normalization(pixels.float() * self.scale)
 
 
-def image_preparation(data: str, image_size: int) -> Preparation:
-    """How image files are prepared for a network trained on ``data``.
+def image_preparation(recorded: Mapping[str, Any]) -> Preparation:
+    """How image files are prepared for the network of a run, by its config.yaml.
 
     Raises:
         UserError: for generated data, of which there are no files.
     """
     from torchvision.transforms import v2
 
-    small = v2.Compose([v2.PILToTensor(), v2.Resize((image_size, image_size), antialias=True)])
-    if data in ("imagefolder", "webdataset"):
-        return Preparation(3, "RGB", 1.0, _centre(image_size), IMAGENET_NORMALIZATION)
+    options = recorded["options"]
+    data, image_size = options["data"], options["image_size"]
+    read, _ = file_reader(options)
+    small = v2.Resize((image_size, image_size), antialias=True)
+    if data in FILES:
+        # older runs had no choice
+        how = recorded.get("normalization") or IMAGENET_NORMALIZATION.fact()
+        shape = options.get("crop") or (image_size,) * options.get("spatial_dims", 2)
+        normalization = Normalization.recorded(how)
+        return Preparation(len(normalization.mean), read, 1.0, _centre(shape), normalization)
     if data == "digits":
-        return Preparation(1, "L", 16 / 255, small, DIGITS_NORMALIZATION)
+        return Preparation(1, read, 16 / 255, small, DIGITS_NORMALIZATION)
     known = {
         "cifar10": CIFAR10_NORMALIZATION,
         "cifar100": CIFAR100_NORMALIZATION,
@@ -216,7 +274,7 @@ def image_preparation(data: str, image_size: int) -> Preparation:
     }
     if data not in known:
         raise UserError(f"a network trained on --data {data} does not work on image files")
-    return Preparation(3, "RGB", 1.0, small, known[data])
+    return Preparation(3, read, 1.0, small, known[data])
 
 
 class ImageFiles:
@@ -224,8 +282,9 @@ class ImageFiles:
 
     Args:
         source: the images.
-        image_size: height and width, pixels.
+        image_shape: height and width, pixels, or the three of a volume.
         augment: whether training images are cropped at random and mirrored.
+        normalization: of the finished images.
         seed: of augmentation.
         num_workers: loader processes; 0: this process reads.
         skip_unreadable: take the next image instead of one that cannot be read.
@@ -234,21 +293,25 @@ class ImageFiles:
     def __init__(
         self,
         source: Source,
-        image_size: int,
+        image_shape: Sequence[int],
         augment: bool,
+        normalization: Normalization,
         seed: int,
         num_workers: int,
         skip_unreadable: bool = False,
     ) -> None:
         from torchvision.transforms import v2
 
-        test = _centre(image_size)
-        crop = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(image_size, antialias=True)])
+        test = _centre(image_shape)
+        volumes = len(image_shape) == 3
+        crop = drawn(image_shape) if volumes else v2.RandomResizedCrop(image_shape, antialias=True)
         self._dataset = _Keyed(source, crop if augment else test, test, seed, skip_unreadable)
-        self._augment = ShiftAndFlip(pad=0, flip=True) if augment else None
+        # of images, a batch at a time
+        self._augment = ShiftAndFlip(pad=0, flip=True) if augment and not volumes else None
         self._seed = seed
         self._num_workers = num_workers
         self._skip_unreadable = skip_unreadable
+        self.labels, self.normalization = source.labels, normalization
         self.unreadable: set[str] = set()
 
     def __len__(self) -> int:
@@ -282,7 +345,7 @@ class ImageFiles:
     ) -> Iterator[Batch]:
         drawn = None
         if epoch is not None and self._augment is not None:
-            drawn = self._augment.draw(len(self), self._seed, epoch)
+            drawn = self._augment.draw(len(self), self._seed, epoch, largest(indices))
         for chosen, found in zip(indices, read, strict=True):
             self.unreadable.update(found.unreadable)
             if found.lost:
@@ -299,7 +362,8 @@ class ImageFiles:
             images = found.images.to(device, non_blocking=True)
             if drawn is not None and self._augment is not None:
                 images = self._augment(images, drawn[chosen[found.which]])
-            yield IMAGENET_NORMALIZATION(images), found.labels.to(device, non_blocking=True)
+            labels = self.labels[found.indices].to(device, non_blocking=True)
+            yield self.normalization(images), labels
 
 
 def prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

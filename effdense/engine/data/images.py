@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from .order import generator
 
 Batch = tuple[Tensor, Tensor]
-"""Normalised images (N, C, H, W) in float32 and their labels (N,) in int64."""
+"""Normalised images (N, C, H, W) in float32 and their :attr:`Split.labels`."""
 
 
 class Split(Protocol):
@@ -22,6 +22,10 @@ class Split(Protocol):
 
     unreadable: set[str]
     """Image files that this process has found it cannot read."""
+    labels: Tensor
+    """(N,) in int64, or where classes don't exclude each other (N, classes) in float32: 1, 0, or
+    NaN for what is not known."""
+    normalization: Normalization
 
     def __len__(self) -> int:
         """Samples in it."""
@@ -29,7 +33,11 @@ class Split(Protocol):
     def batches(
         self, indices: Sequence[Tensor], epoch: int | None, device: torch.device
     ) -> Iterator[Batch]:
-        """One batch for each tensor of indices; augmented unless ``epoch`` is None."""
+        """One batch for each tensor of indices; augmented unless ``epoch`` is None.
+
+        An index past the end is a sample that the epoch has had before; see
+        :func:`.order.global_batches`.
+        """
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,19 @@ class ImageData:
     in_channels: int
     class_names: tuple[str, ...] = ()
     """In the order of the labels; none: their numbers."""
+    notes: tuple[str, ...] = ()
+    """What is to be said of it: what is not read, what lacks."""
+    digest: str = ""
+    """Of what lists its images, where something does."""
 
     @property
     def classes(self) -> tuple[str, ...]:
         """A name for each class."""
         return self.class_names or tuple(map(str, range(self.num_classes)))
+
+    def normalize_by(self, normalization: Normalization) -> None:
+        """Have both splits normalised so."""
+        self.train.normalization = self.test.normalization = normalization
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,15 @@ class Normalization:
     def __call__(self, images: Tensor) -> Tensor:
         mean, std = (_constants(values, images.device) for values in (self.mean, self.std))
         return (images.float() - mean) / std
+
+    @classmethod
+    def recorded(cls, fact: Mapping[str, Sequence[float]]) -> Normalization:
+        """What :meth:`fact` gave."""
+        return cls(tuple(fact["mean"]), tuple(fact["std"]))
+
+    def fact(self) -> dict[str, list[float]]:
+        """In JSON's types."""
+        return {"mean": list(self.mean), "std": list(self.std)}
 
 
 @functools.cache
@@ -89,13 +114,18 @@ class ShiftAndFlip:
     pad: int
     flip: bool
 
-    def draw(self, num_samples: int, seed: int, epoch: int) -> Tensor:
-        """What to do to each sample in an epoch: (num_samples, 3) of offset y, x, mirrored."""
-        shape = (num_samples, 1)
-        source = generator("augmentation", seed, epoch)
-        offsets = torch.randint(2 * self.pad + 1, (num_samples, 2), generator=source)
-        flips = torch.randint(2 if self.flip else 1, shape, generator=source)
-        return torch.cat([offsets, flips], dim=1)
+    def draw(self, num_samples: int, seed: int, epoch: int, last: int = 0) -> Tensor:
+        """What to do to each sample in an epoch: (samples, 3) of offset y, x, mirrored.
+
+        ``last`` is the largest that will be asked for, where some are drawn more than once.
+        """
+        rounds = []
+        for again in range(last // num_samples + 1):
+            source = generator("augmentation", seed, epoch, *([again] if again else []))
+            offsets = torch.randint(2 * self.pad + 1, (num_samples, 2), generator=source)
+            flips = torch.randint(2 if self.flip else 1, (num_samples, 1), generator=source)
+            rounds.append(torch.cat([offsets, flips], dim=1))
+        return torch.cat(rounds)
 
     def __call__(self, images: Tensor, drawn: Tensor) -> Tensor:
         """Images (N, C, H, W) and their rows of :meth:`draw`."""
@@ -111,6 +141,18 @@ class ShiftAndFlip:
         sample = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1)
         channel = torch.arange(images.shape[1], device=images.device).view(1, -1, 1, 1)
         return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def class_counts(labels: Tensor, num_classes: int) -> Tensor:
+    """How many samples have each class, (classes,)."""
+    if labels.is_floating_point():
+        return (labels > 0.5).sum(0)
+    return torch.bincount(labels, minlength=num_classes)
+
+
+def largest(indices: Sequence[Tensor]) -> int:
+    """Of all the indices."""
+    return max((int(chosen.max()) for chosen in indices if len(chosen)), default=0)
 
 
 class InMemory:
@@ -141,11 +183,12 @@ class InMemory:
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         drawn = None
         if epoch is not None and self.augment is not None:
-            drawn = self.augment.draw(len(self), self.seed, epoch).to(device)
+            drawn = self.augment.draw(len(self), self.seed, epoch, largest(indices)).to(device)
         # once for the epoch: a copy in every step would have the step wait for its device
         order = torch.cat([*indices]).to(device) if len(indices) else torch.empty(0)
-        for there in order.split([len(chosen) for chosen in indices]):
+        for chosen in order.split([len(chosen) for chosen in indices]):
+            there = chosen % len(self)
             images = self.normalization(self.images[there])
             if drawn is not None and self.augment is not None:
-                images = self.augment(images, drawn[there])
+                images = self.augment(images, drawn[chosen])
             yield images, self.labels[there]

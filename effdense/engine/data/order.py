@@ -24,12 +24,26 @@ def generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(random_key(*parts))
 
 
-def global_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+def global_batches(
+    num_samples: int, batch_size: int, seed: int, epoch: int, weights: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """The batches of an epoch over all processes: indices, ``batch_size`` to each.
 
-    A random order, cut; less than a batch at its end is left out.
+    A random order, cut; less than a batch at its end is left out. With ``weights`` (num_samples,)
+    as many are drawn, with replacement and in proportion to them; a sample i that is drawn again
+    is called i + num_samples, and so on, so that augmentation tells one time from another.
     """
-    order = torch.randperm(num_samples, generator=generator("order", seed, epoch))
+    source = generator("order", seed, epoch)
+    if weights is None:
+        order = torch.randperm(num_samples, generator=source)
+    else:
+        # torch.multinomial takes 2^24 at most
+        until = weights.double().cumsum(0)
+        drawn = torch.rand(num_samples, dtype=torch.float64, generator=source) * until[-1]
+        order = torch.searchsorted(until, drawn, right=True).clamp_max_(num_samples - 1)
+        sorted_order, places = order.sort(stable=True)
+        first = torch.searchsorted(sorted_order, sorted_order)
+        order[places] += num_samples * (torch.arange(num_samples) - first)
     return order[: num_samples // batch_size * batch_size].split(batch_size)
 
 

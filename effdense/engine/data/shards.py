@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ...errors import UserError
 from ..records import write_atomically
+from .pixels import pixels
 
 INDEX = "effdense-index.npz"
 _IMAGE = np.dtype([("shard", "i4"), ("label", "i4"), ("size", "i8"), ("offset", "i8")])
@@ -38,10 +41,11 @@ class Shards:
         UserError: where there is no shard, or one of them is missing or damaged.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, decode: Callable[..., Tensor] = pixels) -> None:
+        self.root, self._decode = root, decode
         self._paths, self._images = _indexed(root)
-        self.largest_label = int(self._images["label"].max())
+        self.labels = torch.from_numpy(self._images["label"].astype("i8"))
+        self.largest_label = int(self.labels.max())
         self._opened: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,9 +55,6 @@ class Shards:
     def __len__(self) -> int:
         return len(self._images)
 
-    def label(self, index: int) -> int:
-        return int(self._images["label"][index])
-
     def name(self, index: int) -> str:
         shard, _, _, offset = self._images[index]
         header = self._bytes(int(shard), tarfile.BLOCKSIZE, int(offset) - tarfile.BLOCKSIZE)
@@ -62,12 +63,12 @@ class Shards:
             return f"{self._paths[shard]}: {inside}"
         return f"{self._paths[shard]}: the image at byte {offset}"
 
-    def read(self, index: int) -> Any:
+    def read(self, index: int) -> Tensor:
         from PIL import Image
 
         shard, _, size, offset = self._images[index].tolist()
         with Image.open(io.BytesIO(self._bytes(shard, size, offset))) as image:
-            return image.convert("RGB")
+            return self._decode(image, partial(self.name, index))
 
     def _bytes(self, shard: int, size: int, offset: int) -> bytes:
         path = self._paths[shard]

@@ -1,0 +1,194 @@
+"""Image files as they are: what PIL opens, what a folder holds, what images are normalised by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from effdense.engine.data.datasets import load
+from effdense.engine.data.images import ImageData
+from effdense.engine.data.pixels import read_pixels
+from effdense.engine.distributed import World
+from effdense.engine.normalization import settle_normalization
+from effdense.engine.options import TrainConfig
+from effdense.errors import UserError
+from tests.helpers.pictures import write_folder
+from tests.helpers.ranks import by_ranks
+
+RAMP = np.arange(65536).reshape(256, 256)
+
+
+def saved(path: Path, values: np.ndarray, **options: Any) -> Path:
+    Image.fromarray(values).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("name", ["ramp.png", "ramp.tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_all_there(name: str, channels: int, tmp_path: Path) -> None:
+    path = saved(tmp_path / name, RAMP.astype(np.uint16))
+    read = read_pixels(path, channels, None)
+    assert read.shape == (channels, 256, 256)
+    assert len(read.unique()) == 65536
+    expected = torch.from_numpy(RAMP.astype(np.float32) * (255 / 65535))
+    torch.testing.assert_close(read, expected.expand(channels, -1, -1))
+    twelve = read_pixels(path, channels, (0, 4095))
+    assert twelve.max() == 255
+    assert len(twelve.unique()) == 4096
+
+
+def test_sixteen_bits_of_the_other_byte_order(tmp_path: Path) -> None:
+    with Image.open(saved(tmp_path / "a.tif", RAMP.astype(">u2"))) as image:
+        assert image.mode == "I;16B"
+    torch.testing.assert_close(
+        read_pixels(tmp_path / "a.tif", 1, None)[0],
+        torch.from_numpy(RAMP.astype(np.float32) * (255 / 65535)),
+    )
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_values_without_a_range_need_a_window(kind: Any, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.tif", (RAMP - 1000).astype(kind))
+    with pytest.raises(UserError, match=r"a.tif holds (floats|32-bit numbers): say with --window"):
+        read_pixels(path, 1, None)
+    read = read_pixels(path, 1, (-1000, 1000))[0].flatten()
+    assert read[[0, 1000, 2000, 3000]].tolist() == [0, 127.5, 255, 255]
+
+
+def test_sixteen_bits_a_colour_are_refused(tmp_path: Path) -> None:
+    """PIL itself writes none, and reads 8 of them."""
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 8, 3), np.uint16), photometric="rgb")
+    with pytest.raises(UserError, match=r"a.tif has 16 bits for each of its colours"):
+        read_pixels(tmp_path / "a.tif", 3, None)
+
+
+def test_eight_bits_are_as_they_were(tmp_path: Path) -> None:
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    colour = np.stack([grey, grey.T, grey[::-1]], axis=2)
+    path = saved(tmp_path / "colour.png", colour)
+    assert torch.equal(read_pixels(path, 3, None), torch.from_numpy(colour).permute(2, 0, 1))
+    assert read_pixels(path, 1, None).shape == (1, 16, 16)
+    path = saved(tmp_path / "grey.png", grey)
+    assert torch.equal(read_pixels(path, 3, None), torch.from_numpy(grey).expand(3, -1, -1))
+    Image.fromarray(colour).quantize(256).save(tmp_path / "palette.png")
+    assert torch.equal(
+        read_pixels(tmp_path / "palette.png", 3, None),
+        torch.from_numpy(np.array(Image.open(tmp_path / "palette.png").convert("RGB"))).permute(
+            2, 0, 1
+        ),
+    )
+    red = np.full((16, 16, 3), (250, 5, 5), np.uint8)
+    Image.fromarray(red).convert("CMYK").save(tmp_path / "ink.jpg", quality=100)
+    found = read_pixels(tmp_path / "ink.jpg", 3, None).float().mean((1, 2))
+    assert found.tolist() == pytest.approx([250, 5, 5], abs=4)
+    clear = np.dstack([red, np.zeros((16, 16), np.uint8)])
+    assert read_pixels(saved(tmp_path / "clear.png", clear), 3, None)[:, 0, 0].tolist() == [
+        250,
+        5,
+        5,
+    ]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_they_say(orientation: int, tmp_path: Path) -> None:
+    upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.png", np.ascontiguousarray(stored), exif=exif)
+    assert read_pixels(path, 1, None)[0].tolist() == upright.tolist()
+    deep = saved(tmp_path / "b.png", np.ascontiguousarray(stored).astype(np.uint16), exif=exif)
+    assert torch.equal(read_pixels(deep, 1, (0, 255))[0], torch.from_numpy(upright).float())
+
+
+def folder(root: Path, **options: Any) -> ImageData:
+    config = TrainConfig(data="imagefolder", data_dir=root, image_size=16, num_workers=0, **options)
+    return load(config.resolved(), download=False)
+
+
+def test_what_a_folder_holds_and_is_not_read_is_counted(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, train=2, val=1)
+    assert folder(root).notes == ()
+    for name in ("a.gif", "b.GIF", "notes.txt", "README"):
+        (root / "train" / "cat" / name).touch()
+    (root / "val" / "stray.png").touch()
+    assert folder(root).notes == (
+        f"{root}/train: 1 files are not read (.GIF)",
+        f"{root}/train: 1 files are not read (.gif)",
+        f"{root}/train: 1 files are not read (.txt)",
+        f"{root}/train: 1 files are not read (no suffix)",
+        f"{root}/val: 1 files are not read (files in no class's folder)",
+    )
+
+
+def test_classes_without_images_are_said_or_refused(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, train=2, val=2, names=("ant", "bee", "cow"))
+    for path in (root / "val" / "ant").iterdir():
+        path.unlink()
+    (root / "val" / "bee").rename(root / "bee")
+    for path in (root / "train" / "bee").iterdir():
+        path.unlink()
+    data = folder(root)
+    assert data.classes == ("ant", "bee", "cow")
+    assert data.test.labels.tolist() == [2, 2]
+    assert data.notes == (
+        "no training image has the class bee",
+        "no test image has the class ant, bee",
+    )
+    with pytest.raises(
+        UserError, match=r"no training image has the class bee; .*--missing-classes"
+    ):
+        folder(root, missing_classes="stop")
+
+
+def test_normalisation_is_measured_once(tmp_path: Path, alone: World) -> None:
+    root = write_folder(tmp_path / "images", train=5, val=2)
+    options: dict[str, Any] = {"channels": 1, "data_dir": root, "num_workers": 0}
+    config = TrainConfig(data="imagefolder", image_size=16, **options).resolved()
+    assert config.normalization == "measured"
+    data = load(config, download=False)
+    settle_normalization(config, data, alone)
+    batches = list(data.train.batches([torch.arange(10)], None, torch.device("cpu")))
+    images = batches[0][0]
+    assert images.shape == (10, 1, 16, 16)
+    assert abs(float(images.mean())) < 1e-4
+    assert float(images.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    assert data.test.normalization == data.train.normalization
+
+
+@pytest.mark.slow
+def test_normalisation_is_the_same_for_any_number_of_processes(
+    tmp_path: Path, alone: World
+) -> None:
+    from tests.helpers import workers
+
+    together = by_ranks("normalization", 3, tmp_path)
+    assert torch.equal(together["measured"], workers.normalization(alone)["measured"])
+
+
+def test_options_of_files_are_for_files() -> None:
+    for options in ({"channels": 1}, {"window": (0.0, 1.0)}, {"normalization": "measured"}):
+        with pytest.raises(UserError, match="left out: digits is no set of image files"):
+            TrainConfig(**options).resolved()
+    files: Any = {"data": "imagefolder"}
+    with pytest.raises(UserError, match="--channels must be 1 or 3, got 2"):
+        TrainConfig(**files, channels=2).resolved()
+    with pytest.raises(UserError, match="--window must be two numbers, the lower one first"):
+        TrainConfig(**files, window=(5.0, 1.0)).resolved()
+    with pytest.raises(UserError, match="--normalization must be measured for one channel"):
+        TrainConfig(**files, channels=1, normalization="imagenet").resolved()
