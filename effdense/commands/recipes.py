@@ -16,8 +16,8 @@ csv           images in DATA_DIR that a --table lists, with their labels
 fake          noise that can be learnt, for trials
 
 Standard augmentation: digits, shifts by up to 1 pixel; cifar10, cifar100 and fake, shifts by up to
-4 pixels and mirroring; svhn, the shifts alone; imagefolder, webdataset and csv, random resized crops
-and mirroring; volumes, crops and mirroring along each axis.
+4 pixels and mirroring; svhn, the shifts alone; imagefolder, webdataset and csv, random resized
+crops and mirroring; volumes, crops and mirroring along each axis.
 """
 
 
