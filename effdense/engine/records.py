@@ -29,6 +29,7 @@ from .checkpoint import CheckpointStore, Position, flush_folder
 from .distributed import World
 from .lock import Lock
 from .options import ResolvedConfig, renamed
+from .scores import Score
 
 LOG_COLUMNS = {
     "train.csv": ("epoch", "step", "lr", "loss", "error"),

@@ -26,6 +26,8 @@ class Task(ABC):
     """One kind of question; labels are what :class:`.data.images.Split` holds."""
 
     kind: ClassVar[str]
+    best_by: ClassVar[str] = "error"
+    """What of a test says which epoch is the best, unless something else is asked for."""
     classes: tuple[str, ...]
     label_smoothing: float = 0.0
     weights: Tensor | None = None
@@ -89,6 +91,7 @@ class MultiLabel(Task):
     """
 
     kind = "multilabel"
+    best_by = "auroc"
     known: float = 0.0
     """Labels that are known of a training sample, on average: what its loss is divided by."""
 

@@ -95,6 +95,9 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Standing
     settle_normalization(config, data, world)
     with all_or_none():
         task = make_task(config, data)
+        metrics = ["loss", "error", *metric_names(task)]
+        if config.best_by is not None and config.best_by not in metrics:
+            raise UserError(f"--best-by must be one of {', '.join(metrics)}, got {config.best_by}")
     network = _made_together(config, data, world)
     facts: dict[str, Any] = {
         "model": {
@@ -279,7 +282,7 @@ class _Records:
                 logs = work_dir.logs(rows, wanted, metric_names(trainer.task))
         for line in said:
             progress.say(line)
-        standings = Standings(config.best_by or "error", rows)
+        standings = Standings(config.best_by or trainer.task.best_by, rows)
         return cls(trainer, work_dir, store, logs, standings, progress)
 
     def left(self) -> str:

@@ -14,6 +14,7 @@ from effdense.engine import trainer as trainers
 from effdense.engine.distributed import joined_world
 from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
+from effdense.engine.tasks import Classification
 from effdense.engine.trainer import Trainer
 from effdense.engine.training import run
 from effdense.errors import UserError
@@ -54,7 +55,7 @@ def steps(graphs: Any, **options: Any) -> list[torch.Tensor]:
         data="fake", image_size=8, threads=1, cuda_graphs=graphs, **options
     ).resolved()
     with joined_world("cpu", threads=1) as world:
-        trainer = Trainer(network, config, world)
+        trainer = Trainer(network, config, world, Classification(tuple("abcde")))
         said = trainer.capture((3, 8, 8))
         assert (said is None) == (graphs == "off")
         network.train()
