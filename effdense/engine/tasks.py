@@ -50,6 +50,10 @@ class Task(ABC):
         """The same question as it is tested: each sample counts once."""
         return replace(self, label_smoothing=0.0, weights=None)
 
+    def on(self, device: torch.device) -> Task:
+        """The same with its weights on a device: to copy them would have each step wait."""
+        return self if self.weights is None else replace(self, weights=self.weights.to(device))
+
     def _weights(self, outputs: Tensor) -> Tensor | None:
         """In what losses are computed in, whatever autocast makes of the outputs."""
         return None if self.weights is None else self.weights.to(_exact(outputs))

@@ -71,7 +71,7 @@ class Trainer:
         self.network = network
         self.config = config
         self.world = world
-        self.task = task
+        self.task = task.on(world.device)
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
         # every shape has a program of its own: one for all would depend on which came first

@@ -19,6 +19,7 @@ from effdense.engine import trainer as trainer_module
 from effdense.engine.data.images import DIGITS_NORMALIZATION, InMemory, ShiftAndFlip
 from effdense.engine.distributed import World, all_finite
 from effdense.engine.options import TrainConfig
+from effdense.engine.tasks import Classification
 from effdense.engine.trainer import Trainer
 
 META = torch.device("meta")
@@ -66,7 +67,8 @@ def trainer(device: torch.device, world_size: int = 1, **options: Any) -> Traine
     if resolved.sync_batch_norm:
         network = effdense.SyncBatchNorm.convert_sync_batchnorm(network)
     world = World(0, world_size, 0, world_size, device, "gloo" if world_size > 1 else None)
-    return Trainer(network.to(device), resolved, world)
+    task = Classification(tuple("abcdefghij"), resolved.label_smoothing)
+    return Trainer(network.to(device), resolved, world, task)
 
 
 def step(trained: Trainer, images: int = 6) -> None:
