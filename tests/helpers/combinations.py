@@ -22,14 +22,14 @@ import torch
 from effdense import densenet_bc
 from effdense.engine.options import TrainConfig
 from tests.helpers import meddlers
-from tests.helpers.pictures import write_folder, write_shards
+from tests.helpers.pictures import write_folder, write_shards, write_xrays
 from tests.helpers.ranks import Ranks, final_state
 
 Value = object
 Run = dict[str, Value]
 
 VALUES: dict[str, tuple[Value, ...]] = {
-    "data": ("fake", "digits", "imagefolder", "webdataset"),
+    "data": ("fake", "digits", "imagefolder", "webdataset", "csv"),
     "backend": ("auto", "cpu", "torch"),  # triton is refused where there is no GPU
     "drop_rate": (0.0, 0.3),
     "weights": (None, "weights.pt"),
@@ -69,6 +69,19 @@ LEFT_OUT = {
     "data_dir": "goes with --data",
     "image_size": "goes with --data",
     "batch_size": "goes with --data",
+    "table": "goes with --data",
+    "image_column": "goes with --data",
+    "label_columns": "goes with --data",
+    "split_column": "goes with --data",
+    "group_column": "goes with --data",
+    "val_fraction": "goes with --data",
+    "task": "goes with --data",
+    "channels": "goes with --data: 1 of csv",
+    "normalization": "goes with --channels: measured of csv",
+    "window": "goes with --data: of csv",
+    "spatial_dims": "of volumes: tests/engine/test_volumes.py",
+    "spacing": "of volumes",
+    "crop": "of volumes",
     "model": "instead of --arch, --depth and --growth-rate",
     "model_args": "goes with --model",
     "download": "there is no network",
@@ -186,6 +199,11 @@ def runs(data: Path, seed: int = 0) -> list[Run]:
         "digits": {"batch_size": 255},
         "imagefolder": {"image_size": 16, "batch_size": 7, "data_dir": data / "folder"},
         "webdataset": {"image_size": 16, "batch_size": 7, "data_dir": data / "shards"},
+        "csv": {
+            **{"image_size": 16, "batch_size": 7, "data_dir": data / "xrays"},
+            **{"table": data / "xrays" / "table.csv", "group_column": "patient", "channels": 1},
+            **{"label_columns": ("Edema", "Fracture"), "window": (20_000.0, 30_000.0)},
+        },
     }
     found = []
     for chosen in pairwise(values(), seed):
@@ -202,6 +220,7 @@ def write_data(root: Path) -> Path:
     """What the runs read, below ``root``."""
     folder = write_folder(root / "folder", train=12, val=3)
     write_shards(root / "shards", folder)
+    write_xrays(root / "xrays", 30)
     network = densenet_bc(depth=10, growth_rate=4, num_classes=3)
     torch.save(network.state_dict(), root / "weights.pt")
     return root
