@@ -45,6 +45,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from effdense.backends.sharing import address
+from effdense.backends.told import Told
 
 T = TypeVar("T")
 
@@ -642,7 +643,8 @@ class SearchedLaunchTable(LaunchTable):
     Opt-in (see TritonBackend): the first call for a class takes seconds, and which of
     two near-equal alternatives wins may differ from machine to machine, and with it the
     order of summation. The winner is written to ``directory`` in a file named by device
-    and version, and read from there by later processes.
+    and version, and read from there by later processes. Of several processes rank 0 tries, and
+    tells the others; where it has no word for one, that goes by the table.
     """
 
     def __init__(
@@ -651,11 +653,15 @@ class SearchedLaunchTable(LaunchTable):
         device_name: str,
         directory: Path,
         time: Callable[[Callable[[], Any]], Any] = triton.testing.do_bench,
+        told: Told | None = None,
     ) -> None:
         super().__init__(architecture)
         self.time = time
+        # decided in this process: by trial, by an earlier process's, or by rank 0
+        self._settled: set[str] = set()
         name = re.sub(r"[^\w.]+", "-", device_name)
         self.file = directory / f"{name}-triton-{triton.__version__}-torch-{torch.__version__}.json"
+        self._told = Told(self.file.stem) if told is None else told
         self.choices: dict[str, dict[str, Any]] = {}
         with contextlib.suppress(OSError, ValueError):
             self.choices = json.loads(self.file.read_text())
@@ -684,16 +690,18 @@ class SearchedLaunchTable(LaunchTable):
     ) -> None:
         """Choose for this shape class unless done; ``run`` is the operation on scratch data."""
         key = self.shape_class(operation, like, channels, bottleneck)
-        if key in self.choices:
-            return
-        times: list[tuple[float, int, Launch]] = []
-        for i, launch in enumerate(_neighbours(self(operation, like, channels, bottleneck))):
-            # a tile too large for this device is no error, only not a candidate
-            with contextlib.suppress(triton.runtime.errors.OutOfResources):
-                times.append((float(self.time(partial(run, launch))), i, launch))
-        best = min(times)[2]
-        names = ("block_p", "block_c", "num_warps", "num_stages")
-        self._keep(key, {name: getattr(best, name) for name in names})
+
+        def best() -> dict[str, Any]:
+            times: list[tuple[float, int, Launch]] = []
+            for i, launch in enumerate(_neighbours(self(operation, like, channels, bottleneck))):
+                # a tile too large for this device is no error, only not a candidate
+                with contextlib.suppress(triton.runtime.errors.OutOfResources):
+                    times.append((float(self.time(partial(run, launch))), i, launch))
+            found = min(times)[2]
+            names = ("block_p", "block_c", "num_warps", "num_stages")
+            return {name: getattr(found, name) for name in names}
+
+        self._settle(key, lambda: self.choices.get(key) or best())
 
     def choose(
         self,
@@ -702,18 +710,38 @@ class SearchedLaunchTable(LaunchTable):
         channels: int,
         bottleneck: int,
         alternatives: dict[str, Callable[[], Any]],
-    ) -> str:
-        """The name of the fastest of ``alternatives`` to do ``operation`` for this shape class."""
-        key = "choice of " + self.shape_class(operation, like, channels, bottleneck)
-        found = self.choices.get(key)
-        if found is None or found["name"] not in alternatives:
-            times = {name: float(self.time(run)) for name, run in alternatives.items()}
-            found = {"name": min(times, key=lambda name: times[name])}
-            self._keep(key, found)
-        return str(found["name"])
+    ) -> str | None:
+        """The name of the fastest of ``alternatives`` to do ``operation`` for this shape class.
 
-    def _keep(self, key: str, choice: dict[str, Any]) -> None:
-        self.choices[key] = choice
+        None where rank 0 should have said, and did not.
+        """
+        key = "choice of " + self.shape_class(operation, like, channels, bottleneck)
+
+        def fastest() -> dict[str, Any]:
+            kept = self.choices.get(key)
+            if kept and kept["name"] in alternatives:
+                return kept
+            times = {name: float(self.time(run)) for name, run in alternatives.items()}
+            return {"name": min(times, key=lambda name: times[name])}
+
+        return self._settle(key, fastest).get("name")
+
+    def _settle(self, key: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if key not in self._settled:
+            self._settled.add(key)
+            tried = False
+
+            def find_here() -> dict[str, Any]:
+                nonlocal tried
+                tried = True
+                return find()
+
+            self.choices[key] = self._told(key, find_here) or {}
+            if tried:
+                self._write()
+        return self.choices[key]
+
+    def _write(self) -> None:
         # a directory that cannot be written costs the next process a search, no more
         with contextlib.suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,7 @@ class TritonBackend(Stepwise):
         search: time alternative configurations on the device, once per shape class, and
             keep the fastest in ``search_directory``. Off unless asked for: the
             environment variable EFFDENSE_LAUNCH_SEARCH=1 asks where the argument is None.
+            Never while torch allows only deterministic algorithms.
         search_directory: by default "effdense/launch" in the user's cache directory.
         checked: run only variants of kernels that are right on their device, and torch's
             operation where one is not; see variants.py, NOTE [ variants ].
@@ -95,7 +96,7 @@ class TritonBackend(Stepwise):
         self._refused: set[tuple[torch.device, Callable[..., Any]]] = set()
         # shapes for which configurations were searched, and whose convolution was the faster
         self._searched: set[tuple[Any, ...]] = set()
-        self._vendor_chosen: dict[tuple[Any, ...], bool] = {}
+        self._vendor_chosen: dict[tuple[Any, ...], bool | None] = {}
 
     def _run(
         self,
@@ -112,7 +113,7 @@ class TritonBackend(Stepwise):
         launch table with, for the search alone.
         """
         launcher = self._launchers.get(x.get_device()) or self._launcher(x.device)
-        if self._search:
+        if self._search and not torch.are_deterministic_algorithms_enabled():
             like = x if like is None else like
             for asked in _ASKED.get(operation, (operation,)):
                 self._search_launch(launcher, asked, function, x, args, like, bottleneck)
@@ -308,9 +309,10 @@ class TritonBackend(Stepwise):
         without tensor cores: the same operations take 3.3 ns at 67e12 a second, all bytes
         1.1 ns, and a library's loops come closer to that rate than ours.
         """
-        if self._search and not INTERPRETED:
+        vendor = None
+        if self._search and not (INTERPRETED or torch.are_deterministic_algorithms_enabled()):
             vendor = self._vendor_is_faster(operation, function, vendors, source, weight, given)
-        else:
+        if vendor is None:
             exact = source.dtype == torch.float32 and self._precision == "ieee"
             vendor = exact and not INTERPRETED
         if vendor:
@@ -325,8 +327,11 @@ class TritonBackend(Stepwise):
         source: Tensor,
         weight: Tensor,
         given: tuple[Any, ...],
-    ) -> bool:
-        """Timed once per shape, and kept with the launches that were searched."""
+    ) -> bool | None:
+        """Timed once per shape, and kept with the launches that were searched.
+
+        By rank 0, which tells the others; None where it has not.
+        """
         shape = operation, source.shape, source.dtype, weight.shape
         if shape not in self._vendor_chosen:
             scratch = [_copied(a) for a in given]
@@ -341,7 +346,7 @@ class TritonBackend(Stepwise):
             assert isinstance(table, launch.SearchedLaunchTable)
             alternatives = {"ours": ours, "vendor": lambda: vendors(source, *scratch)}
             chosen = table.choose(operation, source, source.shape[1], k, alternatives)
-            self._vendor_chosen[shape] = chosen == "vendor"
+            self._vendor_chosen[shape] = None if chosen is None else chosen == "vendor"
         return self._vendor_chosen[shape]
 
     def bn_relu_avg_pool(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore, Store
 
 pytest.importorskip("triton")
 
+from effdense.backends.told import Told
 from effdense.kernels.launch import (
     Architecture,
     Launch,
@@ -116,3 +120,44 @@ def test_products_fill_the_device(device: Architecture, rows: int, bottleneck: i
     assert programs >= device.multiprocessors
     # and no smaller than that takes
     assert found.block_p * found.block_b >= 64 * 64 or programs < 4 * device.multiprocessors
+
+
+def table_of(folder: Path, rank: int, store: Store, seconds: dict[str, float]) -> tuple[Any, Any]:
+    """A process's table, and what it has timed; ``seconds`` by alternative."""
+    ran: list[str] = []
+
+    def time(run: Callable[[], object]) -> float:
+        run()
+        return seconds[ran[-1]]
+
+    told = Told("H100", store, rank, timedelta(seconds=0.2))
+    ways = {name: partial(ran.append, name) for name in seconds}
+    table = SearchedLaunchTable(H100, "device", folder / str(rank), time, told)
+    return lambda x: table.choose("conv3", x, 64, 12, ways), ran
+
+
+def test_rank_0_tries_and_tells(tmp_path: Path) -> None:
+    store, x = HashStore(), torch.zeros(100, 64)
+    zero, ran_0 = table_of(tmp_path, 0, store, {"ours": 2.0, "vendor": 1.0})
+    one, ran_1 = table_of(tmp_path, 1, store, {"ours": 1.0, "vendor": 2.0})
+    assert (zero(x), one(x)) == ("vendor", "vendor")
+    assert (ran_0, ran_1) == (["ours", "vendor"], [])
+    # told again from what rank 0 has on disk, to a process that begins later
+    store = HashStore()
+    zero, ran_0 = table_of(tmp_path, 0, store, {"ours": 0.0, "vendor": 1.0})
+    one, ran_1 = table_of(tmp_path, 1, store, {"ours": 1.0, "vendor": 2.0})
+    assert (zero(x), one(x), ran_0, ran_1) == ("vendor", "vendor", [], [])
+    # a share of a batch that rank 0 never has: nobody waits for ever, and only once
+    assert one(x[:50].half()) is None
+    assert zero(x[:50].half()) == "ours"
+    assert one(x[:50].half()) is None
+    assert ran_1 == []
+
+
+def test_another_device_is_not_told_what_is_true_of_rank_0s() -> None:
+    store = HashStore()
+    assert Told("H100", store, 0)("question", lambda: 1) == 1
+    assert Told("H100", store, 1)("question", lambda: 2) == 1
+    assert Told("A100", store, 2)("question", lambda: 2) is None
+    # alone, a process is asked itself
+    assert Told("H100")("question", lambda: 3) == 3
