@@ -523,8 +523,12 @@ class LaunchTable:
         if self.family.lanes > 32:
             # 128 bits for each lane, of tiles that became small too
             warps = max(1, min(4, block_p * block_c // ((4 if wide else 8) * self.family.lanes)))
+        # left alone, the assembler spills four registers of pooling's backward to fit one program
+        # more
+        limited = operation == "pool_backward" and self.family.pipelined
         # a range's loop is serial: hide latency with programs
-        return Launch(block_p, block_c, 16, warps, 1, 4 * self.architecture.multiprocessors)
+        programs = 4 * self.architecture.multiprocessors
+        return Launch(block_p, block_c, 16, warps, 1, programs, 255 if limited else None)
 
     def _global_pool(self, images: int, channels: int, wide: bool) -> Launch:
         # a program for each image and tile of channels: 64 bytes of a row at the least
@@ -552,6 +556,9 @@ class LaunchTable:
                 # 128 bits of X for each lane
                 warps = max(1, min(warps, block_p * 32 // (8 * self.family.lanes)))
             return Launch(block_p, 32, block_b, warps, 2)
+        if tile == 64 * 64 and self.family == AMPERE:
+            # left alone, the assembler spills two registers to fit one program more
+            registers = 255
         return Launch(block_p, 32, block_b, warps, 3, registers=registers)
 
     def _product_backward(self, bottleneck: int, block_b: int, wide: bool, aligned: bool) -> Launch:
@@ -567,12 +574,16 @@ class LaunchTable:
             return Launch(16, 64, block_b, 8, 1, programs, registers)
         if aligned and self.family.product_rows == 64:
             if self.family.registers is not None:
-                # of 64 rows sm_100 spills 18 to 79 registers, in one mode of the kernel or another
+                # of 64 rows sm_100 spills 18 to 79 registers, in one mode of the kernel or another;
+                # of 128 columns 4, in the launches of a bottleneck that is wider
+                block_b = block_b if bottleneck <= 128 else 64
                 return Launch(32, 64, block_b, 8, 2, programs)
             # 64 channels with 128 columns of dY spill 10 registers (sm_90)
             return Launch(64, 64 if block_b < 128 else 32, block_b, 8, 2, programs)
         block_c = 64 if aligned else 32
-        return Launch(32, block_c, block_b, 8 if block_b == 128 else 4, 2, programs)
+        # in four warps 64 columns of dY spill up to four registers on consumers' Blackwell
+        most = 64 if self.family.compact else 128
+        return Launch(32, block_c, block_b, 8 if block_b >= most else 4, 2, programs)
 
     def _conv3(self, operation: str, like: Tensor, channels: int, growth: int) -> Launch:
         """Of the 3-wide convolution: "conv3", and backward "conv3_backward", "conv3_weight".
@@ -598,8 +609,8 @@ class LaunchTable:
             block_b = power_of_two(channels, 16, 32 if wide else 64)
             programs = 2 * self.architecture.multiprocessors
             stages = 1 if wide or hip else 2
-            # beside three accumulators, 64 rows are more than compact devices' registers hold
-            block_p = 32 if wide or self.family.compact else 64
+            # beside three accumulators, 64 rows are more than registers hold before Hopper
+            block_p = 32 if wide or self.family.product_rows == 16 else 64
             while block_p > 16 and 3 * cdiv(rows, block_p) < self.architecture.multiprocessors:
                 block_p //= 2
             warps = warps_of(block_p, block_b, 4)
