@@ -15,6 +15,7 @@ the manifest shows what has happened to it since.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -75,9 +76,18 @@ def flush_folder(path: Path) -> None:
     """See on disk which names the folder holds."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush(descriptor: int) -> None:
+    """See a file's content on disk, where the file system can promise that at all."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 class CheckpointStore:
@@ -124,6 +134,8 @@ class CheckpointStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
+            # one that could not be deleted stays where it is
+            partial = _free_name(partial)
             partial.mkdir()
             manifest = {
                 "format": _FORMAT,
@@ -160,8 +172,23 @@ class CheckpointStore:
         Those that are not are set aside as ``damaged-...``, and said, with the reason.
 
         Raises:
-            UserError: for one that a newer version of this package has written.
+            UserError: for one that a newer version of this package has written; nothing has
+                been touched then.
         """
+        published = self._published()
+        for path in published.values():
+            _refuse_newer(path)
+        if not published and self.folder.is_dir():
+            strange = [
+                path
+                for path in self.folder.iterdir()
+                if path.is_dir() and not path.name.startswith((".", "damaged-"))
+            ]
+            if strange:
+                raise UserError(
+                    f"{strange[0]} is no checkpoint that this effdense knows: go on with the one "
+                    f"that wrote it, or choose another --work-dir"
+                )
         for leftover in self.folder.glob(".epoch-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         for _, path in sorted(self._published().items(), reverse=True):
@@ -226,18 +253,13 @@ def verified(path: Path) -> dict[str, bytes]:
         except OSError as error:
             raise Damaged(f"{name} cannot be read: {error.strerror or error}") from None
 
+    _refuse_newer(path)
     try:
         manifest: dict[str, Any] = json.loads(content(MANIFEST))
-        written = int(manifest["format"])
-        facts = manifest["files"].items() if written <= _FORMAT else ()
+        facts = manifest["files"].items()
         expected = {str(name): (int(fact["bytes"]), str(fact["sha256"])) for name, fact in facts}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged(f"{MANIFEST} cannot be understood") from None
-    if written > _FORMAT:
-        raise UserError(
-            f"{path} was written by a newer effdense (format {written}, this one reads "
-            f"{_FORMAT}): go on with that one, or choose another --work-dir"
-        )
     files = {}
     for name, (size, digest) in expected.items():
         files[name] = content(name)
@@ -248,11 +270,40 @@ def verified(path: Path) -> dict[str, bytes]:
     return files
 
 
+def _refuse_newer(path: Path) -> None:
+    """Raise a UserError for a checkpoint of a format that this version does not read.
+
+    One whose manifest says no format is damaged, not newer.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return
+    refuse_newer(manifest, _FORMAT, path)
+
+
+def refuse_newer(recorded: Any, known: int, path: Path) -> None:
+    """Raise a UserError where what is recorded is of a format after ``known``, or of none we had.
+
+    Args:
+        recorded: what a file says of itself; where it says no format, it is as old as any.
+        known: the newest format that is read.
+        path: of the file, for the message.
+    """
+    written = recorded.get("format", 1) if isinstance(recorded, dict) else 1
+    if isinstance(written, int) and 1 <= written <= known:
+        return
+    raise UserError(
+        f"{path} was written by a newer effdense (format {written}, this one reads {known}): go on "
+        f"with that one, or choose another --work-dir"
+    )
+
+
 def _write(path: Path, content: bytes) -> None:
     with path.open("xb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno())
 
 
 def _free_name(path: Path) -> Path:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..weights import read_metadata, read_safetensors
-from .checkpoint import CheckpointStore, Position
+from .checkpoint import CheckpointStore, Position, refuse_newer
 from .data.image_files import Preparation, image_preparation
 from .networks import build
-from .records import CHECKPOINTS, read_config
+from .records import CHECKPOINTS, FORMAT, read_config
 from .resumption import weights_in
 from .tasks import Classification, MultiLabel, Task
 
@@ -103,7 +103,9 @@ def described(work_dir: Path, epoch: int, last: int) -> dict[str, str]:
         "format": "pt",
         "arch": recorded["model"]["name"],
         "classes": json.dumps(facts["classes"]),
-        "run": json.dumps({**facts, "options": options, "epoch": epoch, "last": last}),
+        "run": json.dumps(
+            {"format": FORMAT, **facts, "options": options, "epoch": epoch, "last": last}
+        ),
     }
 
 
@@ -127,6 +129,7 @@ def _held(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise UserError(
                 f"cannot read {source}: what it says of its run is not what a run writes"
             ) from None
+        refuse_newer(recorded, FORMAT, source)
         return recorded, read_safetensors(source)
     recorded = read_config(source)
     exported, store = source / "model.safetensors", CheckpointStore(source / CHECKPOINTS, keep=1)

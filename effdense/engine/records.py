@@ -25,7 +25,7 @@ import yaml
 from effdense.machine.environment import source_revision, versions
 
 from ..errors import UserError
-from .checkpoint import CheckpointStore, Position, flush_folder
+from .checkpoint import CheckpointStore, Position, flush, flush_folder, refuse_newer
 from .distributed import World
 from .lock import Lock
 from .options import ResolvedConfig, renamed
@@ -46,6 +46,8 @@ LOG_COLUMNS = {
     ),
 }
 CHECKPOINTS = "checkpoints"
+FORMAT = 1
+"""Of config.yaml, and of what exported weights say of their run."""
 _RUN_FILES = (
     "config.yaml",
     "train.csv",
@@ -87,7 +89,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         try:
             write(partial)
             with partial.open("rb") as file:
-                os.fsync(file.fileno())
+                flush(file.fileno())
             os.replace(partial, path)
             flush_folder(path.parent)
         finally:
@@ -114,7 +116,7 @@ class CsvLog:
         with _writing(self._path), self._path.open("a", newline="") as file:
             file.write(_csv_line([row[column] for column in self._columns]))
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
 
     def text(self) -> str:
         """The whole file."""
@@ -175,11 +177,16 @@ class WorkDir:
         return work_dir
 
     def _take_over(self, config: ResolvedConfig, facts: Mapping[str, Any], launch: str) -> None:
+        held = [self.path / name for name in _RUN_FILES if (self.path / name).exists()]
+        if held:
+            self._agree(held, config, facts, launch)
         for leftover in self.path.glob(".[0-9]*-*"):
             leftover.unlink()
-        held = [self.path / name for name in _RUN_FILES if (self.path / name).exists()]
-        if not held:
-            return
+
+    def _agree(
+        self, held: Sequence[Path], config: ResolvedConfig, facts: Mapping[str, Any], launch: str
+    ) -> None:
+        """Raise a UserError where the run of these files is another, unless it may be replaced."""
         differences = self._differences(config, facts)
         goes_on = config.resume == "auto" and not differences
         if config.overwrite and not (goes_on and _launched_by(self.path, launch)):
@@ -272,6 +279,7 @@ class WorkDir:
         options = config.options()
         options["work_dir"] = str(self.path)
         content = {
+            "format": FORMAT,
             "command": shlex.join(sys.argv),
             "launch": world.launch,
             "options": options,
@@ -346,10 +354,15 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.yaml"
     try:
         held = yaml.safe_load(file.read_text(encoding="utf-8"))
+        refuse_newer(held, FORMAT, path)
         held["options"] = renamed(held["options"])
     except FileNotFoundError:
         raise UserError(f"{path} holds no run: there is no config.yaml") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"cannot read {file}: it is not what a run writes") from None
+    except yaml.YAMLError:
         raise UserError(f"cannot read {file}: it is not what a run writes") from None
     return dict(held)
 
