@@ -190,11 +190,12 @@ def bn_relu_conv3_fwd_kernel(
         p_tile = p_y + o_p[:, None] * s_y + o_c[None, :]
         o_w = o_k[:, None] * s_wk + o_c[None, :] * s_wb
         for tap in range(TAPS):
-            m_in = ((b_taps >> tap) & 1) != 0
+            b_in = (b_taps >> tap) & 1
+            m_in = b_in != 0
             p_tap = p_tile + tap_shift(tap, S1, S2, DIMS) * s_y
             b_y = tl.load(p_tap, m_in[:, None] & m_c[None, :], 0.0, cache_modifier=".ca")
             b_y = normalized(b_y, b_scale, b_shift)  # [BP, BC]
-            b_z = tl.where((b_y <= 0) | (~m_in)[:, None], 0.0, b_y)
+            b_z = tl.where((b_y <= 0) | (b_in == 0)[:, None], 0.0, b_y)
             p_tap = p_w + (o_w + tap_weight(tap, s_w0, s_w1, s_w2, DIMS))
             b_w = tl.load(p_tap, m_k[:, None] & m_c[None, :], 0.0)  # [BK, BC]
             if b_w.dtype != DOT:
