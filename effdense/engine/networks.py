@@ -82,7 +82,9 @@ def called(target: str, arguments: Mapping[str, Any] | None = None) -> nn.Module
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found = importlib.import_module(name)
+        # what a module makes as it is imported is no part of a network on another device
+        with torch.device("cpu"):
+            found = importlib.import_module(name)
         for part in path.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
