@@ -258,6 +258,7 @@ class _Stem(torch.autograd.Function):
                     for slab, part in parts:
                         lines = slice(slab.first, slab.last)
                         dx[slab.images, :, lines] = part * _along(sign, part)
+                        del part  # before the next slab's is made
                 else:
                     needs = need_image, need_weight
                     found = convolution.source(image, weight, sign).backward(parts, needs)
@@ -354,7 +355,7 @@ class _Convolved(NamedTuple):
             if needs[1]:
                 new = found[1].to(accumulate_dtype(dx.dtype))
                 dweight = new if dweight is None else dweight.add_(new)
-            del part, found
+            del part, found, dx  # before the next slab's are made
         if dweight is None:
             return dimage, None
         dweight *= self.sign.view(-1, *[1] * (dweight.dim() - 1))

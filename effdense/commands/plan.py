@@ -43,6 +43,8 @@ class Options:
     """Keep what blocks keep elsewhere where nothing else fits."""
     ddp: bool = False
     """Count DistributedDataParallel's gradient buckets."""
+    step_in_backward: bool = False
+    """Count no gradients but those of a layer: see effdense.step_in_backward."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Whose temporaries are counted."""
 
@@ -62,6 +64,7 @@ def run(options: Options) -> None:
                 momentum=options.momentum,
                 dtype=getattr(torch, options.dtype) if options.dtype else None,
                 ddp=options.ddp,
+                step_in_backward=options.step_in_backward,
                 device=options.device,
             )
         )

@@ -198,6 +198,7 @@ def fit_to_budget(
             momentum=config.momentum,
             dtype=getattr(torch, config.dtype),
             ddp=world.world_size > 1,
+            step_in_backward=config.step_in_backward,
             device=world.device.type,
         )
     except ValueError as error:

@@ -165,6 +165,9 @@ class MemoryOptions:
     accumulate: int = 1
     """Take each step in so many parts, one after the other, for less memory; batch norm then
     sees a part at a time."""
+    step_in_backward: bool = False
+    """Step each layer's parameters as soon as its backward is done and free its gradients: the same
+    bits in less memory, in one process without --accumulate, --clip-grad and float16."""
     channels_last: bool = False
     """Hold images and weights in channels-last order. The dense blocks do so in any case."""
 
@@ -487,6 +490,19 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
         "a JSON object such as '{\"spatial_dims\": 3}'",
     )
     require(all(0 < m < 1 for m in config.milestones), "milestones", "fractions between 0 and 1")
+    against = {
+        "--accumulate": config.accumulate > 1,
+        "--clip-grad": config.clip_grad > 0,
+        "--non-finite skip": config.non_finite == "skip",
+        "--dtype float16": config.dtype == "float16",
+        "--cuda-graphs on": config.cuda_graphs == "on",
+        "several processes": world_size > 1,
+    }
+    found = [option for option, given in against.items() if given]
+    if config.step_in_backward and found:
+        raise UserError(
+            f"--step-in-backward does not go with {found[0]}, which needs all gradients at once"
+        )
     require(
         config.batch_size >= world_size,
         "batch_size",

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..autocast import AUTOCAST_DTYPES, autocast
 from ..block.cuda_graphs import cuda_graphs
+from ..block.stepping import step_in_backward
 from ..errors import TrainingError, UserError
 from ..memory.optimizers import make_optimizer
 from ..norms.synchronization import known_images
@@ -50,8 +51,9 @@ def wants_graphs(config: ResolvedConfig, world: World) -> bool:
             )
         if config.compile:
             raise UserError("--cuda-graphs on does not go with --compile; leave out one of them")
-    against = config.compile or config.offload or config.sync_batch_norm or config.budget
-    wanted = config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and not against)
+    against = [config.compile, config.offload, config.sync_batch_norm, config.budget]
+    against.append(config.step_in_backward)
+    wanted = config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and not any(against))
     return wanted and world.device.type in CAPTURED
 
 
@@ -87,6 +89,8 @@ class Trainer:
         )
         if config.head_lr_factor != 1:
             set_head_rate(network, self.optimizer, config.head_lr_factor)
+        if config.step_in_backward:
+            step_in_backward(network, self.optimizer)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
         self.average = MovingAverage(network, config.ema) if config.ema else None
         self.position = Position(epoch=1, step=0)

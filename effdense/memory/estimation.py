@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..autocast import AUTOCAST_DTYPES
 from ..backends.layout import round_up
 from ..block.forwards import BlockForward, dense_blocks, set_offload, set_save
+from ..block.stepping import StepInBackward, step_in_backward
 from ..choices import OptimizerName
 from ..errors import first_line
 from ..machine.tables import columns
@@ -91,6 +92,7 @@ def estimate(
     momentum: float = 0.9,
     dtype: torch.dtype | None = None,
     ddp: bool = False,
+    step_in_backward: bool = False,
     device: DeviceType = "cpu",
 ) -> Estimate:
     """Predict the peak memory of a training step; allocates none of it.
@@ -108,12 +110,20 @@ def estimate(
             too; torch.bfloat16 or torch.float16, by autocast over float32 parameters. None for
             the parameters' own type, whatever that is.
         ddp: whether DistributedDataParallel's buckets hold the gradients, once more.
+        step_in_backward: whether :func:`effdense.step_in_backward` is used.
         device: "cpu" or "cuda": which backend's temporaries are counted.
 
     Raises:
         ValueError: for an argument outside its range, or an input that the model refuses.
     """
-    rehearse = Rehearsal(model, optimizer=optimizer, momentum=momentum, dtype=dtype, device=device)
+    rehearse = Rehearsal(
+        model,
+        optimizer=optimizer,
+        momentum=momentum,
+        dtype=dtype,
+        step_in_backward=step_in_backward,
+        device=device,
+    )
     found = rehearse(input_shape)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model, ddp = model.module, True
@@ -133,6 +143,7 @@ class Rehearsal:
         optimizer: OptimizerName = "sgd",
         momentum: float = 0.9,
         dtype: torch.dtype | None = None,
+        step_in_backward: bool = False,
         device: DeviceType = "cpu",
     ) -> None:
         check_optimizer(optimizer)
@@ -146,6 +157,8 @@ class Rehearsal:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         self._optimizer, self._momentum, self._device = optimizer, momentum, device
+        self._step_in_backward = step_in_backward
+        self._steps: StepInBackward | None = None
         own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self._amp = dtype if dtype in AUTOCAST_DTYPES.values() and dtype != own else None
         self._dtype = (dtype or own) if self._amp is None else torch.float32
@@ -175,11 +188,19 @@ class Rehearsal:
         except (RuntimeError, IndexError, NotImplementedError) as error:
             line = first_line(error)
             raise ValueError(f"the model refuses input of shape {shape}: {line}") from error
+        finally:
+            if self._steps is not None:
+                self._steps.remove()
 
     def _training(self, shape: tuple[int, ...]) -> Training:
+        optimizer = make_optimizer(
+            self._optimizer, self._twin.parameters(), momentum=self._momentum
+        )
+        if self._step_in_backward:
+            self._steps = step_in_backward(self._twin, optimizer)
         return Training(
             self._twin,
-            make_optimizer(self._optimizer, self._twin.parameters(), momentum=self._momentum),
+            optimizer,
             torch.empty(shape, dtype=self._dtype, device="meta"),
             None,
             self._amp,

@@ -84,11 +84,13 @@ class Training:
 
     def make_optimizer_state(self) -> None:
         """Give the optimizer the state it has after a first step, by one with gradients of 0."""
-        for p in self.model.parameters():
-            if p.requires_grad:
+        wanted = [p for p in self.model.parameters() if p.requires_grad]
+        # not for all at once: steps in backward never have all gradients either
+        for first in range(0, len(wanted), 32):
+            for p in wanted[first : first + 32]:
                 p.grad = torch.zeros_like(p)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def loss(self) -> Tensor:
         """Forward, to a scalar."""

@@ -63,6 +63,22 @@ def test_the_gradient_is_clipped_to_its_norm() -> None:
     )
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_steps_in_backward_end_with_the_same_bits(optimizer: str) -> None:
+    with joined_world("cpu", threads=1) as world:
+        both = [
+            trainer(world, optimizer=optimizer, step_in_backward=flag, ema=0.5)
+            for flag in (False, True)
+        ]
+    for i in range(3):
+        images, labels = batch()
+        for each in both:
+            each.step(images, labels, 6, lr=0.1 / (i + 1))
+    states = [each.tested.state_dict().values() for each in both]
+    assert all(map(torch.equal, *states))
+    assert all(p.grad is None for p in both[1].network.parameters())
+
+
 def test_the_averaged_weights_are_an_exponential_moving_average() -> None:
     with joined_world("cpu", threads=1) as world:
         averaged = trainer(world, ema=0.75)

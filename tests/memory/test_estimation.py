@@ -45,6 +45,33 @@ def real_step(
     return record_step(build, places=places)
 
 
+def _volumes(**options: Any) -> effdense.DenseNet:
+    """With an ImageNet stem in 3-D, whose slabs are lines of a volume."""
+    arguments = TINY | {"small_inputs": False, "num_init_features": 64}
+    return effdense.DenseNet(**arguments, spatial_dims=3, in_channels=1, **options)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_step_in_backward_is_predicted(optimizer: OptimizerName) -> None:
+    model = effdense.densenet_bc(64, 36)
+    shape = (1, 3, 8, 8)
+    found, ordinary = (
+        effdense.estimate(model, shape, optimizer=optimizer, step_in_backward=flag)
+        for flag in (True, False)
+    )
+
+    def build() -> Training:
+        made = make_optimizer(optimizer, model.parameters())
+        effdense.step_in_backward(model, made)
+        return Training(model, made, torch.randn(shape), torch.zeros(1, dtype=torch.int64))
+
+    # no more than the gradients of some layers
+    assert found.peak <= 0.9 * ordinary.peak
+    assert found.peak == pytest.approx(record_step(build).total, rel=0.02)
+    again = effdense.estimate(model, shape, optimizer=optimizer)
+    assert again.peak == ordinary.peak
+
+
 @pytest.mark.parametrize("save", [*effdense.SAVE_MODES, ("features", "bottlenecks")], ids=str)
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("bn_size", [4, None])
@@ -69,6 +96,8 @@ def test_live_bytes_are_predicted_within_a_hundredth(
         (lambda: reference.densenet_bc(40, 12), (8, 3, 32, 32)),
         (lambda: effdense.densenet121(), (2, 3, 96, 96)),
         (lambda: effdense.densenet121(save="bottlenecks"), (1, 3, 224, 224)),
+        (lambda: _volumes(), (1, 1, 96, 80, 96)),
+        (lambda: _volumes(save="bottlenecks"), (2, 1, 64, 64, 64)),
     ],
     ids=str,
 )
