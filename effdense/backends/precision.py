@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -26,8 +27,10 @@ def tf32_convolutions() -> bool:
 
 
 @contextmanager
-def exact_float32() -> Iterator[None]:
-    """TF32 is off inside, for convolutions and matrix products; settings are as before after.
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Inside, convolutions and matrix products of float32 may round to TF32, or may not.
+
+    Settings are as before after.
 
     The old switches are not touched where there are new ones: to read or write one of them
     raises where the user mixed them.
@@ -38,10 +41,11 @@ def exact_float32() -> Iterator[None]:
     owners = (
         (convolutions, products) if name == "fp32_precision" else (torch.backends.cudnn, products)
     )
+    words: tuple[Any, Any] = ("ieee", "tf32") if name == "fp32_precision" else (False, True)
     before = [getattr(owner, name) for owner in owners]
     try:
         for owner in owners:
-            setattr(owner, name, "ieee" if name == "fp32_precision" else False)
+            setattr(owner, name, words[tf32])
         yield
     finally:
         for owner, value in zip(owners, before, strict=True):

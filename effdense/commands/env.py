@@ -80,6 +80,7 @@ def _devices() -> Iterator[tuple[str, str]]:
     if not torch.cuda.is_available():
         yield "CUDA devices", "none"
         return
+    yield "float32 products", "TF32" if tf32_convolutions() else "exact"
     for i in range(torch.cuda.device_count()):
         yield f"cuda:{i}", _guarded(lambda i=i: _device(i))  # type: ignore[misc]
 

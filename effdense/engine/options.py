@@ -259,6 +259,10 @@ class MachineOptions:
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Start each dense block as one CUDA graph. auto: on a GPU, but for --compile, --budget,
     --offload and --sync-batch-norm."""
+    tf32: Annotated[
+        Literal["on", "off"] | None, _recipe_default("{on,off}", "as torch's convolutions do: on")
+    ] = None
+    """Whether a GPU may round the operands of float32 products to TF32, 10 bits of mantissa."""
     deterministic: bool = False
     """Allow only algorithms that give the same bits every time. On processors all of them do."""
     hang_timeout: float = 600.0
@@ -356,7 +360,7 @@ _ASIDE = frozenset(
 )
 # where and how a step is computed, as a run may have to move to another machine: sums may round
 # differently, and dropout may draw anew;
-ROUNDING = frozenset({"device", "threads", "backend", "save", "budget"})
+ROUNDING = frozenset({"device", "threads", "backend", "save", "budget", "tf32"})
 # and the length, as a run that has ended may have been too short: the rest learns at the rates of
 # a run of the new length. All else would be another experiment, which --weights RUN begins.
 MAY_CHANGE = _ASIDE | ROUNDING | {"epochs", "patience"}

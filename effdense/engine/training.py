@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backends.cpu_library import is_compiled
+from ..backends.precision import float32_products, tf32_convolutions
 from ..errors import TrainingError, UserError
 from ..weights import safetensors_bytes
 from . import plots
@@ -68,6 +69,7 @@ def run(options: TrainConfig) -> Standings:
         StopSignals() as signals,
         joined_world(config.device, config.threads) as world,
         _determinism(config),
+        _arithmetic(config),
     ):
         return _run(config, world, signals)
 
@@ -86,6 +88,18 @@ def _determinism(config: ResolvedConfig) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def _arithmetic(config: ResolvedConfig) -> Iterator[None]:
+    """Within it, --tf32 holds, and cuDNN tries its algorithms: shapes are the same in each step."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not config.deterministic
+    try:
+        with nullcontext() if config.tf32 is None else float32_products(config.tf32 == "on"):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Standings:
@@ -107,6 +121,7 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Standing
         "images": {"train": len(data.train), "test": len(data.test)},
         "classes": list(data.classes),
         "task": task.kind,
+        "tf32": world.device.type == "cuda" and tf32_convolutions(),
         "normalization": data.train.normalization.fact(),
     }
     if data.digest:

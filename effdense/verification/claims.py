@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autocast import autocast
-from ..backends.precision import exact_float32
+from ..backends.precision import float32_products
 from ..backends.self_check import operation_errors
 from ..block.forwards import BlockForward
 from ..conversion import convert
@@ -298,7 +298,7 @@ def _reproducible() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     cudnn.benchmark = False
     try:
-        with exact_float32(), warnings.catch_warnings():
+        with float32_products(tf32=False), warnings.catch_warnings():
             # what has no deterministic algorithm shows as a difference, if it makes one
             warnings.filterwarnings("ignore", message=".*deterministic.*")
             yield

@@ -65,7 +65,7 @@ def test_every_option_is_resolved_and_given_ones_are_kept() -> None:
         options: Any = {"data": data, "table": table}
         resolved = dataclasses.asdict(TrainConfig(**options).resolved())
         left_open = {"model", "model_args", "weights", "freeze", "budget", "work_dir", "best_by"}
-        left_open |= {"spacing", "crop", "window"}
+        left_open |= {"spacing", "crop", "window", "tf32"}
         left_open |= set() if table else {"table"}
         left_open |= set() if resolved["arch"] == "densenet_bc" else {"depth", "growth_rate"}
         assert {k for k, v in resolved.items() if v is None} == left_open

@@ -199,10 +199,18 @@ def test_env_lists_gpus_even_where_one_is_lost(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(select, "fault", lambda device, dtype: None)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: properties(device.index) and (9, 0)
+    )
+    monkeypatch.setattr(env, "_kernels_of_networks", lambda device, dtype: "40 variants, all ok")
+    select.why_not_triton.cache_clear()
     env.environment.cache_clear()
     found = dict(env.environment())
     env.environment.cache_clear()
+    select.why_not_triton.cache_clear()
     said = "NVIDIA X, compute capability 9.0, 80.00 GiB, driver "
     assert found["cuda:0"].startswith(said)
     assert found["cuda:1"].startswith("failed: RuntimeError: CUDA error")
-    assert found["triton cuda:1, bfloat16"] == "self-check ok"
+    assert found["triton cuda:0, bfloat16"] == "40 variants, all ok"
+    lost = "torch operations instead: failed: RuntimeError: CUDA error"
+    assert found["triton cuda:1, bfloat16"].startswith(lost)
