@@ -6,6 +6,7 @@ a time on the device. A thread makes the next batches ready while one is trained
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections import Counter
@@ -75,8 +76,12 @@ class Folder:
 
         self._read = read
         others = Counter[str]()
+        # links are followed, and by the system 40 times at most
+        deepest = str(root).count(os.sep) + 30
 
         def is_image(path: str) -> bool:
+            if path.count(os.sep) > deepest:
+                raise UserError(f"{root}: a link in it leads back to it: {path[:200]}")
             found = path.lower().endswith(kinds)
             others[Path(path).suffix or "no suffix"] += not found
             return found

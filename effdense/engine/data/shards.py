@@ -11,6 +11,7 @@ import io
 import os
 import re
 import tarfile
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -121,16 +122,31 @@ def _indexed(root: Path) -> tuple[list[Path], np.ndarray]:
 def _read_index(path: Path) -> tuple[list[tuple[str, int, int]], np.ndarray]:
     """(name, bytes, time of change) of the shards that were indexed, and their images."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                # not written here, and larger than it looks
+                return [], np.empty(0, _IMAGE)
         with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             images = held["images"]
             stats = held["stats"].tolist()
             known = [(n, *s) for n, s in zip(held["names"].tolist(), stats, strict=True)]
-            if images.dtype == _IMAGE:
+            if images.dtype == _IMAGE and _are_inside(images, [size for _, size, _ in known]):
                 return known, images
     # numpy and zipfile raise what they like about a file that is none of theirs
     except Exception:
         pass
     return [], np.empty(0, _IMAGE)
+
+
+def _are_inside(images: np.ndarray, sizes: Sequence[int]) -> bool:
+    """Whether every image has a label and lies in a shard; of how many bytes those are."""
+    shard, size, offset = images["shard"], images["size"], images["offset"]
+    if images.ndim != 1 or not len(images) or shard.min() < 0 or shard.max() >= len(sizes):
+        return False
+    room = np.array(sizes, "i8")[shard]
+    least = min(size.min(), offset.min(), images["label"].min())
+    # no sum of the two, which may be larger than a number of 64 bits
+    return bool(least >= 0 and (size <= room).all() and (offset <= room - size).all())
 
 
 def _see_complete(root: Path, paths: Sequence[Path], known: Sequence[str]) -> None:
@@ -193,6 +209,8 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                if member.issparse() or member.size > path.stat().st_size:
+                    raise tarfile.ReadError(f"{member.name} is larger than what it takes up")
                 if member.isfile():
                     yield member, partial(_content, tar, member)
             # tarfile takes a header that it cannot read for the end
