@@ -14,8 +14,8 @@ from tyro.conf import Positional, arg
 import effdense
 
 from .. import reference
+from ..adaptation import called
 from ..choices import NetworkName
-from ..engine.networks import called
 from ..errors import UserError, first_line
 from ..models import configuration
 from . import front_end

@@ -44,7 +44,7 @@ def trained(source: Path) -> Trained:
     Raises:
         UserError: if there is none.
     """
-    recorded, state = _held(source)
+    recorded, state = held(source)
     options, classes = recorded["options"], recorded["classes"]
     prepare = image_preparation(recorded)
     network = build(options, len(classes), prepare.channels)
@@ -113,8 +113,12 @@ def described(work_dir: Path, epoch: int, last: int) -> dict[str, str]:
 _FACTS = ("classes", "task", "normalization")
 
 
-def _held(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is recorded of a network, and its weights."""
+def held(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is recorded of a run's network, and its weights.
+
+    Raises:
+        UserError: if there is none.
+    """
     if not source.is_dir():
         about = read_metadata(source).get("run")
         if about is None:

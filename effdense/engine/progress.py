@@ -48,7 +48,8 @@ def peak_memory(device: torch.device) -> int:
     return peak_resident_bytes()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Such as 01:30 or 2:05:00."""
     return tqdm.format_interval(max(0, round(seconds)))
 
 
@@ -99,7 +100,7 @@ class Progress:
             left = (self._epochs - self._epoch) * facts["total"] + facts["total"] - facts["n"]
             shown["images/s"] = f"{rate * self._batch_size:,.0f}"
             shown["waiting"] = f"{100 * waited / facts['elapsed']:.0f} %"
-            shown["run"] = f"{_duration(left / rate)} left"
+            shown["run"] = f"{duration(left / rate)} left"
         shown["memory"] = f"{peak_memory(self._device) / 2**20:,.0f} MiB"
         self._bar.set_postfix(shown)
 
@@ -119,5 +120,5 @@ class Progress:
             f"train loss {train.loss:.4f} error {train.error:5.2f} %  "
             f"test loss {test.loss:.4f} error {test.error:5.2f} %  {ranked}"
             f"{rate}{speed.memory / 2**20:,.0f} MiB  {seconds:.1f} s"
-            + (f"  {_duration(left * seconds)} left" if left else "")
+            + (f"  {duration(left * seconds)} left" if left else "")
         )

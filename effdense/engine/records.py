@@ -59,6 +59,7 @@ _RUN_FILES = (
     "loss.png",
     "error.png",
     "speed.csv",
+    "learning-rate.png",
     "images-per-second.png",
     "memory.png",
     "report.html",

@@ -20,8 +20,8 @@ from ..memory.estimation import bucket_bytes
 from ..memory.optimizers import state_copies
 from ..norms.synchronization import unsynchronised
 from .distributed import World, gathered
+from .freezing import set_training
 from .options import ResolvedConfig
-from .start import set_training
 
 
 def replan_if_needed(

@@ -23,10 +23,10 @@ from .checkpoint import Position
 from .data.images import Batch, Split
 from .data.order import global_batches, random_key, share
 from .distributed import World, all_finite, average_running_statistics, data_parallel, largest
+from .freezing import set_head_rate, set_training
 from .options import ResolvedConfig
 from .progress import Progress
 from .scores import Score, Tally, full_score
-from .start import set_head_rate, set_training
 from .tasks import Task, balanced
 
 # Devices whose optimisers take a step in one launch, which GradScaler's doubts need not wait for.

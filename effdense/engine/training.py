@@ -30,6 +30,7 @@ from .distributed import (
     lost_processes,
 )
 from .export import described
+from .freezing import freeze
 from .networks import fit_to_budget, largest_share, make_network, require_backend
 from .normalization import settle_normalization
 from .options import ResolvedConfig, TrainConfig
@@ -41,7 +42,7 @@ from .resumption import Keeper, go_on, weights_in
 from .scores import Score, metric_names
 from .signals import StopSignals
 from .standings import Standings
-from .start import freeze, load_start, read_start
+from .start import load_start, read_start, with_network_of_run
 from .tasks import make_task
 from .telemetry import Telemetry
 from .tensorboard import Board, require_tensorboard
@@ -64,6 +65,7 @@ def run(options: TrainConfig) -> Standings:
         Interrupted: for a run that was told to stop, on every process.
     """
     world_size, local_world_size = launched_processes()
+    options = with_network_of_run(options)
     config = options.resolved(world_size=world_size, local_world_size=local_world_size)
     with (
         StopSignals() as signals,
@@ -233,12 +235,13 @@ def _train(
         images = (steps_per_epoch - done) * config.batch_size
         speed = _speed(trainer, images, time.monotonic() - began)
         test = trainer.evaluate(data.test)
+        badness = standings.add(epoch, test)
         with all_or_none():
             records.add(epoch, epoch * steps_per_epoch, train, test, speed)
         _say_left_out(trainer, data, progress)
         progress.end(train, test, speed)
         trainer.position = Position(epoch + 1, 0)
-        keeper.after_epoch(standings.add(epoch, test))
+        keeper.after_epoch(badness)
     if standings.is_over(config.patience):
         progress.say(
             f"stopped after epoch {max(standings.tests)}: {config.patience} epochs have brought no "
@@ -321,7 +324,7 @@ class _Records:
             wait_percent=round(speed.wait_percent, 1),
             memory_mib=round(speed.memory / 2**20, 1),
         )
-        plots.draw([self._work_dir.path], self._work_dir.path)
+        plots.draw([self._work_dir.path], self._work_dir.path, best=self.standings.best)
         self._board.add(epoch, train, test, speed)
 
     def finish(self) -> None:
@@ -329,7 +332,7 @@ class _Records:
         if self._work_dir is None or self.store is None:
             return
         folder, standings = self._work_dir.path, self.standings
-        plots.draw([folder], folder, plots.ALL)
+        plots.draw([folder], folder, plots.ALL, standings.best)
         last = self._trainer.tested.state_dict()
         epoch, best = standings.best, last
         if epoch != max(standings.tests):

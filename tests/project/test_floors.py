@@ -29,6 +29,7 @@ FLOORS = (
     {"recognition"},
     {"block"},
     {"conversion", "models"},
+    {"adaptation"},
     {"memory"},
     {"verification"},
     {"engine"},
