@@ -133,9 +133,18 @@ def test_mistakes_in_using_a_run(
 
 def test_the_report_is_one_page_with_everything_in_it(digits_run: Path) -> None:
     page = (digits_run / "report.html").read_text()
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     for part in ("Test error <b>", "growth_rate", "features.denseblock1", effdense.__version__):
         assert part in page
+    # what differs comes first, all else is folded
+    first, folded = page.split("<details>", 1)
+    differences = first.split("What differs from the defaults")[1].split("</table>")[0]
+    rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", differences)
+    changed = {"data": "digits", "depth": "10", "growth_rate": "8", "epochs": "3"}
+    assert dict(rows) == {**changed, "budget": "2GiB", "tensorboard": "True"}
+    assert "weight_decay" in folded
+    assert "weight_decay" not in first
+    assert 'name="viewport"' in page
     assert not re.findall(r'(?:src|href)="(?!#)', page)  # it needs no other file
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         xml.etree.ElementTree.fromstring(svg)

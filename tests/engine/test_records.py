@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -153,6 +154,22 @@ def test_plots_show_what_the_csv_files_say(
         with Image.open(path / name) as image:
             assert image.format == "PNG"
             assert image.width > 500
+
+
+def test_curves_that_can_be_read(tmp_path: Path) -> None:
+    """One loss that dwarfs the rest does not press it into a line, and the best is marked."""
+    for errors, scale in (([300.0, 20.0, 10.0, 9.0], "log"), ([30.0, 20.0, 10.0], "linear")):
+        path = write_run(tmp_path / scale, errors)
+        found = plots.figures([path], plots.ALL, best=2)
+        assert found["loss"].axes[0].get_yscale() == scale
+        assert found["error"].axes[0].get_yscale() == "linear"
+        (mark,) = (line for line in found["loss"].axes[0].lines if line.get_label() == MARK)
+        assert np.array(mark.get_xdata()).tolist() == [2, 2]
+        (rate, _) = found["learning-rate"].axes[0].lines
+        assert np.array(rate.get_ydata()).tolist() == [0.1] * len(errors)
+
+
+MARK = "best epoch, 2"
 
 
 def test_several_runs_are_overlaid_under_their_names(
