@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .block.stepping import step_in_backward
     from .conversion import ConversionReport, conversion_report, convert, revert
     from .engine.export import load
+    from .engine.options import TrainConfig
+    from .engine.training_in_python import TrainResult, train
     from .memory.estimation import BlockEstimate, Estimate, estimate
     from .memory.planning import BudgetError, Plan, budget_bytes, deepest, largest_batch, plan
     from .models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet_bc
@@ -48,6 +50,8 @@ __all__ = [
     "Plan",
     "Save",
     "SyncBatchNorm",
+    "TrainConfig",
+    "TrainResult",
     "Transition",
     "__version__",
     "budget_bytes",
@@ -68,6 +72,7 @@ __all__ = [
     "reference",
     "revert",
     "step_in_backward",
+    "train",
 ]
 
 _HOMES = {
@@ -77,6 +82,8 @@ _HOMES = {
     "block.stepping": ("step_in_backward",),
     "conversion": ("ConversionReport", "conversion_report", "convert", "revert"),
     "engine.export": ("load",),
+    "engine.options": ("TrainConfig",),
+    "engine.training_in_python": ("TrainResult", "train"),
     "memory.estimation": ("BlockEstimate", "Estimate", "estimate"),
     "memory.planning": (
         *("BudgetError", "Plan", "budget_bytes", "deepest", "largest_batch", "plan"),

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,10 +97,14 @@ def adapted(
     # what torchxrayvision's published models answer with instead of the head's own outputs
     if getattr(network, "op_threshs", None) is not None:
         network.op_threshs = None  # type: ignore[assignment]
+    return converted(network, save, backend)
+
+
+def converted(model: nn.Module, save: Save | Sequence[Save], backend: str = "auto") -> nn.Module:
+    """The model, converted; what was left of it is in convert-report, not in warnings."""
     with warnings.catch_warnings():
-        # what is left is in convert-report
         warnings.filterwarnings("ignore", message="effdense: ")
-        return convert(network, save, backend)
+        return convert(model, save, backend)
 
 
 def head_of(network: nn.Module) -> str:

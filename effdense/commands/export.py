@@ -44,7 +44,7 @@ def run(options: Options) -> None:
     if not target.parent.is_dir():
         raise UserError(f"cannot write {target}: there is no folder {target.parent}")
     model = trained(options.source)
-    if options.images:
+    if options.images and model.prepare is not None:
         paths = images_in(options.images)[:8]
         images = torch.stack([model.prepare(path) for path in paths])
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from tyro.conf import Positional, arg
 import effdense
 
 from .. import reference
-from ..adaptation import called
+from ..adaptation import called, converted
 from ..choices import NetworkName
 from ..errors import UserError, first_line
 from ..models import configuration
@@ -88,7 +87,7 @@ class Network:
         """
         if self.is_own:
             return effdense.DenseNet(**self._arguments(), save=save)  # type: ignore[arg-type]
-        return converted(called(self.name), save)
+        return converted(called(self.name), save)  # type: ignore[arg-type]
 
     def input_shape(self, model: nn.Module, batch: Batch) -> tuple[int, ...]:
         """(N, channels, *spatial) as the model's first convolution takes it."""
@@ -115,10 +114,3 @@ class Network:
             return configuration(self.name, self.depth, self.growth_rate)
         except ValueError as error:
             raise UserError(str(error)) from None
-
-
-def converted(model: nn.Module, save: str | Sequence[str] = "features") -> nn.Module:
-    """The model, converted; what was left of it is in convert-report, not in warnings."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="effdense: ")
-        return effdense.convert(model, save)  # type: ignore[arg-type]

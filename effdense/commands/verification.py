@@ -14,6 +14,7 @@ from torch import nn
 
 import effdense
 
+from ..adaptation import converted
 from ..backends import select
 from ..backends.base import Backend
 from ..backends.cpu_backend import CpuBackend
@@ -28,7 +29,7 @@ from ..verification.comparison import near_prediction
 from ..verification.hidden_states import block_inputs, first_tensor
 from ..verification.rows import Row, Status, guarded, not_checked
 from .measure import Job, measured
-from .network import Batch, Network, converted
+from .network import Batch, Network
 
 # Of predictions on a GPU, the larger of the two: libraries' workspaces come from torch's allocator
 # too, and nobody has measured yet.
@@ -62,7 +63,7 @@ class Verification:
         torch.manual_seed(0)
         naive = network.naive()
         self.shape = network.input_shape(naive, batch)
-        ours = network.ours() if network.is_own else converted(copy.deepcopy(naive))
+        ours = network.ours() if network.is_own else converted(copy.deepcopy(naive), "features")
         if not any(isinstance(m, BlockForward) for m in ours.modules()):
             raise UserError(
                 f"effdense converts no dense block of {network.name}; see python -m effdense "

@@ -17,6 +17,7 @@ from ..weights import read_metadata, read_safetensors
 from .checkpoint import CheckpointStore, Position, refuse_newer
 from .data.image_files import Preparation, image_preparation
 from .networks import build
+from .options import OWN
 from .records import CHECKPOINTS, FORMAT, read_config
 from .resumption import weights_in
 from .tasks import Classification, MultiLabel, Task
@@ -27,7 +28,8 @@ class Trained:
     """The network of a finished run, in eval mode, and what it takes and says."""
 
     network: nn.Module
-    prepare: Preparation
+    prepare: Preparation | None
+    """None for data that were given in Python, of which there are no files."""
     classes: Sequence[str]
     shape: tuple[int, ...]
     """Of what it takes, without the batch."""
@@ -38,35 +40,42 @@ class Trained:
         return self.task.probabilities(outputs)
 
 
-def trained(source: Path) -> Trained:
+def trained(source: Path, model: nn.Module | None = None) -> Trained:
     """The network of a run's best epoch so far, or of a file that a run has exported.
+
+    Args:
+        source: the run's folder, or the file.
+        model: what the run was given in Python, which takes the weights.
 
     Raises:
         UserError: if there is none.
     """
     recorded, state = held(source)
     options, classes = recorded["options"], recorded["classes"]
-    prepare = image_preparation(recorded)
-    network = build(options, len(classes), prepare.channels)
+    prepare = None if options["data"] == OWN else image_preparation(recorded)
+    channels = recorded["channels"] if prepare is None else prepare.channels
+    network = build(options, len(classes), channels, model)
     try:
         network.load_state_dict({name: state[name] for name in network.state_dict()})
     except (KeyError, RuntimeError) as error:
         raise UserError(f"the weights in {source} are not its network's: {error}") from None
     spatial = options.get("crop") or [options["image_size"]] * options.get("spatial_dims", 2)
     kind = MultiLabel if recorded.get("task") == MultiLabel.kind else Classification
-    shape = (prepare.channels, *spatial)
+    shape = (channels, *spatial)
     return Trained(network.eval(), prepare, classes, shape, kind(tuple(classes)))
 
 
-def load(source: str | os.PathLike[str]) -> nn.Module:
+def load(source: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """The network of a run's best epoch, or of a file that a run has exported, ready to be asked.
 
     Args:
         source: the folder of a run, which may still be under way, or a ``.safetensors`` file of it.
+        model: what the run was given in Python, if it was; it takes the weights.
 
     Returns:
         The network in eval mode on the CPU. ``classes`` are the names of what it tells apart,
-        ``preprocess(path)`` reads an image as (channels, height, width) and
+        ``preprocess(path)`` reads an image as (channels, height, width), but of data that were
+        given in Python there are no files, and it is None, and
         ``probabilities(outputs)`` says (N, classes) what its outputs mean::
 
             model = effdense.load("runs/digits-1")
@@ -76,7 +85,7 @@ def load(source: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ValueError: if there is none; says what there is.
     """
-    found = trained(Path(source))
+    found = trained(Path(source), model)
     network: Any = found.network
     network.classes = tuple(found.classes)
     network.preprocess = found.prepare
@@ -110,7 +119,7 @@ def described(work_dir: Path, epoch: int, last: int) -> dict[str, str]:
 
 
 # Of config.yaml, besides the options.
-_FACTS = ("classes", "task", "normalization")
+_FACTS = ("channels", "classes", "task", "normalization")
 
 
 def held(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -175,9 +184,12 @@ def predictions(
     Raises:
         UserError: for a file that cannot be read as an image.
     """
+    prepare = model.prepare
+    if prepare is None:
+        raise UserError("the run's data were given in Python: there are no files to be read")
     for begin in range(0, len(paths), batch_size):
         some = paths[begin : begin + batch_size]
-        images = torch.stack([model.prepare(path) for path in some])
+        images = torch.stack([prepare(path) for path in some])
         yield from zip(some, model.probabilities(model.network(images)), strict=True)
 
 

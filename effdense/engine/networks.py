@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adaptation import adapted, called
+from ..adaptation import adapted, called, converted
 from ..autocast import AUTOCAST_DTYPES
 from ..backends.select import get_backend
 from ..block.forwards import set_offload
@@ -20,29 +20,43 @@ from ..norms.sync_batch_norm import SyncBatchNorm
 from .data.images import ImageData
 from .data.order import random_key
 from .distributed import World
-from .options import ResolvedConfig
+from .options import GIVEN, OWN, ResolvedConfig
 
 
-def make_network(config: ResolvedConfig, data: ImageData) -> nn.Module:
-    """The network ``config`` names, initialised by ``config.seed``.
+def make_network(
+    config: ResolvedConfig, data: ImageData, model: nn.Module | None = None
+) -> nn.Module:
+    """The network ``config`` names, initialised by ``config.seed``; or a given model, converted.
 
     Raises:
         UserError: for sizes that no such network has, or a model that cannot be made.
     """
     torch.manual_seed(random_key("weights", config.seed))
-    network = build(config.options(), data.num_classes, data.in_channels)
+    network = build(config.options(), data.num_classes, data.in_channels, model)
     set_offload(network, config.offload)
     if config.sync_batch_norm:
         network = SyncBatchNorm.convert_sync_batchnorm(network)
     return network
 
 
-def build(options: Mapping[str, Any], num_classes: int, in_channels: int) -> nn.Module:
-    """The network that a run's options name.
+def build(
+    options: Mapping[str, Any], num_classes: int, in_channels: int, model: nn.Module | None = None
+) -> nn.Module:
+    """The network that a run's options name, or ``model`` where it was given in Python.
 
     Raises:
         UserError: for sizes that no such network has, or a model that cannot be made.
     """
+    if model is not None:
+        if options["data"] == OWN:
+            # it has been asked about an image of these data
+            return converted(model, options["save"], options["backend"])
+        return adapted(model, num_classes, in_channels, options["save"], options["backend"])
+    if str(options.get("model")).startswith(GIVEN):
+        raise UserError(
+            f"the run's network, a {options['model'].removeprefix(GIVEN)}, was given in Python: "
+            f"give it again, with model=..."
+        )
     if options.get("model"):
         network = called(options["model"], json.loads(options["model_args"] or "{}"))
         return adapted(network, num_classes, in_channels, options["save"], options["backend"])

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -31,6 +31,12 @@ FILES = ("imagefolder", "webdataset", "csv")
 
 def _recipe_default(metavar: str, note: str = "the data set's") -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {note})")
+
+
+OWN = "own"
+"""The name of data that were given in Python, of which no command line knows."""
+GIVEN = "given:"
+"""What the name of a model begins with that was given in Python."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +293,11 @@ class TrainConfig(
 ):
     """Every option of a run; None stands for the data set's own default."""
 
+    def __post_init__(self) -> None:
+        for name in ("data_dir", "table", "work_dir"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, Path(getattr(self, name)))
+
     def resolved(self, *, world_size: int = 1, local_world_size: int = 1) -> ResolvedConfig:
         """Fill in the data set's recipe and check every value.
 
@@ -297,7 +308,7 @@ class TrainConfig(
         Raises:
             UserError: for a value that cannot be; names the option.
         """
-        recipe = dataclasses.asdict(RECIPES[self.data])
+        recipe = dataclasses.asdict(RECIPES["imagefolder" if self.data == OWN else self.data])
         if self.optimizer != "sgd":
             recipe["lr"] = ADAPTIVE_LR
         if self.data.startswith("cifar") and self.augment == "none":
@@ -433,6 +444,25 @@ def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def of_given_data(options: TrainConfig, data: Sequence[Any]) -> TrainConfig:
+    """The options for data that were given in Python, whose images' shape is the first one's."""
+    try:
+        shape = tuple(data[0][0][0].shape)[1:]
+    except (TypeError, AttributeError, IndexError, KeyError) as error:
+        raise UserError(
+            f"data must be a training and a test set of (image, label), images as tensors "
+            f"(channels, *spatial): {error}"
+        ) from None
+    return dataclasses.replace(
+        options,
+        data=OWN,  # type: ignore[arg-type]
+        augment="none",
+        image_size=shape[-1],
+        crop=shape,
+        spatial_dims=len(shape),  # type: ignore[arg-type]
+    )
+
+
 def _threads(cores: int) -> int:
     """What OMP_NUM_THREADS says, else the process's cores."""
     # torchrun sets 1 for everybody who says nothing
@@ -512,6 +542,9 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
         "batch_size",
         f"at least {world_size}, one image for each of the {world_size} processes",
     )
+    if config.data == OWN:
+        # what follows is about data sets by name
+        return
     require(0 < config.val_fraction < 1, "val_fraction", "in (0, 1)")
     require(bool(config.label_columns), "label_columns", "at least one")
     require(

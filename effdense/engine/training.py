@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,13 @@ from torch import Tensor, nn
 
 from ..backends.cpu_library import is_compiled
 from ..backends.precision import float32_products, tf32_convolutions
-from ..errors import TrainingError, UserError
+from ..errors import TrainingError, UserError, first_line
 from ..weights import safetensors_bytes
 from . import plots
 from .checkpoint import Checkpoint, CheckpointStore, Position
 from .data.datasets import load, needs_preparation
 from .data.images import ImageData
+from .data.own import own_data
 from .distributed import (
     World,
     all_or_none,
@@ -33,7 +36,7 @@ from .export import described
 from .freezing import freeze
 from .networks import fit_to_budget, largest_share, make_network, require_backend
 from .normalization import settle_normalization
-from .options import ResolvedConfig, TrainConfig
+from .options import GIVEN, ResolvedConfig, TrainConfig, of_given_data
 from .progress import Progress, Speed, peak_memory
 from .records import LOG_COLUMNS, CsvLog, WorkDir, saved
 from .rehearsal import replan_if_needed
@@ -53,11 +56,37 @@ from .watchdog import Watchdog
 REHEARSED = ("cuda",)
 
 
-def run(options: TrainConfig) -> Standings:
+@dataclass(frozen=True)
+class Epoch:
+    """What is known after an epoch's test."""
+
+    number: int
+    """Counted from 1."""
+    train: Score
+    test: Score
+    learning_rate: float
+    speed: Speed
+    work_dir: Path
+
+
+OnEpoch = Callable[[Epoch], object]
+
+
+def run(
+    options: TrainConfig,
+    *,
+    model: nn.Module | None = None,
+    data: tuple[Any, Any] | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> tuple[Standings, Path]:
     """Train, and write the run's work directory; called on every process.
 
+    Args:
+        options: of the run.
+        model, data, on_epoch: as of :func:`.training_in_python.train`.
+
     Returns:
-        The tests of all epochs.
+        The tests of all epochs, and the work directory.
 
     Raises:
         UserError: for what the user can mend, on every process.
@@ -66,6 +95,10 @@ def run(options: TrainConfig) -> Standings:
     """
     world_size, local_world_size = launched_processes()
     options = with_network_of_run(options)
+    if model is not None:
+        options = replace(options, model=f"{GIVEN}{type(model).__name__}")
+    if data is not None:
+        options = of_given_data(options, data)
     config = options.resolved(world_size=world_size, local_world_size=local_world_size)
     with (
         StopSignals() as signals,
@@ -73,7 +106,7 @@ def run(options: TrainConfig) -> Standings:
         _determinism(config),
         _arithmetic(config),
     ):
-        return _run(config, world, signals)
+        return _run(config, world, signals, model, data, on_epoch)
 
 
 @contextmanager
@@ -104,23 +137,35 @@ def _arithmetic(config: ResolvedConfig) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Standings:
+def _run(
+    config: ResolvedConfig,
+    world: World,
+    signals: StopSignals,
+    model: nn.Module | None = None,
+    given: tuple[Any, Any] | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> tuple[Standings, Path]:
     with all_or_none():
         require_backend(config, world.device)
-    data = _load_together(config, world)
+    if given is None:
+        data = _load_together(config, world)
+    else:
+        with all_or_none():
+            data = own_data(*given, config.seed, config.num_workers, _answers(model, given))
     settle_normalization(config, data, world)
     with all_or_none():
         task = make_task(config, data)
         metrics = ["loss", "error", *metric_names(task)]
         if config.best_by is not None and config.best_by not in metrics:
             raise UserError(f"--best-by must be one of {', '.join(metrics)}, got {config.best_by}")
-    network = _made_together(config, data, world)
+    network = _made_together(config, data, world, model)
     facts: dict[str, Any] = {
         "model": {
             "name": config.model or config.arch,
             "parameters": sum(p.numel() for p in network.parameters()),
         },
         "images": {"train": len(data.train), "test": len(data.test)},
+        "channels": data.in_channels,
         "classes": list(data.classes),
         "task": task.kind,
         "tf32": world.device.type == "cuda" and tf32_convolutions(),
@@ -186,7 +231,9 @@ def _run(config: ResolvedConfig, world: World, signals: StopSignals) -> Standing
             facts["cuda_graphs"] = captured
             progress.say(captured)
         records = _Records.of(trainer, work_dir, store, found, facts, progress)
-        return _train(trainer, data, records, progress, signals)
+        records.on_epoch = on_epoch
+        standings = _train(trainer, data, records, progress, signals)
+        return standings, from_main(work_dir.path if work_dir else Path())
 
 
 def _begin(network: nn.Module, config: ResolvedConfig, world: World) -> list[str]:
@@ -273,6 +320,7 @@ class _Records:
     ) -> None:
         self._trainer, self._work_dir, self._progress = trainer, work_dir, progress
         self.store, self.logs, self.standings = store, logs, standings
+        self.on_epoch: OnEpoch | None = None
         shown = work_dir if trainer.config.tensorboard else None
         self._board = Board(shown.path / "tensorboard" if shown else None)
 
@@ -326,6 +374,8 @@ class _Records:
         )
         plots.draw([self._work_dir.path], self._work_dir.path, best=self.standings.best)
         self._board.add(epoch, train, test, speed)
+        if self.on_epoch is not None:
+            self.on_epoch(Epoch(epoch, train, test, lr, speed, self._work_dir.path))
 
     def finish(self) -> None:
         """The best epoch's weights, the last one's, and the run's page."""
@@ -383,13 +433,34 @@ def _load_together(config: ResolvedConfig, world: World) -> ImageData:
     return loaded[0]
 
 
-def _made_together(config: ResolvedConfig, data: ImageData, world: World) -> nn.Module:
+def _answers(model: nn.Module | None, given: tuple[Any, Any]) -> int | None:
+    """How many classes a given model tells apart."""
+    if model is None:
+        return None
+    was_training, image = model.training, torch.as_tensor(given[0][0][0]).float()
+    try:
+        with torch.no_grad():
+            answer = model.eval()(image[None].to(next(model.parameters()).device))
+    # somebody's model raises what it likes
+    except Exception as error:
+        raise UserError(
+            f"the model refuses an image of shape {tuple(image.shape)}: {first_line(error)}"
+        ) from None
+    model.train(was_training)
+    if not isinstance(answer, Tensor) or answer.dim() != 2:
+        raise UserError("the model must answer a tensor (N, classes) for images (N, ...)")
+    return answer.shape[1]
+
+
+def _made_together(
+    config: ResolvedConfig, data: ImageData, world: World, model: nn.Module | None
+) -> nn.Module:
     """The network on every process, on rank 0 first: somebody's model may fetch its weights."""
     made: list[nn.Module] = []
     for turn in (world.is_main, not world.is_main):
         with all_or_none():
             if turn:
-                made.append(make_network(config, data))
+                made.append(make_network(config, data, model))
     return made[0].to(world.device)
 
 

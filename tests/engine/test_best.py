@@ -213,7 +213,7 @@ def test_early_stopping_is_a_function_of_the_rows(
     # nothing is learnt at such a rate
     still = {"epochs": 9, "lr": 1e-12, "patience": 2}
     options: dict[str, Any] = {**DIGITS, **still, "work_dir": tmp_path / "run"}
-    done = run(TrainConfig(**options))
+    done, _ = run(TrainConfig(**options))
     assert len(done.tests) < 9
     said = capsys.readouterr().out
     assert f"stopped after epoch {len(done.tests)}: 2 epochs have brought no better error" in said
