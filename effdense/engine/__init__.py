@@ -24,4 +24,5 @@ __all__ = [
     "telemetry",
     "trainer",
     "training",
+    "training_in_python",
 ]

@@ -89,6 +89,11 @@ def require_backend(config: ResolvedConfig, device: torch.device) -> None:
         raise UserError(f"--backend {config.backend} --dtype {config.dtype}: {error}") from None
 
 
+def network_name(config: ResolvedConfig) -> str:
+    """What a run calls its network."""
+    return (config.model or str(config.arch)).removeprefix(GIVEN)
+
+
 def fit_to_budget(
     network: nn.Module, config: ResolvedConfig, world: World, channels: int, budget: str
 ) -> str:

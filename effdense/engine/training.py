@@ -34,7 +34,13 @@ from .distributed import (
 )
 from .export import described
 from .freezing import freeze
-from .networks import fit_to_budget, largest_share, make_network, require_backend
+from .networks import (
+    fit_to_budget,
+    largest_share,
+    make_network,
+    network_name,
+    require_backend,
+)
 from .normalization import settle_normalization
 from .options import GIVEN, ResolvedConfig, TrainConfig, of_given_data
 from .progress import Progress, Speed, peak_memory
@@ -161,7 +167,7 @@ def _run(
     network = _made_together(config, data, world, model)
     facts: dict[str, Any] = {
         "model": {
-            "name": config.model or config.arch,
+            "name": network_name(config),
             "parameters": sum(p.numel() for p in network.parameters()),
         },
         "images": {"train": len(data.train), "test": len(data.test)},
@@ -471,7 +477,7 @@ def _headline(config: ResolvedConfig, world: World, data: ImageData, num_paramet
         through += f", {world.sharing} to a GPU"
     return (
         f"{config.data}: {len(data.train):,} training and {len(data.test):,} test images; "
-        f"{config.model or config.arch}{size}, {num_parameters:,} parameters; "
+        f"{network_name(config)}{size}, {num_parameters:,} parameters; "
         f"{world.world_size} process{'es' if world.world_size > 1 else ''} on "
         f"{world.device.type}{through}, {config.threads} "
         f"thread{'s' if config.threads > 1 else ''} each; batch {config.batch_size} in total"
