@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +88,41 @@ def require_backend(config: ResolvedConfig, device: torch.device) -> None:
         get_backend(config.backend, device, AUTOCAST_DTYPES.get(config.dtype, torch.float32))
     except ValueError as error:
         raise UserError(f"--backend {config.backend} --dtype {config.dtype}: {error}") from None
+
+
+# Images of that size are large enough for any network.
+_AMPLE = 512
+
+
+def check_size(network: nn.Module, config: ResolvedConfig, channels: int) -> None:
+    """See whether images are large enough for a network; computes nothing.
+
+    Raises:
+        UserError: where they are not; says the least size.
+    """
+    shape = config.image_shape
+    on_meta = copy.deepcopy(network).to("meta").eval()
+
+    def takes(size: Sequence[int]) -> bool:
+        try:
+            with torch.no_grad():
+                on_meta(torch.empty((2, channels, *size), device="meta"))
+        # somebody's model raises what it likes
+        except Exception:
+            return False
+        return True
+
+    # one that refuses ample images too has another reason, of which its first step tells
+    if takes(shape) or not takes((_AMPLE,) * len(shape)):
+        return
+    least, large = min(shape), _AMPLE
+    while large - least > 1:
+        middle = (least + large) // 2
+        least, large = (least, middle) if takes((middle,) * len(shape)) else (middle, large)
+    raise UserError(
+        f"the images are too small for {network_name(config)}: --image-size must be at least "
+        f"{large}, got {' x '.join(map(str, shape))}"
+    )
 
 
 def network_name(config: ResolvedConfig) -> str:

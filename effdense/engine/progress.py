@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from ..machine.memory import peak_resident_bytes
+from ..machine.memory import peak_resident_bytes, resident_bytes
 from .data.images import Batch
 from .distributed import World
 from .options import ResolvedConfig
@@ -28,7 +28,7 @@ class Speed:
     waited: float
     """Seconds for which the slowest process waited for its images."""
     memory: int
-    """Bytes: the peak of the largest process."""
+    """Bytes: the peak of the largest process, over its start on a processor."""
 
     @property
     def images_per_second(self) -> float:
@@ -41,11 +41,9 @@ class Speed:
         return 100 * self.waited / self.seconds if self.seconds > 0 else 0.0
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most memory this process has held, bytes: resident, or allocated on its GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_resident_bytes()
+def held_memory(device: torch.device) -> int:
+    """Bytes that this process holds, where its memory on ``device`` is counted as resident."""
+    return 0 if device.type == "cuda" else resident_bytes()
 
 
 def duration(seconds: float) -> str:
@@ -53,17 +51,32 @@ def duration(seconds: float) -> str:
     return tqdm.format_interval(max(0, round(seconds)))
 
 
-class Progress:
-    """What rank 0 shows: a bar on a terminal, else one line per epoch; other ranks nothing."""
+# Seconds between two looks at the loss: beside a bar, and in lines where there is no terminal.
+_BAR_SECONDS, _LINE_SECONDS = 1.0, 30.0
 
-    def __init__(self, config: ResolvedConfig, world: World) -> None:
+
+class Progress:
+    """What rank 0 shows: a bar on a terminal, else a line per epoch and half minute; others none.
+
+    Args:
+        config, world: the run's.
+        held: bytes that this process held at its start, see :func:`held_memory`.
+    """
+
+    def __init__(self, config: ResolvedConfig, world: World, held: int = 0) -> None:
         self._shown = world.is_main
         self._bars = world.is_main and sys.stderr.isatty()
-        self._device = world.device
+        self._device, self._held = world.device, held
         self._epochs, self._batch_size = config.epochs, config.batch_size
         self._bar: tqdm[Batch] | None = None
-        self._began = time.monotonic()
-        self._epoch = 0
+        self._began = self._looked = time.monotonic()
+        self._epoch = self._first = self._done = self._total = 0
+
+    def peak_memory(self) -> int:
+        """The most memory this process has held, bytes: over its start, or on its GPU."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return max(0, peak_resident_bytes() - self._held)
 
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -77,32 +90,55 @@ class Progress:
 
     def steps(self, batches: Iterable[Batch], total: int, done: int = 0) -> Iterator[Batch]:
         """Pass ``batches`` on, counting them from ``done`` to ``total``."""
-        self._bar = tqdm(
+        self._first, self._done, self._total = done, done, total
+        # the first step is looked at beside a bar
+        self._looked = time.monotonic() - (_BAR_SECONDS if self._bars else 0)
+        with self._counted(
+            batches, f"epoch {self._epoch}/{self._epochs}", total, done
+        ) as self._bar:
+            for batch in self._bar:
+                self._done += 1
+                yield batch
+
+    def tests(self, batches: Iterable[Batch], total: int) -> Iterator[Batch]:
+        """Pass the batches of a test on, with a bar of their own."""
+        with self._counted(batches, "testing", total, 0) as bar:
+            yield from bar
+
+    def _counted(self, batches: Iterable[Batch], name: str, total: int, done: int) -> tqdm[Batch]:
+        return tqdm(
             batches,
-            desc=f"epoch {self._epoch}/{self._epochs}",
+            desc=name,
             total=total,
             initial=done,
             disable=not self._bars,
             leave=False,
             unit="step",
         )
-        with self._bar:
-            yield from self._bar
+
+    def is_due(self) -> bool:
+        """Whether it is time for :meth:`show`, on this process."""
+        seconds = _BAR_SECONDS if self._bars else _LINE_SECONDS
+        return self._shown and time.monotonic() - self._looked >= seconds
 
     def show(self, score: Score, waited: float) -> None:
-        """Put the training so far beside the bar; ``waited`` seconds for images."""
-        if self._bar is None or not self._bars:
+        """Show the training so far: this process's score, and ``waited`` seconds for images."""
+        now = self._looked = time.monotonic()
+        rate = (self._done - self._first) / max(now - self._began, 1e-9)
+        left = (self._epochs - self._epoch + 1) * self._total - self._done
+        shown = {
+            "loss": f"{score.loss:.4f}",
+            "error": f"{score.error:.2f} %",
+            "images/s": f"{rate * self._batch_size:,.0f}",
+            "waiting": f"{100 * waited / max(now - self._began, 1e-9):.0f} %",
+            "memory": f"{self.peak_memory() / 2**20:,.0f} MiB",
+            "run": f"{duration(left / max(rate, 1e-9))} left",
+        }
+        if self._bars and self._bar is not None:
+            self._bar.set_postfix(shown)
             return
-        facts = self._bar.format_dict
-        shown = {"loss": f"{score.loss:.4f}", "error": f"{score.error:.2f} %"}
-        if facts["elapsed"] > 0 and facts["n"] > facts["initial"]:
-            rate = (facts["n"] - facts["initial"]) / facts["elapsed"]
-            left = (self._epochs - self._epoch) * facts["total"] + facts["total"] - facts["n"]
-            shown["images/s"] = f"{rate * self._batch_size:,.0f}"
-            shown["waiting"] = f"{100 * waited / facts['elapsed']:.0f} %"
-            shown["run"] = f"{duration(left / rate)} left"
-        shown["memory"] = f"{peak_memory(self._device) / 2**20:,.0f} MiB"
-        self._bar.set_postfix(shown)
+        facts = "  ".join(f"{name} {value}" for name, value in shown.items())
+        self.say(f"epoch {self._epoch}/{self._epochs}  step {self._done}/{self._total}  {facts}")
 
     def end(self, train: Score, test: Score, speed: Speed) -> None:
         """Print the line of an epoch."""

@@ -86,7 +86,14 @@ class Tally:
 
     def score(self) -> Score:
         """The result over all processes; a collective."""
-        loss, wrong, judged, samples = summed(self._sums).tolist()
+        return self._score(summed(self._sums))
+
+    def own_score(self) -> Score:
+        """The result of this process alone."""
+        return self._score(self._sums)
+
+    def _score(self, sums: Tensor) -> Score:
+        loss, wrong, judged, samples = sums.tolist()
         return Score(loss / max(samples, 1), 100 * wrong / max(judged, 1), round(samples))
 
 

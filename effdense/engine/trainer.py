@@ -284,7 +284,9 @@ class Trainer:
                 self._tally.add(*result, labels)
             self.position = Position(epoch, step + 1)
             if (step + 1) % _STEPS_BETWEEN_CHECKS == 0:
-                progress.show(self.check(), self.waited)
+                self.check()
+            if progress.is_due():
+                progress.show(self._tally.own_score(), self.waited)
             after_step(len(batches) - step - 1)
         return self.check()
 
@@ -382,7 +384,7 @@ class Trainer:
             buffer.copy_(values[name])
 
     @torch.no_grad()
-    def evaluate(self, split: Split) -> Score:
+    def evaluate(self, split: Split, progress: Progress | None = None) -> Score:
         """Score the network in eval mode on every sample of ``split``, each exactly once.
 
         The score's number of samples is less than the split's where images could not be read.
@@ -396,7 +398,10 @@ class Trainer:
         task = self.task.plain()
         tally, answers = Tally(task, world.device), []
         chunks = mine.split(per_process) if len(mine) else ()
-        for number, (images, labels) in enumerate(split.batches(chunks, None, world.device), 1):
+        batches = split.batches(chunks, None, world.device)
+        if progress is not None:
+            batches = progress.tests(batches, len(chunks))
+        for number, (images, labels) in enumerate(batches, 1):
             self.mark(f"testing, at batch {number} of {len(chunks)}")
             with self.autocast():
                 # not through DDP: shares may differ in their number of batches

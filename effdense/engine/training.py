@@ -35,6 +35,7 @@ from .distributed import (
 from .export import described
 from .freezing import freeze
 from .networks import (
+    check_size,
     fit_to_budget,
     largest_share,
     make_network,
@@ -43,7 +44,7 @@ from .networks import (
 )
 from .normalization import settle_normalization
 from .options import GIVEN, ResolvedConfig, TrainConfig, of_given_data
-from .progress import Progress, Speed, peak_memory
+from .progress import Progress, Speed, held_memory
 from .records import LOG_COLUMNS, CsvLog, WorkDir, saved
 from .rehearsal import replan_if_needed
 from .report import html_report
@@ -151,6 +152,7 @@ def _run(
     given: tuple[Any, Any] | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> tuple[Standings, Path]:
+    held = held_memory(world.device)
     with all_or_none():
         require_backend(config, world.device)
     if given is None:
@@ -183,6 +185,7 @@ def _run(
     with ExitStack() as stack:
         work_dir = store = found = None
         with all_or_none():
+            check_size(network, config, data.in_channels)
             learning = freeze(network, config)
             if config.tensorboard:
                 require_tensorboard()
@@ -197,7 +200,7 @@ def _run(
             if world.is_main:
                 work_dir = stack.enter_context(closing(WorkDir.claim(config, facts, world.launch)))
                 store = work_dir.checkpoints(config.keep_checkpoints)
-        progress = Progress(config, world)
+        progress = Progress(config, world, held)
         progress.say(_headline(config, world, data, facts["model"]["parameters"]))
         with all_or_none():
             if store is not None:
@@ -286,8 +289,8 @@ def _train(
         except TrainingError as error:
             raise TrainingError(f"{error}{records.left()}") from None
         images = (steps_per_epoch - done) * config.batch_size
-        speed = _speed(trainer, images, time.monotonic() - began)
-        test = trainer.evaluate(data.test)
+        speed = _speed(trainer, progress, images, time.monotonic() - began)
+        test = trainer.evaluate(data.test, progress)
         badness = standings.add(epoch, test)
         with all_or_none():
             records.add(epoch, epoch * steps_per_epoch, train, test, speed)
@@ -305,9 +308,9 @@ def _train(
     return standings
 
 
-def _speed(trainer: Trainer, images: int, seconds: float) -> Speed:
+def _speed(trainer: Trainer, progress: Progress, images: int, seconds: float) -> Speed:
     """Of the slowest and the largest process; a collective."""
-    own = [seconds, trainer.waited, peak_memory(trainer.world.device)]
+    own = [seconds, trainer.waited, progress.peak_memory()]
     slowest, waited, memory = largest(own)
     return Speed(images, slowest, waited, round(memory))
 
@@ -378,7 +381,7 @@ class _Records:
             wait_percent=round(speed.wait_percent, 1),
             memory_mib=round(speed.memory / 2**20, 1),
         )
-        plots.draw([self._work_dir.path], self._work_dir.path, best=self.standings.best)
+        plots.draw([self._work_dir.path], self._work_dir.path, plots.SCORES, self.standings.best)
         self._board.add(epoch, train, test, speed)
         if self.on_epoch is not None:
             self.on_epoch(Epoch(epoch, train, test, lr, speed, self._work_dir.path))

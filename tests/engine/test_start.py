@@ -251,6 +251,10 @@ def test_fine_tuning_killed_and_started_again(tmp_path: Path, uninterrupted: Pat
         ({"model": "a:b", "model_args": "[1]"}, "--model-args must be a JSON object"),
         ({"model": "a:b", "depth": 22}, "--depth means nothing for a:b: leave it out, or give"),
         ({"arch": "densenet121", "depth": 22}, "--depth means nothing for densenet121: leave it"),
+        (
+            {"arch": "densenet121", "image_size": 16},
+            "too small for densenet121: --image-size must be at least 29, got 16 x 16",
+        ),
         ({"head_lr_factor": 0.0}, "--head-lr-factor must be a positive number"),
     ],
     ids=str,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torchvision
 import yaml
 
 from effdense.commands.train import parse
@@ -34,6 +37,32 @@ def test_killed_and_resumed_on_one_two_and_three_processes(tmp_path: Path) -> No
     recorded = yaml.safe_load((tmp_path / "whole-1" / "config.yaml").read_text())
     assert recorded["task"] == "multilabel"
     assert len(recorded["normalization"]["mean"]) == 1
+
+
+def test_fine_tuned_from_a_file_of_torchvision_s_weights(tmp_path: Path) -> None:
+    """Of three colours and a thousand classes; killed and resumed, on 1, 2 and 3 processes."""
+    write_xrays(tmp_path / "xrays", 48)
+    sizes = {"growth_rate": 4, "block_config": [2, 2], "num_init_features": 8}
+    theirs = torchvision.models.DenseNet(**sizes)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    own = {name: value for name, value in OPTIONS.items() if name not in NETWORK}
+    start: dict[str, Any] = {
+        "model": "torchvision.models:DenseNet",
+        "model_args": json.dumps(sizes),
+    }
+    start |= {"weights": tmp_path / "weights.pth", "freeze": "1", "head_lr_factor": 10}
+    own |= {**start, "image_size": 32, "batch_size": 6, "num_workers": 0}
+    killed_and_resumed(tmp_path, [*flags(**own), *LABELS])
+    found = torch.load(tmp_path / "whole-3" / "model.pt", weights_only=True)
+    again = torchvision.models.DenseNet(**sizes, num_classes=3)
+    first = again.features.conv0
+    again.features.conv0 = torch.nn.Conv2d(1, 8, first.kernel_size, 2, 3, bias=False)
+    again.load_state_dict(found)
+    frozen = "features.denseblock1.denselayer2.conv2.weight"
+    assert torch.equal(found[frozen], theirs.state_dict()[frozen])
+
+
+NETWORK = {"arch", "depth", "growth_rate"}
 
 
 def test_labels_with_gaps_are_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
