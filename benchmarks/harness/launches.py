@@ -95,8 +95,10 @@ class CountingDriver(DriverBase):
         if INTERPRETED:
             raise RuntimeError("the interpreter launches nothing: unset TRITON_INTERPRET")
         backend = TritonBackend(LaunchTable(self.architecture))
-        before = triton.runtime.driver._active
-        triton.runtime.driver.set_active(self)
+        drivers: Any = triton.runtime.driver
+        held = "_active" if hasattr(drivers, "_active") else "active"  # Triton 3.3's name
+        before = getattr(drivers, held)
+        drivers.set_active(self)
         try:
             with (
                 mock.patch.object(compiler, "compile", self.compiled),
@@ -105,7 +107,7 @@ class CountingDriver(DriverBase):
             ):
                 yield backend
         finally:
-            triton.runtime.driver._active = before
+            setattr(drivers, held, before)
 
 
 class OperationCounter(TorchDispatchMode):
