@@ -142,7 +142,10 @@ def read(path: Path, columns: Sequence[str] = SCORES) -> dict[str, list[float]]:
     try:
         with path.open(newline="") as file:
             header, *rows = csv.reader(file)
-            values = [[float(cell) for cell in row] for row in rows if len(row) == len(header)]
+            # an empty cell is what is not a number
+            values = [
+                [float(cell or "nan") for cell in row] for row in rows if len(row) == len(header)
+            ]
     except FileNotFoundError:
         raise UserError(f"{path.parent} holds no run: there is no {path.name}") from None
     except (OSError, ValueError) as error:

@@ -30,7 +30,8 @@ class Standings:
         for row in _rows(texts, "test.csv"):
             found = row if metric in row else others.get(row["epoch"], {})
             value = float(found.get(metric) or "nan")
-            score = Score(float(row["loss"]), float(row["error"]), int(row["samples"]))
+            loss, error = (float(row[name] or "nan") for name in ("loss", "error"))
+            score = Score(loss, error, int(row["samples"]))
             self.add(int(row["epoch"]), score, value)
 
     def add(self, epoch: int, test: Score, value: float | None = None) -> float:

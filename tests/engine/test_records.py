@@ -14,6 +14,7 @@ from effdense.engine import plots
 from effdense.engine.distributed import World
 from effdense.engine.options import ResolvedConfig, TrainConfig
 from effdense.engine.records import CsvLog, WorkDir, write_atomically
+from effdense.engine.standings import Standings
 from effdense.errors import UserError
 from effdense.machine import environment as machine
 
@@ -220,3 +221,15 @@ def test_what_cannot_be_drawn(tmp_path: Path, content: str | None, said: str) ->
     with pytest.raises(UserError, match=said):
         plots.draw([path], path)
     assert not list(path.glob("*.png"))
+
+
+def test_a_test_that_is_not_a_number_is_drawn_and_is_never_the_best(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path / "test.csv", ["epoch", "step", "loss", "error", "samples"])
+    for epoch, loss in enumerate((2.0, float("nan"), 1.0), 1):
+        log.add(epoch=epoch, step=epoch, loss=loss, error=10.0 if epoch < 3 else loss, samples=5)
+    standings = Standings("loss", {"test.csv": log.text()})
+    assert standings.best == 3
+    assert Standings("loss", {"test.csv": "\n".join(log.text().splitlines()[:3])}).best == 1
+    assert np.isnan(plots.read(tmp_path / "test.csv")["loss"][1])
+    (tmp_path / "train.csv").write_text(log.text())
+    plots.draw([tmp_path], tmp_path)
