@@ -549,13 +549,13 @@ class LaunchTable:
             tile = block_p * block_b
         warps = 8 if tile >= (64 if wide or hip else 128) * 128 else 4
         registers = self.family.registers
-        if wide:
-            return Launch(block_p, 16, block_b, warps, 2, registers=registers)
-        if hip:
-            if block_p < 64:
-                # 128 bits of X for each lane
-                warps = max(1, min(warps, block_p * 32 // (8 * self.family.lanes)))
-            return Launch(block_p, 32, block_b, warps, 2)
+        block_c = 16 if wide else 32
+        if hip and block_p < 64:
+            # 128 bits of X for each lane
+            per_lane = (4 if wide else 8) * self.family.lanes
+            warps = max(1, min(warps, block_p * block_c // per_lane))
+        if wide or hip:
+            return Launch(block_p, block_c, block_b, warps, 2, registers=registers)
         if tile == 64 * 64 and self.family == AMPERE:
             # left alone, the assembler spills two registers to fit one program more
             registers = 255

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 MEET = """
@@ -29,8 +30,9 @@ variants._Again.start = lambda *_: (lambda *_: None)
 case, architecture, dtype, options = map(json.loads, sys.argv[1:])
 dry = DryRun(Architecture(*architecture), tf32=True)
 case = Case(*case)
-network = effdense.DenseNet(**case.network() | options, save="features", backend="triton")
-network, images = network.to("meta"), torch.empty(case.shape, device="meta")
+with torch.device("meta"):
+    network = effdense.DenseNet(**case.network() | options, save="features", backend="triton")
+    images = torch.empty(case.shape)
 dtype = None if dtype == "float32" else getattr(torch, dtype)
 with dry.on_meta(), computing_in(dtype):
     network(images).sum().backward()
