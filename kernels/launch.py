@@ -44,7 +44,7 @@ import triton.testing
 from torch import Tensor
 from triton.runtime import driver
 
-from effdense.backends.sharing import address
+from effdense.backends.sharing import address, is_shared
 from effdense.backends.told import Told
 
 T = TypeVar("T")
@@ -164,7 +164,7 @@ class Start:
     addresses in place of tensors, to the compiled kernel's own launcher.
     """
 
-    __slots__ = ("_address", "_constants", "_integers", "_matrices", "_runs", "grid", "kernel")
+    __slots__ = ("_constants", "_features", "_integers", "_matrices", "_runs", "grid", "kernel")
 
     def __init__(
         self,
@@ -185,8 +185,9 @@ class Start:
         self._constants = constants
         pointers = [name for name in names if name.startswith("p_")]
         self._matrices = [i for i, name in enumerate(pointers) if name in kernel.matrices]
-        # features may be shared with what users were given; nobody writes them any more then
-        self._address = [address if n in kernel.matrices else Tensor.data_ptr for n in pointers]
+        # features, which may be shared with what users were given; p_y is where there is no
+        # bottleneck, p_x all else
+        self._features = [i for i, name in enumerate(pointers) if name in ("p_x", "p_y")]
         # by device
         self._runs: dict[int, tuple[Any, ...]] = {}
 
@@ -198,7 +199,13 @@ class Start:
             with torch.cuda.device(device):
                 self(tensors, floats)
             return
-        addresses = [of(t) for of, t in zip(self._address, tensors, strict=True)]
+        shared = [i for i in self._features if is_shared(tensors[i])]
+        if shared:
+            readable = [address if i in shared else Tensor.data_ptr for i in range(len(tensors))]
+            addresses = [of(t) for of, t in zip(readable, tensors, strict=True)]
+        else:
+            # a function of one's own for each would cost the host as much as all the rest
+            addresses = [t.data_ptr() for t in tensors]
         bits = 0
         for i in self._matrices:
             bits |= addresses[i]

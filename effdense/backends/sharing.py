@@ -24,6 +24,11 @@ def as_base(x: Tensor) -> Tensor:
     return x.new_empty(0).set_(x)  # type: ignore[call-overload]
 
 
+def is_shared(x: Tensor) -> bool:
+    """Whether ``x`` shares its memory until somebody writes it: ``data_ptr()`` would copy it."""
+    return bool(torch._C._is_cow_tensor(x))  # type: ignore[attr-defined]
+
+
 def address(x: Tensor) -> int:
     """Of ``x``'s first element, for reading. ``data_ptr()`` would copy what is shared."""
     start: int = torch._C._data_address(x)  # type: ignore[attr-defined]

@@ -115,11 +115,11 @@ def test_a_capture_that_meets_a_new_kernel_says_what_to_do(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_env_checks(dtype: torch.dtype) -> None:
-    """All that (250, k24) and densenet121 run on an H100, in the interpreter."""
+def test_what_env_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that densenet121 runs on an H100, in its tiles, in the interpreter."""
+    monkeypatch.setattr(env, "_NETWORKS", env._NETWORKS[1:])
     dry = DryRun(Architecture("cuda", 90, 132), tf32=True)
-    said = env.checked_variants(CPU, dtype, dry)
-    assert len(dry.met) >= 30
+    said = env.checked_variants(CPU, torch.bfloat16, dry)
+    assert len(dry.met) >= 20
     assert said.startswith(f"{len(dry.met)} variants of kernels checked in ")
     assert said.endswith("all ok")
