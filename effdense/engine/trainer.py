@@ -74,8 +74,11 @@ class Trainer:
         self.config = config
         self.world = world
         self.task = task.on(world.device)
+        self._channels_last = (
+            torch.channels_last if config.spatial_dims == 2 else torch.channels_last_3d
+        )
         if config.channels_last:
-            network.to(memory_format=torch.channels_last)
+            network.to(memory_format=self._channels_last)
         # every shape has a program of its own: one for all would depend on which came first
         compiled = torch.compile(network, dynamic=False) if config.compile else network
         self.model = data_parallel(cast(nn.Module, compiled), world)
@@ -203,7 +206,7 @@ class Trainer:
         shape = self._part_size(len(own)), *image_shape
         images = torch.randn(shape, generator=generator, device=device)
         if self.config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=self._channels_last)
         self.network.train()
         with self.autocast():
             return str(cuda_graphs(self.network, images))
@@ -303,7 +306,7 @@ class Trainer:
             self.mark(f"in {place}")
             images, labels = batch
             if self.config.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+                images = images.contiguous(memory_format=self._channels_last)
             yield images, labels
 
     def check(self) -> Score:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ import yaml
 
 from effdense.commands.train import parse
 from effdense.engine import plots
-from effdense.engine.checkpoint import Position
 from effdense.engine.training import run
 from tests.helpers.launch import flags
 from tests.helpers.pictures import write_xrays
-from tests.helpers.ranks import Ranks, final_state, wait_for
+from tests.helpers.ranks import killed_and_resumed, last_row
 
 pytestmark = pytest.mark.slow
 
@@ -72,33 +70,3 @@ def test_labels_with_gaps_are_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyP
     arguments = [*flags(**{**OPTIONS, "num_workers": 0, "epochs": 6, "augment": "none"}), *LABELS]
     run(parse(list(map(str, arguments)), ""))
     assert last_row(next(tmp_path.glob("runs/csv-1/scores.csv")))["auroc"] > 0.9
-
-
-def killed_and_resumed(folder: Path, options: list[object]) -> dict[str, float]:
-    """Run undisturbed, and killed and resumed, on 1, 2 and 3 processes; the scores of them all.
-
-    The bits are the same with as many processes, and but for rounding they are with others.
-    """
-    found = []
-    for processes in (1, 2, 3):
-        whole, cut = folder / f"whole-{processes}", folder / f"cut-{processes}"
-        run = [*options, "--sync-batch-norm"]
-        with Ranks(folder, [*run, "--work-dir", whole], processes) as ranks:
-            assert ranks.wait() == [0] * processes, ranks.said()
-        with Ranks(folder, [*run, "--work-dir", cut], processes) as ranks:
-            wait_for((cut / "checkpoints" / str(Position(1, 3))).exists)
-            ranks.kill()
-        with Ranks(folder, [*run, "--work-dir", cut], processes) as ranks:
-            assert ranks.wait() == [0] * processes, ranks.said()
-            assert "going on from epoch 1" in ranks.said()
-        assert final_state(cut) == final_state(whole)
-        found.append(last_row(whole / "test.csv") | last_row(whole / "scores.csv"))
-    assert found[1] == pytest.approx(found[0], rel=1e-3)
-    assert found[2] == pytest.approx(found[0], rel=1e-3)
-    return found[0]
-
-
-def last_row(path: Path) -> dict[str, float]:
-    with path.open(newline="") as file:
-        *_, row = csv.DictReader(file)
-    return {name: float(cell) for name, cell in row.items()}

@@ -50,6 +50,28 @@ def write_shards(root: Path, folder: Path, per_shard: int = 7) -> Path:
     return root
 
 
+def write_volumes(root: Path, count: int) -> Path:
+    """``root``/table.csv and NIfTI volumes of two classes, two a patient, of several sizes.
+
+    The second class has a dense ball; units are Hounsfield's, spacings 1 by 1 by 2 mm.
+    """
+    import nibabel
+
+    generator = np.random.default_rng(0)
+    root.mkdir(parents=True, exist_ok=True)
+    rows = ["volume,patient,finding"]
+    for i in range(count):
+        values = generator.normal(0, 50, (18 + i % 3, 18, 9))
+        finding = ("none", "mass")[i % 4 // 2]
+        if finding == "mass":
+            values[4:14, 4:14, 2:7] += 400
+        image = nibabel.Nifti1Image(values.astype(np.int16), np.diag([1.0, 1.0, 2.0, 1.0]))
+        nibabel.save(image, root / f"{i}.nii.gz")
+        rows.append(f"{i}.nii.gz,{i // 2},{finding}")
+    (root / "table.csv").write_text("\n".join(rows))
+    return root
+
+
 def write_xrays(root: Path, count: int) -> Path:
     """``root``/table.csv and 16-bit grey pictures: three labels, some unknown, two a patient.
 

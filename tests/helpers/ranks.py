@@ -7,6 +7,7 @@ itself does is tested in test_faults.py.
 
 from __future__ import annotations
 
+import csv
 import functools
 import multiprocessing
 import os
@@ -18,6 +19,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
+
+from effdense.engine.checkpoint import Position
 
 RUN: list[object] = [
     *("--data", "fake", "--depth", 10, "--growth-rate", 4, "--image-size", 8, "--epochs", 2),
@@ -161,6 +164,38 @@ def wait_for(what: Callable[[], object], timeout: float = 60) -> None:
         if time.monotonic() > end:
             raise TimeoutError("it did not happen")
         time.sleep(0.005)
+
+
+def killed_and_resumed(folder: Path, options: list[object]) -> dict[str, float]:
+    """Run undisturbed, and killed and resumed, on 1, 2 and 3 processes; the scores of them all.
+
+    The bits are the same with as many processes, and but for rounding they are with others.
+    """
+    import pytest
+
+    found = []
+    for processes in (1, 2, 3):
+        whole, cut = folder / f"whole-{processes}", folder / f"cut-{processes}"
+        run = [*options, "--sync-batch-norm"]
+        with Ranks(folder, [*run, "--work-dir", whole], processes) as ranks:
+            assert ranks.wait() == [0] * processes, ranks.said()
+        with Ranks(folder, [*run, "--work-dir", cut], processes) as ranks:
+            wait_for((cut / "checkpoints" / str(Position(1, 3))).exists)
+            ranks.kill()
+        with Ranks(folder, [*run, "--work-dir", cut], processes) as ranks:
+            assert ranks.wait() == [0] * processes, ranks.said()
+            assert "going on from epoch 1" in ranks.said()
+        assert final_state(cut) == final_state(whole)
+        found.append(last_row(whole / "test.csv") | last_row(whole / "scores.csv"))
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert found[2] == pytest.approx(found[0], rel=1e-3)
+    return found[0]
+
+
+def last_row(path: Path) -> dict[str, float]:
+    with path.open(newline="") as file:
+        *_, row = csv.DictReader(file)
+    return {name: float(cell) for name, cell in row.items()}
 
 
 def final_state(work_dir: Path) -> dict[str, object]:

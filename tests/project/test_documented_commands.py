@@ -45,7 +45,7 @@ COMMANDS = {
     r"python benchmarks/": "not run: minutes; the parts in tests/benchmarks/test_results.py",
     r"make ": "not run: minutes, or an index of packages; the rule is looked up",
     r"pip install effdense": "not run: an index of packages",
-    r"pip install \.": "not run: in fresh environments by tests/project/release.py",
+    r"pip install '?\.": "not run: in fresh environments by tests/project/release.py",
     r"pre-commit install": "not run: changes the clone's hooks",
     r"srun bash -c": "not run: wants SLURM; the command inside is read",
     r"(scontrol|'\[') ": "not run: wants SLURM",

@@ -218,12 +218,16 @@ def _parts(config: ResolvedConfig, layout: str) -> tuple[Path, Path]:
 def _image_files(
     config: ResolvedConfig, train: Source, test: Source, classes: Sequence[str]
 ) -> ImageData:
+    normalization = IMAGENET_NORMALIZATION
+    if config.normalization == "measured":
+        normalization = Normalization((0.0,) * config.channels, (1.0,) * config.channels)
+
     def split(source: Source) -> ImageFiles:
         return ImageFiles(
             source,
             config.image_shape,
             config.augment == "standard",
-            IMAGENET_NORMALIZATION,
+            normalization,
             config.seed,
             config.num_workers,
             config.corrupt_images == "skip",
