@@ -17,7 +17,8 @@ fake          noise that can be learnt, for trials
 
 Standard augmentation: digits, shifts by up to 1 pixel; cifar10, cifar100 and fake, shifts by up to
 4 pixels and mirroring; svhn, the shifts alone; imagefolder, webdataset and csv, random resized
-crops and mirroring; volumes, crops and mirroring along each axis.
+crops and mirroring; volumes, crops and mirroring along each axis. trivial-augment does one more
+thing to each picture, drawn at random; mixup mixes each with another of its batch.
 """
 
 

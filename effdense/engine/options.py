@@ -51,9 +51,10 @@ class DataOptions:
     """Fetch the data set (cifar10, cifar100, svhn) into --data-dir if it is not there."""
     svhn_train_only: bool = False
     """Leave out SVHN's 531,131 extra images, which the paper trains on besides the 73,257."""
-    augment: Annotated[Literal["standard", "none"] | None, _recipe_default("{standard,none}")] = (
-        None
-    )
+    augment: Annotated[
+        Literal["standard", "trivial-augment", "mixup", "none"] | None,
+        _recipe_default("{standard,trivial-augment,mixup,none}"),
+    ] = None
     """Augmentation of the training images; see effdense recipes."""
     spatial_dims: Literal[2, 3] = 2
     """2: images; 3: volumes, NIfTI or .npy, of imagefolder and csv."""
@@ -192,10 +193,17 @@ class OptimisationOptions:
         float | None, _recipe_default("RATE", f"the data set's; other than sgd: {ADAPTIVE_LR}")
     ] = None
     """Learning rate at the start."""
+    lr_batch_size: int = 0
+    """The batch size that --lr is for: it is scaled in proportion to --batch-size; 0: whatever
+    --batch-size is."""
+    warmup_epochs: float = 0.0
+    """Epochs in which the rate rises to what it would be, from a tenth of it."""
     momentum: float = 0.9
     """Momentum of sgd, in [0, 1)."""
     weight_decay: Annotated[float | None, _recipe_default("DECAY")] = None
     """L2 penalty on every parameter."""
+    exempt_norms: bool = False
+    """Leave norms and biases out of --weight-decay."""
     schedule: Annotated[
         Literal["multistep", "cosine"] | None, _recipe_default("{multistep,cosine}")
     ] = None
@@ -415,9 +423,14 @@ class ResolvedConfig(Recipe, TrainConfig):
 
         A function of the position only, so that nothing has to be remembered between steps.
         """
+        lr = self.lr
+        if self.lr_batch_size:
+            lr *= self.batch_size / self.lr_batch_size
+        if progress * self.epochs < self.warmup_epochs:
+            lr *= 0.1 + 0.9 * progress * self.epochs / self.warmup_epochs
         if self.schedule == "cosine":
-            return self.lr * (1 + math.cos(math.pi * progress)) / 2
-        return self.lr * 0.1 ** sum(progress >= milestone for milestone in self.milestones)
+            return lr * (1 + math.cos(math.pi * progress)) / 2
+        return lr * 0.1 ** sum(progress >= milestone for milestone in self.milestones)
 
 
 # What options were called in runs that are still to be gone on with, and their values.
@@ -542,9 +555,21 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
         "batch_size",
         f"at least {world_size}, one image for each of the {world_size} processes",
     )
+    require(config.lr_batch_size >= 0, "lr_batch_size", "at least 0")
+    require(0 <= config.warmup_epochs < math.inf, "warmup_epochs", "a number, at least 0")
     if config.data == OWN:
         # what follows is about data sets by name
         return
+    require(
+        config.augment not in ("trivial-augment", "mixup") or config.spatial_dims == 2,
+        "augment",
+        "standard or none for volumes",
+    )
+    require(
+        config.augment != "trivial-augment" or config.data not in ("digits", "fake"),
+        "augment",
+        f"something else for {config.data}, which has no pictures of 8 bits",
+    )
     require(0 < config.val_fraction < 1, "val_fraction", "in (0, 1)")
     require(bool(config.label_columns), "label_columns", "at least one")
     require(

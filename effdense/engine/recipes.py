@@ -25,7 +25,7 @@ class Recipe:
     schedule: Literal["multistep", "cosine"]
     milestones: tuple[float, ...]
     weight_decay: float
-    augment: Literal["standard", "none"]
+    augment: Literal["standard", "trivial-augment", "mixup", "none"]
     image_size: int
 
 

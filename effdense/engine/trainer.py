@@ -16,12 +16,12 @@ from ..autocast import AUTOCAST_DTYPES, autocast
 from ..block.cuda_graphs import cuda_graphs
 from ..block.stepping import step_in_backward
 from ..errors import TrainingError, UserError
-from ..memory.optimizers import make_optimizer
+from ..memory.optimizers import exempt_vectors, make_optimizer
 from ..norms.synchronization import known_images
 from .average import MovingAverage
 from .checkpoint import Position
 from .data.images import Batch, Split
-from .data.order import global_batches, random_key, share
+from .data.order import drawing, global_batches, random_key, share
 from .distributed import World, all_finite, average_running_statistics, data_parallel, largest
 from .freezing import set_head_rate, set_training
 from .options import ResolvedConfig
@@ -33,6 +33,9 @@ from .tasks import Task, balanced
 FUSED = ("cuda",)
 # Devices with graphs.
 CAPTURED = ("cuda",)
+
+# Of mixup on ImageNet, section 3.1 of its paper.
+MIXUP_ALPHA = 0.2
 
 # How often the processes add up their losses, which makes them wait for each other and the GPU.
 _STEPS_BETWEEN_CHECKS = 20
@@ -90,6 +93,8 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=world.device.type in FUSED,
         )
+        if config.exempt_norms:
+            exempt_vectors(self.optimizer)
         if config.head_lr_factor != 1:
             set_head_rate(network, self.optimizer, config.head_lr_factor)
         if config.step_in_backward:
@@ -272,6 +277,11 @@ class Trainer:
             weights = balanced(split.labels.cpu(), len(self.task.classes))
         batches = global_batches(len(split), config.batch_size, config.seed, epoch, weights)
         shares = [share(batch, world.rank, world.world_size) for batch in batches[done:]]
+        mixes = config.augment == "mixup"
+        if mixes:
+            # each is mixed with the one before it in the whole batch
+            before = [share(b.roll(1), world.rank, world.world_size)[:1] for b in batches[done:]]
+            shares = [torch.cat(pair) for pair in zip(before, shares, strict=True)]
         if not done:
             self._tally = Tally(self.task, world.device)
             # what dropout draws must differ between processes
@@ -281,6 +291,8 @@ class Trainer:
         self.waited = 0.0
         fetched = self._fetched(split.batches(shares, epoch, world.device))
         for step, (images, labels) in enumerate(progress.steps(fetched, len(batches), done), done):
+            if mixes:
+                images, labels = self._mixed(images, labels)
             lr = config.lr_at((epoch - 1 + step / len(batches)) / config.epochs)
             result = self.step(images, labels, config.batch_size, lr)
             if result is not None:
@@ -308,6 +320,18 @@ class Trainer:
             if self.config.channels_last:
                 images = images.contiguous(memory_format=self._channels_last)
             yield images, labels
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Each but the first, mixed with the one before it: the same for any number of processes.
+
+        Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; by torchvision.
+        """
+        from torchvision.transforms import v2
+
+        mix = v2.MixUp(alpha=MIXUP_ALPHA, num_classes=len(self.task.classes))
+        with drawing("mixup", self.config.seed, self.position.epoch, self.position.step):
+            images, labels = mix(images, labels)
+        return images[1:], labels[1:]
 
     def check(self) -> Score:
         """The training score of the epoch so far; a collective.

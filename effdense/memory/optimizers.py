@@ -53,6 +53,17 @@ def make_optimizer(
     return kind(wanted, lr, weight_decay=weight_decay, **options)
 
 
+def exempt_vectors(optimizer: torch.optim.Optimizer) -> None:
+    """Take norms and biases, which are parameters of one dimension, out of the weight decay."""
+    for group in list(optimizer.param_groups):
+        vectors = [parameter for parameter in group["params"] if parameter.ndim <= 1]
+        if len(vectors) == len(group["params"]):
+            group["weight_decay"] = 0.0
+        elif vectors:
+            group["params"] = [p for p in group["params"] if p.ndim > 1]
+            optimizer.add_param_group({**group, "params": vectors, "weight_decay": 0.0})
+
+
 def state_copies(name: OptimizerName, momentum: float) -> int:
     """How many tensors of a parameter's size an optimizer holds for it."""
     return {"sgd": int(momentum > 0), "rmsprop": 1, "adam": 2, "adamw": 2}[name]

@@ -59,6 +59,20 @@ def test_cosine_goes_from_the_rate_to_zero() -> None:
     assert [config.lr_at(p) for p in (0, 0.5, 1)] == pytest.approx([0.4, 0.2, 0.0])
 
 
+def test_the_rate_warms_up_and_follows_the_batch_size() -> None:
+    config = TrainConfig(epochs=10, lr=0.4, schedule="multistep", milestones=(0.5,))
+    warm = dataclasses.replace(config, warmup_epochs=2.0).resolved()
+    assert [warm.lr_at(p) for p in (0, 0.1, 0.2, 0.5)] == pytest.approx([0.04, 0.22, 0.4, 0.04])
+    scaled = dataclasses.replace(config, batch_size=512, lr_batch_size=256).resolved()
+    assert [scaled.lr_at(p) for p in (0, 0.5)] == pytest.approx([0.8, 0.08])
+    with pytest.raises(UserError, match="--warmup-epochs must be a number, at least 0"):
+        TrainConfig(warmup_epochs=-1.0).resolved()
+    with pytest.raises(UserError, match="--augment must be something else for digits"):
+        TrainConfig(augment="trivial-augment").resolved()
+    with pytest.raises(UserError, match="--augment must be standard or none for volumes"):
+        TrainConfig(data="imagefolder", spatial_dims=3, augment="mixup").resolved()
+
+
 def test_every_option_is_resolved_and_given_ones_are_kept() -> None:
     for data in RECIPES:
         table = Path("table.csv") if data == "csv" else None

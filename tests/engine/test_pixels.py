@@ -11,7 +11,12 @@ import torch
 from PIL import Image
 
 from effdense.engine.data.datasets import load
-from effdense.engine.data.images import ImageData
+from effdense.engine.data.images import (
+    ImageData,
+    InMemory,
+    Normalization,
+    trivially_augmented,
+)
 from effdense.engine.data.pixels import read_pixels
 from effdense.engine.distributed import World
 from effdense.engine.normalization import settle_normalization
@@ -179,6 +184,44 @@ def test_normalisation_is_the_same_for_any_number_of_processes(
 
     together = by_ranks("normalization", 3, tmp_path)
     assert torch.equal(together["measured"], workers.normalization(alone)["measured"])
+
+
+def test_trivial_augmentation_is_keyed_by_seed_epoch_and_sample() -> None:
+    images = torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8)
+
+    def split(seed: int) -> InMemory:
+        plain = Normalization((0.0,) * 3, (1.0,) * 3)
+        return InMemory(images, torch.arange(12), plain, None, seed, trivially_augmented)
+
+    def read(seed: int, epoch: int | None, order: torch.Tensor, size: int) -> torch.Tensor:
+        batches = split(seed).batches(order.split(size), epoch, torch.device("cpu"))
+        return torch.cat([found for found, _ in batches])
+
+    state, in_order = torch.get_rng_state(), torch.arange(12)
+    first = read(0, 1, in_order, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(read(0, 1, in_order.flip(0), 4), first.flip(0))
+    for other in (read(0, 2, in_order, 5), read(1, 1, in_order, 5), read(0, 1, in_order + 12, 5)):
+        assert not torch.equal(other, first)
+    assert torch.equal(read(0, None, in_order, 5), images.float())
+
+
+def test_trivial_augmentation_keeps_more_than_eight_bits(tmp_path: Path) -> None:
+    deep = read_pixels(saved(tmp_path / "ramp.png", RAMP.astype(np.uint16)), 1, None)
+    torch.manual_seed(0)
+    kept = [len(trivially_augmented(deep).unique()) > 256 for _ in range(20)]
+    assert sum(kept) > 10
+    root = write_folder(tmp_path / "images", train=3, val=1)
+    split = folder(root, augment="trivial-augment").train
+    plain = folder(root).train
+    for each in (split, plain):
+        batches = each.batches([torch.arange(6)], 1, torch.device("cpu"))
+        assert next(iter(batches))[0].shape == (6, 3, 16, 16)
+    found, without = (
+        next(iter(each.batches([torch.arange(6)], 1, torch.device("cpu"))))[0]
+        for each in (split, plain)
+    )
+    assert not torch.equal(found, without)
 
 
 def test_options_of_files_are_for_files() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import pty
@@ -21,9 +22,12 @@ from PIL import Image
 
 import effdense
 from effdense.choices import OptimizerName
+from effdense.engine.data.images import InMemory, Normalization
+from effdense.engine.data.order import global_batches
 from effdense.engine.distributed import World
 from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
+from effdense.engine.progress import Progress
 from effdense.engine.tasks import Classification
 from effdense.engine.trainer import Trainer
 from effdense.engine.training import run
@@ -143,6 +147,48 @@ def test_optimizers_get_their_options_and_every_parameter(name: OptimizerName) -
     assert len(group["params"]) == len(list(network.parameters()))
 
 
+def test_norms_and_biases_are_left_out_of_the_weight_decay() -> None:
+    network = effdense.densenet_bc(depth=10, growth_rate=4)
+    config = TrainConfig(optimizer="adamw", exempt_norms=True, head_lr_factor=2.0).resolved()
+    world = World(0, 1, 0, 1, torch.device("cpu"), None)
+    optimizer = Trainer(network, config, world, Classification(())).optimizer
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for name, parameter in network.named_parameters():
+        is_map = name.endswith(".weight") and ("conv" in name or name == "classifier.weight")
+        assert decays[id(parameter)] == (config.weight_decay if is_map else 0), name
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decays)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_images_are_mixed_alike_by_any_number_of_processes(processes: int) -> None:
+    config = TrainConfig(data="fake", augment="mixup").resolved()
+    world = World(0, 1, 0, 1, torch.device("cpu"), None)
+    network = effdense.densenet_bc(depth=10, growth_rate=4)
+    batch, labels = torch.randn(10, 3, 8, 8), torch.arange(10)
+    found: list[list[torch.Tensor]] = []
+
+    class Watched(Trainer):
+        def step(
+            self, images: torch.Tensor, labels: torch.Tensor, batch_size: int, lr: float
+        ) -> None:
+            found[-1] += [images, labels]
+
+    for rank in range(processes):
+        found.append([])
+        trainer = Watched(network, config, world, Classification(tuple("abcdefghij")))
+        trainer.world = World(rank, processes, rank, processes, torch.device("cpu"), None)
+        split = InMemory(batch, labels, Normalization((0.0,) * 3, (1.0,) * 3))
+        trainer.config = dataclasses.replace(config, batch_size=10)
+        trainer.train_epoch(split, Progress(config, world), lambda left: None)
+    images, mixed = (torch.cat(parts) for parts in zip(*found, strict=True))
+    order = torch.cat(global_batches(10, 10, 0, 1))
+    share = float(mixed[0, order[0]])
+    assert 0.5 < share < 1 or 0 < share < 0.5
+    assert torch.equal(images, batch[order].roll(1, 0) * (1 - share) + batch[order] * share)
+    one_hot = torch.eye(10)[order]
+    assert torch.equal(mixed, one_hot.roll(1, 0) * (1 - share) + one_hot * share)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -150,6 +196,7 @@ def test_optimizers_get_their_options_and_every_parameter(name: OptimizerName) -
         {"optimizer": "rmsprop"},
         {"optimizer": "sgd", "momentum": 0.0},
         {"schedule": "cosine", "label_smoothing": 0.1},
+        {"augment": "mixup"},
         {"dtype": "bfloat16"},
         {"dtype": "float16"},
         {"save": "all", "backend": "torch", "batch_size": 63},

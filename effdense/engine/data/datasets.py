@@ -25,6 +25,7 @@ from .images import (
     Normalization,
     ShiftAndFlip,
     class_counts,
+    trivially_augmented,
 )
 from .order import generator
 from .pixels import pixels
@@ -150,7 +151,13 @@ def _from_torchvision(config: ResolvedConfig, download: bool) -> ImageData:
             f"folder){alone}"
         ) from None
     return ImageData(
-        InMemory(*train, normalization, _augmentation(config), config.seed),
+        InMemory(
+            *train,
+            normalization,
+            _augmentation(config),
+            config.seed,
+            trivially_augmented if config.augment == "trivial-augment" else None,
+        ),
         InMemory(*test, normalization),
         num_classes=num_classes,
         in_channels=3,
@@ -226,7 +233,7 @@ def _image_files(
         return ImageFiles(
             source,
             config.image_shape,
-            config.augment == "standard",
+            config.augment,
             normalization,
             config.seed,
             config.num_workers,

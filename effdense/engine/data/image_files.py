@@ -34,8 +34,9 @@ from .images import (
     Normalization,
     ShiftAndFlip,
     largest,
+    trivially_augmented,
 )
-from .order import random_key
+from .order import drawing
 from .pixels import IMAGES, read_pixels
 from .tables import Part
 from .volumes import VOLUMES, VolumeReader, centred, drawn
@@ -176,9 +177,7 @@ class _Keyed(Dataset[_Sample]):
             if epoch is None:
                 return _Sample(self.test(image), one, unreadable, "")
             # torchvision's transforms draw from the global generator
-            with torch.random.fork_rng(devices=[]):
-                key = random_key("augmentation", self.seed, epoch, index)
-                torch.default_generator.manual_seed(key)
+            with drawing("augmentation", self.seed, epoch, index):
                 return _Sample(self.train(image), one, unreadable, "")
         return _Sample(None, 0, unreadable, "")
 
@@ -288,7 +287,7 @@ class ImageFiles:
     Args:
         source: the images.
         image_shape: height and width, pixels, or the three of a volume.
-        augment: whether training images are cropped at random and mirrored.
+        augment: of training images: all but "none" are cropped at random and mirrored.
         normalization: of the finished images.
         seed: of augmentation.
         num_workers: loader processes; 0: this process reads.
@@ -299,7 +298,7 @@ class ImageFiles:
         self,
         source: Source,
         image_shape: Sequence[int],
-        augment: bool,
+        augment: str,
         normalization: Normalization,
         seed: int,
         num_workers: int,
@@ -310,9 +309,14 @@ class ImageFiles:
         test = _centre(image_shape)
         volumes = len(image_shape) == 3
         crop = drawn(image_shape) if volumes else v2.RandomResizedCrop(image_shape, antialias=True)
-        self._dataset = _Keyed(source, crop if augment else test, test, seed, skip_unreadable)
+        if augment == "trivial-augment":
+            crop = v2.Compose([crop, trivially_augmented])
+        self._dataset = _Keyed(
+            source, test if augment == "none" else crop, test, seed, skip_unreadable
+        )
         # of images, a batch at a time
-        self._augment = ShiftAndFlip(pad=0, flip=True) if augment and not volumes else None
+        flips = augment != "none" and not volumes
+        self._augment = ShiftAndFlip(pad=0, flip=True) if flips else None
         self._seed = seed
         self._num_workers = num_workers
         self._skip_unreadable = skip_unreadable

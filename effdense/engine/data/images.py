@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .order import generator
+from .order import drawing, generator
 
 Batch = tuple[Tensor, Tensor]
 """Normalised images (N, C, H, W) in float32 and their :attr:`Split.labels`."""
@@ -150,6 +150,16 @@ def class_counts(labels: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(labels, minlength=num_classes)
 
 
+def trivially_augmented(image: Tensor) -> Tensor:
+    """An image (C, H, W) from 0 to 255 by TrivialAugment, as torch's global generator draws."""
+    from torchvision.transforms import v2
+
+    transform = v2.TrivialAugmentWide()
+    if image.dtype == torch.uint8:
+        return transform(image)
+    return transform(image / 255) * 255
+
+
 def largest(indices: Sequence[Tensor]) -> int:
     """Of all the indices."""
     return max((int(chosen.max()) for chosen in indices if len(chosen)), default=0)
@@ -165,12 +175,15 @@ class InMemory:
         normalization: Normalization,
         augment: ShiftAndFlip | None = None,
         seed: int = 0,
+        transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         assert len(images) == len(labels)
         self.images = images
         self.labels = labels
         self.normalization = normalization
         self.augment = augment
+        self.transform = transform
+        """What is done to each training image before it is normalised."""
         self.seed = seed
         self.unreadable: set[str] = set()
 
@@ -188,7 +201,18 @@ class InMemory:
         order = torch.cat([*indices]).to(device) if len(indices) else torch.empty(0)
         for chosen in order.split([len(chosen) for chosen in indices]):
             there = chosen % len(self)
-            images = self.normalization(self.images[there])
+            images = self.images[there]
+            if epoch is not None and self.transform is not None:
+                images = self._transformed(images, chosen, epoch)
+            images = self.normalization(images)
             if drawn is not None and self.augment is not None:
                 images = self.augment(images, drawn[chosen])
             yield images, self.labels[there]
+
+    def _transformed(self, images: Tensor, chosen: Tensor, epoch: int) -> Tensor:
+        assert self.transform is not None
+        found = []
+        for image, index in zip(images.cpu(), chosen.tolist(), strict=True):
+            with drawing("augmentation", self.seed, epoch, index):
+                found.append(self.transform(image))
+        return torch.stack(found).to(images.device)

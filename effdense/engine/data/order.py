@@ -8,6 +8,8 @@ of the sample), whatever the number of processes and loader workers.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,6 +24,14 @@ def random_key(*parts: int | str) -> int:
 def generator(*parts: int | str) -> torch.Generator:
     """A fresh generator seeded with :func:`random_key`."""
     return torch.Generator().manual_seed(random_key(*parts))
+
+
+@contextmanager
+def drawing(*parts: int | str) -> Iterator[None]:
+    """Within it torch's global generator of the processor is :func:`generator`'s."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(random_key(*parts))
+        yield
 
 
 def global_batches(
