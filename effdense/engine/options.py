@@ -582,6 +582,12 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
         "task",
         f"left out: {config.data} has one class an image",
     )
+    volumes = config.spatial_dims == 3
+    require(
+        not volumes or (config.data in ("imagefolder", "csv") and config.channels == 1),
+        "spatial_dims",
+        "2 but for imagefolder and csv, and one channel",
+    )
     require(config.channels in (1, 3), "channels", "1 or 3")
     for option, default in (("channels", 3), ("window", None), ("normalization", "imagenet")):
         require(
@@ -595,12 +601,6 @@ def _check(config: ResolvedConfig, world_size: int) -> None:
         config.normalization == "measured" or config.channels == 3,
         "normalization",
         "measured for one channel",
-    )
-    volumes = config.spatial_dims == 3
-    require(
-        not volumes or (config.data in ("imagefolder", "csv") and config.channels == 1),
-        "spatial_dims",
-        "2 but for imagefolder and csv, and one channel",
     )
     for option in ("spacing", "crop"):
         sizes = getattr(config, option)

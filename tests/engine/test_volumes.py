@@ -48,8 +48,8 @@ def test_nifti_is_read_as_it_is(suffix: str, tmp_path: Path) -> None:
     read = VolumeReader(None, None)(write(tmp_path / f"a{suffix}", BOX))
     assert type(read) is torch.Tensor
     assert torch.equal(read, torch.from_numpy(BOX).float()[None])
-    windowed = VolumeReader(None, (-10, 41))(tmp_path / f"a{suffix}")
-    assert (windowed.flatten()[0], windowed.flatten()[-1]) == (0, 245)
+    windowed = VolumeReader(None, (0, 40.8))(tmp_path / f"a{suffix}").flatten()
+    assert windowed[[0, 10, 14, 59]].tolist() == pytest.approx([0, 0, 25, 255])
 
 
 def test_axes_are_turned_to_the_right_the_front_and_the_top(tmp_path: Path) -> None:

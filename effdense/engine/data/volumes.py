@@ -41,7 +41,8 @@ class VolumeReader:
             transforms.LoadImage(
                 reader="NibabelReader", image_only=True, ensure_channel_first=True
             ),
-            transforms.Orientation("RAS"),
+            # the labels are what they have been; to be named since MONAI 1.5
+            transforms.Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
         ]
         if spacing is not None:
             steps.append(transforms.Spacing(tuple(spacing)))
