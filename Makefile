@@ -7,6 +7,7 @@
 # make dist    build wheel and source archive into dist/ and try both in clean environments
 # make audit   cross-compile every Triton kernel and inspect the machine code; no GPU needed
 # make chaos   kill runs at random, and of any two options together; each must end with the same bits
+# make gpu     whether all is right, small and fast on a GPU: gpu-report/, ten minutes
 # make bench   memory, speed and scaling measured anew, kept in benchmarks/results/, in the tables
 # make figures the pictures in benchmarks/figures/ but precision.png, which plot makes of two runs;
 #              benchmarks whose results/figures/*.csv is there are not run again
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 
-.PHONY: train test quick oldest check docs dist audit chaos bench figures install clean
+.PHONY: train test quick oldest check docs dist audit chaos gpu bench figures install clean
 
 install: $(STAMP)
 
@@ -63,6 +64,12 @@ dist: $(STAMP)
 
 audit: $(STAMP)
 	$(BIN)/python -m effdense.kernels.audit $(ARGS)
+
+# by whatever Python has torch, Triton and pytest, or by ours
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 chaos: $(STAMP)
 	PYTHONPATH=benchmarks $(BIN)/python -m tests.helpers.chaos --combinations $(ARGS)

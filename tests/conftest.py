@@ -17,6 +17,23 @@ def nan_filled_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+DEVICES = (
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available(), reason="torch sees no CUDA device here"
+        ),
+    ),
+)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every kind of device; one that is not there is skipped by name."""
+    return torch.device(request.param)
+
+
 @pytest.fixture(params=["cpu", "torch"])
 def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every backend that computes in float64 here, in place of "auto"."""

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -33,7 +33,8 @@ from effdense.backends import select
 from effdense.backends.triton_backend import INTERPRETED, TritonBackend
 from effdense.kernels.launch import Architecture, LaunchTable
 
-from .case import Case
+if TYPE_CHECKING:
+    from .case import Case
 
 H100 = Architecture("cuda", 90, 132)
 

@@ -455,6 +455,8 @@ class Checks:
         self.device = device
         self.trusted: set[Variant] = set()
         self.cost = Checked(0, 0.0, 0.0)
+        self.differences: dict[Variant, float] = {}
+        """From torch in float64, in units of the largest value."""
         self._faults: dict[Variant, str] = {}
 
     def trust(
@@ -514,6 +516,7 @@ class Checks:
                 for one, other in zip(found, expected, strict=True)
             ]
             difference = torch.stack(differences).max().item()
+            self.differences[unknown.variant] = difference
             allowed = tolerance(arguments[0].dtype, precision == "tf32")
             # not "difference > allowed": a NaN has to fail
             if difference <= allowed:

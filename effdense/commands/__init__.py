@@ -5,7 +5,7 @@ and returns the exit status. ``network`` is the MODEL argument of several, ``mea
 ``verification`` are parts of verify.
 """
 
-__all__ = ["front_end", "train"]
+__all__ = ["env", "front_end", "train"]
 
 COMMANDS = {
     "train": "train a DenseNet, as train_ddp.py does",

@@ -42,6 +42,8 @@ COMMANDS = {
     r"python train_ddp.py --help": RUN,
     r"(python|torchrun .*) (train_ddp.py|-m effdense train)": "not run: trains; every option in "
     "tests/engine/test_training.py, and README's first command in full",
+    r"python -m benchmarks\.gpu": "not run: minutes on a GPU; tiny ones without in "
+    "tests/benchmarks/test_gpu_report.py",
     r"python benchmarks/": "not run: minutes; the parts in tests/benchmarks/test_results.py",
     r"make ": "not run: minutes, or an index of packages; the rule is looked up",
     r"pip install effdense": "not run: an index of packages",
@@ -217,6 +219,7 @@ def test_options_in_the_text_exist(
     known = set(re.findall(r"--[a-z][\w-]*", get_args_parser().format_help()))
     programs = [["train_ddp.py"], ["tests/project/release.py"]]
     programs += [["-m", "effdense.kernels.audit"], ["-m", "tests.helpers.chaos"]]
+    programs += [["-m", "benchmarks.gpu"]]
     programs += [[str(path.relative_to(ROOT))] for path in sorted(ROOT.glob("benchmarks/*.py"))]
     # not each file there is a command
     files = sorted(ROOT.glob("effdense/commands/*.py"))

@@ -1,0 +1,227 @@
+"""``python -m benchmarks.gpu`` where there is no GPU: it runs, and says what it did not run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gpu import __main__ as command
+from gpu import page, targets
+from gpu import tests as tests_section
+from gpu.sheet import Row, Sheet, rows_of
+
+from tests.helpers.launch import REPOSITORY
+
+# What a machine with torch, Triton and pytest alone has not; nor has anybody installed effdense.
+WITHOUT = """
+import sys
+
+from importlib.machinery import PathFinder
+
+NAMES = {"tyro", "torchvision", "matplotlib", "yaml", "tqdm", "pynvml", "sklearn"}
+
+class WithoutThem:
+    find_distributions = PathFinder.find_distributions
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return None if name.partition(".")[0] in NAMES else PathFinder.find_spec(name, path, target)
+
+def kind(finder):
+    return getattr(finder, "__name__", type(finder).__name__)
+
+sys.meta_path[:] = [
+    WithoutThem if f is PathFinder else f
+    for f in sys.meta_path if "editable" not in kind(f).lower()
+]
+"""
+
+
+@pytest.mark.slow
+def test_the_command_runs_with_nothing_but_torch_and_triton(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(tmp_path)
+    sections = ["environment", "operations", "checks", "memory", "speed", "sanitizer"]
+    options = ["--device", "cpu", "--minutes", "8", "--output", str(tmp_path / "report")]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *options, "--sections", *sections],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert list(found) == [*sections, "targets"]
+    assert all(row["verdict"] != "fail" for rows in found.values() for row in rows)
+    verdicts = {name: {row["verdict"] for row in rows} for name, rows in found.items()}
+    assert "pass" in verdicts["operations"]
+    assert {"predicted", "skipped"} <= verdicts["memory"]
+    assert {"measured", "skipped"} <= verdicts["speed"]
+    assert "measured" in verdicts["targets"]
+    whats = {row["what"]: row for row in found["checks"]}
+    assert whats["two steps with --deterministic"]["verdict"] == "pass"
+    assert whats["launches of a layer, features"]["verdict"] == "pass"
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert "Images a second: (16, k4) batch 4, float32" in html
+
+
+ROWS = {
+    "environment": [Row("environment", "torch", "said", note="2.14")],
+    "speed": [
+        Row("(1, 2) <3>, float32", "naive, channels last", "measured", 100.0, "images/s"),
+        Row("(1, 2) <3>, float32", "naive, compiled with graphs", "measured", 150.0, "images/s"),
+        Row("(1, 2) <3>, float32", "effdense features, graphs", "measured", 330.0, "images/s"),
+        Row("other", "naive, channels last", "measured", 100.0, "images/s"),
+        Row("other", "effdense features", "fail", note="OutOfMemoryError: & more"),
+    ],
+    "memory": [
+        Row("prediction", "a", "predicted", 100.0, "MiB"),
+        Row("prediction", "a", "measured", 103.0, "MiB"),
+    ],
+}
+
+
+class Well(HTMLParser):
+    """Tags are closed in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        self.seen.append(tag)
+        assert tag not in ("script", "link", "img")
+        if tag not in ("meta", "rect"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: Any) -> None:
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_beside_it() -> None:
+    html = page.html(ROWS)
+    parser = Well()
+    parser.feed(html)
+    assert parser.open == []
+    assert parser.seen.count("svg") == 2
+    assert "&lt;3&gt;" in html
+    assert "<3>" not in html
+    assert "OutOfMemoryError: &amp; more" in html.partition("What does not hold")[2]
+    # what was predicted looks otherwise than what was measured
+    assert html.count("stroke-dasharray") == 1
+    assert "0 checks hold, 1 do not, 0 were not run, 5 figures were measured" in html
+
+
+def test_targets_are_against_the_best_naive_network() -> None:
+    first, second = targets.rows(ROWS["speed"], "cuda")
+    assert (first.verdict, first.value) == ("pass", 2.2)
+    assert "effdense features, graphs against naive, compiled with graphs" in first.note
+    assert second.verdict == "skipped"
+    assert targets.rows(ROWS["speed"][:1] + ROWS["speed"][2:3], "cuda")[0].value == 3.3
+    slow = [
+        *ROWS["speed"][:2],
+        Row(ROWS["speed"][0].group, "effdense x", "measured", 299, "images/s"),
+    ]
+    assert targets.rows(slow, "cuda")[0].verdict == "fail"
+    # figures of a processor are neither
+    assert targets.rows(ROWS["speed"], "cpu")[0].verdict == "measured"
+
+
+def test_a_sheet_keeps_its_rows_and_its_time(tmp_path: Path) -> None:
+    path = tmp_path / "rows" / "a.jsonl"
+    sheet = Sheet(path, 0.05)
+    sheet.measured("g", "w", 1.5, "MiB", "note")
+    assert sheet.has_time("g", "quick", 0.0)
+    time.sleep(0.06)
+    assert not sheet.has_time("g", "slow", 1.0)
+    sheet.failed("g", "f", ValueError("first\nsecond"))
+    with path.open("a") as file:
+        # the process ended while it wrote
+        file.write('{"group": "g", "wh')
+    assert rows_of(path) == [
+        Row("g", "w", "measured", 1.5, "MiB", "note"),
+        Row("g", "slow", "skipped", note="no time left"),
+        Row("g", "f", "fail", note="ValueError: first"),
+    ]
+
+
+@pytest.mark.slow
+def test_a_section_that_breaks_leaves_its_rows(tmp_path: Path, monkeypatch: Any) -> None:
+    """And one that hangs is ended."""
+    writes = "import sys; from pathlib import Path; from benchmarks.gpu.sheet import Sheet\n"
+    writes += "Sheet(Path(sys.argv[1]), 9).measured('g', 'w', 1.0, 's')\n"
+    ends = {"checks": "raise ValueError('broken here')", "memory": "import time; time.sleep(60)"}
+    run = subprocess.run
+
+    def instead(command: list[str], **options: Any) -> Any:
+        section = command[command.index("--section") + 1]
+        path = tmp_path / "rows" / f"{section}.jsonl"
+        code = [sys.executable, "-c", writes + ends[section], str(path)]
+        return run(code, **{**options, "timeout": 4})
+
+    monkeypatch.setattr(subprocess, "run", instead)
+    options = ["--device", "cpu", "--output", str(tmp_path), "--sections", *ends]
+    assert command.main(options) == 1
+    found = json.loads((tmp_path / "report.json").read_text())
+    for section, note in (("checks", "ValueError: broken here"), ("memory", "did not keep")):
+        assert [row["what"] for row in found[section]] == ["w", section, "time"]
+        assert note in found[section][1]["note"]
+
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.device.a" name="good[cuda]"/>
+<testcase classname="tests.device.a" name="bad[cuda]"><failure message="1 != 2"/></testcase>
+<testcase classname="tests.device.a" name="no[cuda]"><skipped message="why"/></testcase>
+</testsuite></testsuites>"""
+
+
+@pytest.mark.parametrize(
+    ("found", "verdicts"),
+    [
+        (JUNIT, ["pass", "fail", "skipped"]),
+        ("<testsuites><testsuite/></testsuites>", ["fail"]),
+        (None, ["fail"]),
+    ],
+)
+def test_tests_are_counted(
+    found: str | None, verdicts: list[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    def instead(command: list[str], **options: Any) -> Any:
+        (path,) = [word.partition("=")[2] for word in command if word.startswith("--junitxml=")]
+        if found is not None:
+            Path(path).write_text(found)
+        return subprocess.CompletedProcess(command, 1, "said", "")
+
+    monkeypatch.setattr(subprocess, "run", instead)
+    sheet = Sheet(tmp_path / "rows.jsonl", 10)
+    tests_section.run(sheet, torch.device("cpu"), True)
+    assert [row.verdict for row in rows_of(tmp_path / "rows.jsonl")] == verdicts
+
+
+@pytest.mark.slow
+def test_half_of_the_tests_on_devices_is_for_gpus() -> None:
+    listed = [sys.executable, "-m", "pytest", "--collect-only", "tests/device"]
+    done = subprocess.run(listed, cwd=REPOSITORY, capture_output=True, text=True)
+    names = re.findall(r"test_\w+\[[^\]]*\]", done.stdout)
+    halves = [sum(f"[{kind}" in name for name in names) for kind in ("cpu", "cuda")]
+    assert halves[0] == halves[1] > 20
+    assert sum(halves) == len(names)
+    subjects = ("naive", "save_modes", "autocast", "before_backward", "offloading", "converted")
+    for subject in (*subjects, "goes_on", "graphs"):
+        assert sum(subject in name and "[cuda" in name for name in names) > 0, subject
