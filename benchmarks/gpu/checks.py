@@ -87,6 +87,7 @@ def _waits(sheet: Sheet, what: str, network: Network, device: torch.device) -> N
     try:
         from effdense.engine.distributed import joined_world
         from effdense.engine.options import TrainConfig
+        from effdense.engine.tasks import Classification
         from effdense.engine.trainer import Trainer
     except ImportError as error:
         sheet.skip("checks", what, f"{error.name} is not installed")
@@ -94,7 +95,9 @@ def _waits(sheet: Sheet, what: str, network: Network, device: torch.device) -> N
     options: Any = {"data": "fake", "batch_size": network.batch, "image_size": network.pixels}
     config = TrainConfig(**options, threads=1, ema=0.9, clip_grad=1.0).resolved()
     with joined_world("auto" if device.type == "cuda" else "cpu", threads=1) as world:
-        trainer = Trainer(_model(network, world.device), config, world)
+        trainer = Trainer(
+            _model(network, world.device), config, world, Classification(tuple("abcdefghij"))
+        )
         images = torch.randn(network.shape, device=world.device)
         labels = torch.arange(network.batch, device=world.device) % 10
         trainer.network.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 import effdense
 from effdense.autocast import computing_in
 from effdense.backends import select
-from effdense.backends.precision import exact_float32, tf32_convolutions
+from effdense.backends.precision import float32_products, tf32_convolutions
 from effdense.backends.self_check import describe, operation_errors
 
 from .networks import FULL, Network
@@ -26,7 +27,10 @@ def run(sheet: Sheet, device: torch.device, tiny: bool) -> None:
     for dtype in select.TRITON_DTYPES:
         ways: dict[str, Any] = {"": nullcontext}
         if dtype == torch.float32:
-            ways = {", TF32 as torch has it": nullcontext, ", no TF32": exact_float32}
+            ways = {
+                ", TF32 as torch has it": nullcontext,
+                ", no TF32": partial(float32_products, False),
+            }
         for way, context in ways.items():
             with context():
                 for network in FULL[1:3]:

@@ -24,8 +24,10 @@ def rows(speed: Sequence[Row], device: str) -> list[Row]:
         ratio = _value(best) / _value(rival)
         note = f"{best.what} against {rival.what}; the target is {FACTOR:g}"
         if device.startswith("cuda"):
-            verdict = "pass" if ratio >= FACTOR else "fail"
-            found.append(Row(group, "of the best naive", verdict, ratio, "x", note))
+            holds = ratio >= FACTOR
+            found.append(
+                Row(group, "of the best naive", "pass" if holds else "fail", ratio, "x", note)
+            )
         else:
             note += ", of a GPU"
             found.append(Row(group, "of the best naive", "measured", ratio, "x", note))

@@ -17,7 +17,7 @@ from torch import Tensor
 import effdense
 from effdense import SAVE_MODES, reference
 from effdense.backends.dropout import dropout_mask, layer_keys
-from effdense.backends.precision import exact_float32
+from effdense.backends.precision import float32_products
 from effdense.backends.select import get_backend
 from effdense.verification.comparison import relative_error
 from tests.helpers.compare import (
@@ -41,7 +41,7 @@ IMAGES = (4, 3, 17, 15)
 
 @pytest.fixture(autouse=True)
 def _exactly() -> Iterator[None]:
-    with exact_float32():
+    with float32_products(False):
         yield
 
 
@@ -129,7 +129,7 @@ def test_autocast_errs_no_more_than_the_naive_network(device: torch.device) -> N
         with torch.autocast(device.type, torch.bfloat16):
             output = model(x)
         loss_of(output.float()).backward()
-        pairs = [(output, exact.output)]
+        pairs: list[tuple[Any, Any]] = [(output, exact.output)]
         pairs += [(p.grad, exact.gradients[n]) for n, p in model.named_parameters()]
         return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
 
@@ -169,7 +169,7 @@ def test_a_checkpoint_around_the_network_moves_buffers_once(device: torch.device
         x.requires_grad_()
 
         def call(x: Tensor, model: Any = model) -> Tensor:
-            return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)  # type: ignore[no-any-return]
+            return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
 
         steps.append(step(model, x, call=call if around else None))
     assert_alike(steps[1], steps[0], 1e-10)
