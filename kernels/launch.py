@@ -561,11 +561,11 @@ class LaunchTable:
             # 128 bits of X for each lane
             per_lane = (4 if wide else 8) * self.family.lanes
             warps = max(1, min(warps, block_p * block_c // per_lane))
+        if tile == 64 * 64 and not hip and (wide or self.family == AMPERE):
+            # left alone, the assembler spills two to six registers to fit one program more
+            registers = 255
         if wide or hip:
             return Launch(block_p, block_c, block_b, warps, 2, registers=registers)
-        if tile == 64 * 64 and self.family == AMPERE:
-            # left alone, the assembler spills two registers to fit one program more
-            registers = 255
         return Launch(block_p, 32, block_b, warps, 3, registers=registers)
 
     def _product_backward(self, bottleneck: int, block_b: int, wide: bool, aligned: bool) -> Launch:
