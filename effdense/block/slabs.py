@@ -186,22 +186,26 @@ class Pooling:
         # no image has 2^31 of them
         pixels = norm.mean.new_empty(shape, dtype=torch.int32)
         masked = grad_output.new_empty(shape)
-        flat = norm.gamma == 0
+        flat: Tensor | None = norm.gamma == 0
+        if norm.gamma.device.type == "cpu" and not norm.gamma.eq(0).any():
+            # what a GPU would be waited for to say
+            flat = None
         for slab in self.slabs():
             first = max(0, self.window.first(slab.pooled.start))
             last = min(self.lines, self.window.last(slab.pooled.stop - 1))
             first, last = (0, self.lines) if slab.whole else (first, last)
             x = source.lines(slab.images, first, last)
             found = self.extremes(slab, x, first)[1].movedim(1, -1)
-            found = torch.where(flat, self.firsts(slab, x).movedim(1, -1), found)
+            if flat is not None:
+                found = torch.where(flat, self.firsts(slab, x).movedim(1, -1), found)
             pixels[slab.images, slab.pooled] = found
-            found -= first * self.line
+            if first:
+                found -= first * self.line
             by_image = rows_of(x).view(len(found), -1, self.channels)
             maxima = by_image.gather(1, found.flatten(1, -2)).flatten(0, 1)
             grad = rows_of(grad_output[slab.images, :, slab.pooled])
-            out = masked.new_empty(grad.shape)
+            out = masked[slab.images, slab.pooled].flatten(0, -2)
             sums = self.ops.bn_relu_backward_reduce(maxima, norm, grad, None, out)
-            masked[slab.images, slab.pooled] = out.view(found.shape)
             del x, found, by_image, maxima, grad, out  # before the next slab's are made
             s += sums[0]
             t += sums[1]
@@ -287,7 +291,8 @@ class Pooling:
     ) -> Tensor:
         """The gradient of lines ``first`` to ``last``, which ``window`` reads and nothing else."""
         pixels = pixels.to(torch.int64)
-        pixels -= first * self.line
+        if first:
+            pixels -= first * self.line
         kernel, stride, padding, dilation = map(
             list, zip(*[window, *self.windows[1:]], strict=True)
         )

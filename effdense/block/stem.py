@@ -243,9 +243,10 @@ class _Stem(torch.autograd.Function):
             pooling = Pooling(ctx.ops, ctx.pool, ctx.shape, ctx.dtype)
             images, _, *spatial = ctx.shape
             if rows is None:
-                rows = convolution.whole(pooling, convolution.source(image, weight, sign))
-            x = channels_first(rows, images, spatial)
-            source = _Given(x, sign if convolution is None else None)
+                source = convolution.again_from(pooling, convolution.source(image, weight, sign))
+            else:
+                x = channels_first(rows, images, spatial)
+                source = _Given(x, sign if convolution is None else None)
             norm = Normalization(mean * sign, var, gamma.abs(), beta, ctx.spec.eps)
             s, t, pixels, masked = pooling.reduce(source, norm, grad_output)
             correction = None
@@ -307,17 +308,30 @@ class _Convolution(NamedTuple):
         signs = sign.to(self.dtype).view(-1, *[1] * (weight.dim() - 1))
         return _Convolved(self, image, weight, weight.to(self.dtype) * signs, sign)
 
-    def whole(self, pooling: Pooling, source: Source) -> Tensor:
-        """All of its output, (P, C), slab by slab as in forward."""
+    def again_from(self, pooling: Pooling, source: Source) -> Source:
+        """All of its output, slab by slab as in forward."""
         x: Tensor | None = None
+        images: dict[int, Tensor] = {}
         for slab in pooling.slabs():
-            part = source.lines(slab.images, slab.first, slab.last).movedim(1, -1)
+            part = source.lines(slab.images, slab.first, slab.last)
+            if slab.whole:
+                images[slab.images.start] = part
+                continue
+            part = part.movedim(1, -1)
             if x is None:
                 x = part.new_empty((self.shape[0], *self.shape[2:], self.shape[1]))
             x[slab.images, slab.first : slab.last] = part
             del part  # before the next slab's is made
-        assert x is not None
-        return x.flatten(0, -2)
+        return _Images(images) if x is None else _Given(x.movedim(-1, 1), None)
+
+
+class _Images(NamedTuple):
+    """x by groups of images, in the same groups as it is asked for."""
+
+    by_first: dict[int, Tensor]
+
+    def lines(self, images: slice, first: int, last: int) -> Tensor:
+        return self.by_first[images.start]
 
 
 class _Convolved(NamedTuple):

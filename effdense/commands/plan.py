@@ -42,7 +42,10 @@ class Options:
     offload: bool = False
     """Keep what blocks keep elsewhere where nothing else fits."""
     ddp: bool = False
-    """Count DistributedDataParallel's gradient buckets."""
+    """Count DistributedDataParallel's gradient buckets, which hold gradients once more unless these
+    are views of them."""
+    gradient_as_bucket_view: bool = False
+    """Gradients are views of --ddp's buckets, as in train_ddp.py."""
     step_in_backward: bool = False
     """Count no gradients but those of a layer: see effdense.step_in_backward."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -64,6 +67,7 @@ def run(options: Options) -> None:
                 momentum=options.momentum,
                 dtype=getattr(torch, options.dtype) if options.dtype else None,
                 ddp=options.ddp,
+                gradient_as_bucket_view=options.gradient_as_bucket_view,
                 step_in_backward=options.step_in_backward,
                 device=options.device,
             )

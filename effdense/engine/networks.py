@@ -153,6 +153,7 @@ def fit_to_budget(
             momentum=config.momentum,
             dtype=getattr(torch, config.dtype),
             ddp=world.world_size > 1,
+            gradient_as_bucket_view=True,
             step_in_backward=config.step_in_backward,
             device=world.device.type,
         )

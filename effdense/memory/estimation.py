@@ -92,6 +92,7 @@ def estimate(
     momentum: float = 0.9,
     dtype: torch.dtype | None = None,
     ddp: bool = False,
+    gradient_as_bucket_view: bool = False,
     step_in_backward: bool = False,
     device: DeviceType = "cpu",
 ) -> Estimate:
@@ -110,6 +111,8 @@ def estimate(
             too; torch.bfloat16 or torch.float16, by autocast over float32 parameters. None for
             the parameters' own type, whatever that is.
         ddp: whether DistributedDataParallel's buckets hold the gradients, once more.
+        gradient_as_bucket_view: whether gradients are views of its buckets, as with that option
+            of DistributedDataParallel and in ``train_ddp.py``: there from the beginning, and once.
         step_in_backward: whether :func:`effdense.step_in_backward` is used.
         device: "cpu" or "cuda": which backend's temporaries are counted.
 
@@ -121,13 +124,15 @@ def estimate(
         optimizer=optimizer,
         momentum=momentum,
         dtype=dtype,
+        ddp=ddp,
+        gradient_as_bucket_view=gradient_as_bucket_view,
         step_in_backward=step_in_backward,
         device=device,
     )
     found = rehearse(input_shape)
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        model, ddp = model.module, True
-    return as_estimate(model, found, rehearse.bucket_bytes if ddp else 0, device)
+        model = model.module
+    return as_estimate(model, found, rehearse.bucket_bytes, device)
 
 
 class Rehearsal:
@@ -143,6 +148,8 @@ class Rehearsal:
         optimizer: OptimizerName = "sgd",
         momentum: float = 0.9,
         dtype: torch.dtype | None = None,
+        ddp: bool = False,
+        gradient_as_bucket_view: bool = False,
         step_in_backward: bool = False,
         device: DeviceType = "cpu",
     ) -> None:
@@ -155,7 +162,9 @@ class Rehearsal:
                 f"None, got {dtype!r}"
             )
         if isinstance(model, nn.parallel.DistributedDataParallel):
+            ddp, gradient_as_bucket_view = True, model.gradient_as_bucket_view
             model = model.module
+        self._gradients_stay = ddp and gradient_as_bucket_view
         self._optimizer, self._momentum, self._device = optimizer, momentum, device
         self._step_in_backward = step_in_backward
         self._steps: StepInBackward | None = None
@@ -165,8 +174,9 @@ class Rehearsal:
         self._twin: Any = meta_copy(model).to(self._dtype)
         if not model.training:
             self._twin.train()
-        self.bucket_bytes = bucket_bytes(self._twin)
-        """What DistributedDataParallel would hold besides."""
+        twice = ddp and not gradient_as_bucket_view
+        self.bucket_bytes = bucket_bytes(self._twin) if twice else 0
+        """What DistributedDataParallel holds besides."""
 
     def __call__(self, input_shape: Sequence[int], save: Any = None, offload: Any = None) -> Peak:
         """The peak of a step; ``save`` and ``offload`` are set in the copy where given."""
@@ -204,6 +214,7 @@ class Rehearsal:
             torch.empty(shape, dtype=self._dtype, device="meta"),
             None,
             self._amp,
+            self._gradients_stay,
         )
 
 

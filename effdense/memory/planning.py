@@ -168,8 +168,9 @@ class _Search:
         budget: int | str,
         options: dict[str, Any],
     ) -> None:
+        self._rehearse = Rehearsal(model, **options)
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            model, options = model.module, {**options, "ddp": True}
+            model = model.module
         self.model, self.shape, self.device = model, input_shape, options.get("device", "cpu")
         self.blocks = dense_blocks(model)
         if not self.blocks:
@@ -179,9 +180,7 @@ class _Search:
             )
         self.names = block_names(model)
         self.limit = budget_bytes(budget, self.device)
-        ddp = options.pop("ddp", False)
-        self._rehearse = Rehearsal(model, **options)
-        self.buckets = self._rehearse.bucket_bytes if ddp else 0
+        self.buckets = self._rehearse.bucket_bytes
         self._runs: dict[_Mode, Peak] = {}
 
     def run(self, mode: _Mode) -> Peak:
@@ -390,9 +389,8 @@ def largest_batch(
     """
     device = options.get("device", "cpu")
     limit = budget_bytes(budget, device)
-    ddp = options.pop("ddp", False)
     rehearse = Rehearsal(model, **options)
-    buckets = rehearse.bucket_bytes if ddp else 0
+    buckets = rehearse.bucket_bytes
 
     def peak(images: int) -> int:
         found = rehearse((images, *input_shape[1:]))

@@ -81,6 +81,9 @@ class Training:
     each."""
     amp: torch.dtype | None = None
     """What autocast computes in; None for no autocast."""
+    gradients_stay: bool = False
+    """Gradients are there from the beginning, as DistributedDataParallel's buckets are where
+    gradients are views of them, and what backward makes is added to them."""
 
     def make_optimizer_state(self) -> None:
         """Give the optimizer the state it has after a first step, by one with gradients of 0."""
@@ -91,6 +94,9 @@ class Training:
                 p.grad = torch.zeros_like(p)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+        if self.gradients_stay:
+            for p in wanted:
+                p.grad = torch.zeros_like(p)
 
     def loss(self) -> Tensor:
         """Forward, to a scalar."""

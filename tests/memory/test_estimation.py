@@ -259,6 +259,28 @@ def test_ddp_holds_every_gradient_twice() -> None:
     assert together.peak - alone.peak == together.parts["ddp buckets"] == gradients
 
 
+def test_where_gradients_are_views_of_ddps_buckets_these_are_all_there_is(tmp_path: Any) -> None:
+    """As real DistributedDataParallel's, of one process."""
+    model = effdense.densenet_bc(40, 24)
+    shape = (2, 3, 16, 16)
+    options: dict[str, Any] = {"ddp": True, "gradient_as_bucket_view": True}
+    found = effdense.estimate(model, shape, **options)
+    assert "ddp buckets" not in found.parts
+    gradients = 4 * sum(p.numel() for p in model.parameters())
+    # they are there before backward, and what is to be added to them comes on top
+    assert found.parts["gradients"] == gradients
+    twice = effdense.estimate(model, shape, ddp=True)
+    assert found.peak < twice.peak
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        assert effdense.estimate(parallel, shape) == found
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_kernels_keep_no_copy_of_a_bottleneck(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
