@@ -8,12 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from effdense.commands.train import parse
+from effdense.engine import plots
 from effdense.engine.data.datasets import load
 from effdense.engine.data.images import ImageData
 from effdense.engine.data.volumes import VolumeReader
+from effdense.engine.export import load as load_run
 from effdense.engine.options import TrainConfig
+from effdense.engine.training import run
 from effdense.errors import UserError
+from tests.helpers.launch import flags
+from tests.helpers.pictures import write_volumes
+from tests.helpers.ranks import killed_and_resumed, last_row
 
 nibabel = pytest.importorskip("nibabel")
 pytest.importorskip("monai")
@@ -22,7 +30,14 @@ BOX = np.arange(3 * 4 * 5, dtype=np.int16).reshape(3, 4, 5) - 10
 OPTIONS: dict[str, Any] = {
     **{"data": "csv", "data_dir": "ct", "table": "ct/table.csv", "group_column": "patient"},
     **{"image_column": "volume", "spatial_dims": 3, "arch": "densenet_bc", "depth": 10},
-    **{"growth_rate": 4, "batch_size": 4, "epochs": 1, "threads": 1, "checkpoint_steps": 1},
+    **{
+        "val_fraction": 0.3,
+        "growth_rate": 4,
+        "batch_size": 4,
+        "epochs": 1,
+        "threads": 1,
+        "checkpoint_steps": 1,
+    },
 }
 MORE: list[object] = [
     *("--label-columns", "finding", "--window", -200, 600),
@@ -133,3 +148,27 @@ def test_options_of_volumes_are_for_volumes() -> None:
         "measured",
         8,
     )
+
+
+def test_a_run_on_volumes_is_loaded_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_volumes(tmp_path / "ct", 36)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plots, "draw", lambda *_: [])
+    options = {**OPTIONS, "epochs": 6, "num_workers": 0, "lr": 0.05}
+    run(parse(list(map(str, [*flags(**options), *MORE, "--channels-last"])), ""))
+    assert last_row(tmp_path / "runs" / "csv-1" / "scores.csv")["auroc"] == 1
+    model: Any = load_run("runs/csv-1")
+    volumes = torch.stack([model.preprocess(f"ct/{i}.nii.gz") for i in range(4)])
+    assert volumes.shape == (4, 1, 8, 8, 8)
+    said = model.probabilities(model(volumes)).argmax(1)
+    assert [model.classes[i] for i in said] == ["none", "none", "mass", "mass"]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_on_one_two_and_three_processes(tmp_path: Path) -> None:
+    write_volumes(tmp_path / "ct", 36)
+    options = {**OPTIONS, "num_workers": 1}
+    scores = killed_and_resumed(tmp_path, [*flags(**options), *MORE])
+    assert {"error", "auroc"} <= set(scores)
+    recorded = yaml.safe_load((tmp_path / "whole-1" / "config.yaml").read_text())
+    assert recorded["options"]["spatial_dims"] == 3

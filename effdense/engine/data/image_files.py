@@ -242,7 +242,7 @@ class Preparation:
             UserError: if it cannot be read as an image.
         """
         try:
-            pixels = self.fit(self.read(path))
+            pixels = self.fit(self.read(Path(path)))
         except UserError:
             raise
         # the decoders raise what they like
