@@ -562,8 +562,9 @@ class LaunchTable:
             per_lane = (4 if wide else 8) * self.family.lanes
             warps = max(1, min(warps, block_p * block_c // per_lane))
         if tile == 64 * 64 and not hip and (wide or self.family == AMPERE):
-            # left alone, the assembler spills two to six registers to fit one program more
-            registers = 255
+            # left alone, the assembler spills two to six registers to fit one program more; exact
+            # products of float32 spill up to eight in four warps of consumers' Blackwell
+            registers, warps = 255, 8 if wide and self.family.compact else warps
         if wide or hip:
             return Launch(block_p, block_c, block_b, warps, 2, registers=registers)
         return Launch(block_p, 32, block_b, warps, 3, registers=registers)
@@ -575,7 +576,8 @@ class LaunchTable:
         if wide:
             # half the channels would be half of a 128-bit store for each of so many threads; half
             # the threads spill 55 registers of TF32 products (sm_90). On compact devices the two
-            # launches of a bottleneck wider than a tile want the limit.
+            # launches of a bottleneck wider than a tile want the limit; on Ampere, where exact
+            # products of 128 columns spill 18 registers, it makes them 84.
             limited = self.family.compact and bottleneck > 128
             registers = self.family.registers if limited else None
             return Launch(16, 64, block_b, 8, 1, programs, registers)
