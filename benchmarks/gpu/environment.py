@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 import effdense
@@ -29,4 +27,3 @@ def run(sheet: Sheet, device: torch.device, tiny: bool) -> None:
     sheet.add(Row("environment", "revision", "said", note=machine.short_revision()))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     sheet.add(Row("environment", "measured on", "said", note=f"{device}: {name}"))
-    sheet.add(Row("environment", "command", "said", note=" ".join(sys.argv[1:])))

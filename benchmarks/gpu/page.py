@@ -43,7 +43,11 @@ def summary(rows: Mapping[str, Sequence[Row]]) -> str:
 
 def html(rows: Mapping[str, Sequence[Row]]) -> str:
     parts = [f"<h1>effdense on a GPU</h1><p>{escape(summary(rows))}</p>"]
-    failed = [row for found in rows.values() for row in found if row.verdict == "fail"]
+    if any(row.what == "measured on" and row.note.startswith("cpu") for row in _all(rows)):
+        parts.append(
+            "<p class='fail'>Run without a GPU, on tiny networks: figures mean nothing.</p>"
+        )
+    failed = [row for row in _all(rows) if row.verdict == "fail"]
     if failed:
         parts.append("<h2>What does not hold</h2>" + _table(failed))
     for name, title in _TITLES.items():
@@ -59,6 +63,10 @@ def html(rows: Mapping[str, Sequence[Row]]) -> str:
     title = "<title>effdense on a GPU</title>"
     body = "\n".join(parts)
     return f"<!doctype html><html lang='en'>{head}{title}<style>{_STYLE}</style>{body}</html>\n"
+
+
+def _all(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
+    return [row for found in rows.values() for row in found]
 
 
 def _table(rows: Sequence[Row]) -> str:

@@ -75,6 +75,7 @@ def test_the_command_runs_with_nothing_but_torch_and_triton(tmp_path: Path) -> N
     assert whats["launches of a layer, features"]["verdict"] == "pass"
     html = (tmp_path / "report" / "report.html").read_text()
     assert "Images a second: (16, k4) batch 4, float32" in html
+    assert "figures mean nothing" in html
 
 
 ROWS = {
@@ -123,6 +124,7 @@ def test_the_page_is_whole_and_needs_nothing_beside_it() -> None:
     assert "&lt;3&gt;" in html
     assert "<3>" not in html
     assert "OutOfMemoryError: &amp; more" in html.partition("What does not hold")[2]
+    assert "figures mean nothing" not in html
     # what was predicted looks otherwise than what was measured
     assert html.count("stroke-dasharray") == 1
     assert "0 checks hold, 1 do not, 0 were not run, 5 figures were measured" in html
