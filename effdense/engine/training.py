@@ -373,7 +373,8 @@ class _Records:
         self.logs["train.csv"].add(**place, lr=lr, loss=train.loss, error=train.error)
         self.logs["test.csv"].add(**place, loss=test.loss, error=test.error, samples=test.samples)
         self.logs["scores.csv"].add(**place, **test.metrics)
-        self._work_dir.write_classes(test, self._trainer.task.classes)
+        if epoch == self.standings.best:
+            self._work_dir.write_classes(test, self._trainer.task.classes)
         self.logs["speed.csv"].add(
             **place,
             seconds=round(speed.seconds, 3),
