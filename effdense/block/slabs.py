@@ -72,6 +72,10 @@ class Moments:
         self.mean, self.var = torch.zeros_like(like), torch.zeros_like(like)
 
     def add(self, rows: Tensor) -> None:
+        if not self.count:
+            self._ops.statistics(rows, Statistics(self.mean, self.var))
+            self.count = len(rows)
+            return
         own = Statistics(torch.empty_like(self.mean), torch.empty_like(self.var))
         self._ops.statistics(rows, own)
         count = self.count + len(rows)
@@ -186,10 +190,7 @@ class Pooling:
         # no image has 2^31 of them
         pixels = norm.mean.new_empty(shape, dtype=torch.int32)
         masked = grad_output.new_empty(shape)
-        flat: Tensor | None = norm.gamma == 0
-        if norm.gamma.device.type == "cpu" and not norm.gamma.eq(0).any():
-            # what a GPU would be waited for to say
-            flat = None
+        flat = None if all_positive(norm.gamma) else norm.gamma == 0
         for slab in self.slabs():
             first = max(0, self.window.first(slab.pooled.start))
             last = min(self.lines, self.window.last(slab.pooled.stop - 1))
@@ -311,6 +312,11 @@ class Pooling:
         both = [[high, *own] for high, own in zip((1, 1, 0, 1), windows, strict=True)]
         grad, x, pixels = grad.unsqueeze(2), x.unsqueeze(2), pixels.unsqueeze(2)
         return _BACKWARD[0](grad, x, *both, ceil, pixels).squeeze(2)
+
+
+def all_positive(gamma: Tensor) -> bool:
+    """Whether it is known that all of them are; a GPU would be waited for to say."""
+    return gamma.device.type == "cpu" and bool(gamma.min() > 0)
 
 
 def _pooled_size(size: int, window: Window, ceil: bool) -> int:

@@ -38,7 +38,7 @@ from ..recognition.objections import BATCH_NORMS, CONVOLUTIONS, has_hooks, modul
 from ..recognition.reading import read_norm_relu
 from ..tracing import outside_graphs, torch_function
 from .captured import run_captured
-from .slabs import MAX_POOL, Moments, Pooling, Slab, Source
+from .slabs import MAX_POOL, Moments, Pooling, Slab, Source, all_positive
 
 
 def run_stem(
@@ -209,7 +209,8 @@ class _Stem(torch.autograd.Function):
             if moments is not None:
                 mean, var = moments.mean, moments.var
                 batch.merge(Statistics(mean, var))
-                mean *= sign
+                if sign is not None:
+                    mean *= sign
             else:
                 assert frozen_mean is not None
                 assert frozen_var is not None
@@ -217,7 +218,7 @@ class _Stem(torch.autograd.Function):
                 mean = frozen_mean.to(like.dtype, copy=True)
                 var = frozen_var.to(like.dtype, copy=True)
             output = torch.empty_like(extremes)
-            norm = Normalization(mean * sign, var, gamma.abs(), beta, spec.eps)
+            norm = _signed(mean, var, gamma, beta, spec.eps, sign)
             ops.bn_relu(extremes.flatten(0, -2), norm, output.flatten(0, -2))
         ctx.ops, ctx.batch, ctx.spec, ctx.pool = ops, batch, spec, pool
         ctx.anchor = anchor
@@ -247,7 +248,7 @@ class _Stem(torch.autograd.Function):
             else:
                 x = channels_first(rows, images, spatial)
                 source = _Given(x, sign if convolution is None else None)
-            norm = Normalization(mean * sign, var, gamma.abs(), beta, ctx.spec.eps)
+            norm = _signed(mean, var, gamma, beta, ctx.spec.eps, sign)
             s, t, pixels, masked = pooling.reduce(source, norm, grad_output)
             correction = None
             if ctx.spec.batch_statistics:
@@ -258,25 +259,37 @@ class _Stem(torch.autograd.Function):
                     dx = channels_first(torch.empty_like(rows), images, spatial)
                     for slab, part in parts:
                         lines = slice(slab.first, slab.last)
-                        dx[slab.images, :, lines] = part * _along(sign, part)
+                        dx[slab.images, :, lines] = _along(sign, part)
                         del part  # before the next slab's is made
                 else:
                     needs = need_image, need_weight
                     found = convolution.source(image, weight, sign).backward(parts, needs)
                     dimage, dweight = found
-            t *= sign
+            if sign is not None:
+                t *= sign
         gradients = dx, dimage, dweight, t.to(gamma.dtype), s.to(beta.dtype)
         return *(None,) * 6, *gradients, None, None
 
 
-def _sign(gamma: Tensor) -> Tensor:
-    """1 where a norm's weight is 0 too."""
+def _sign(gamma: Tensor) -> Tensor | None:
+    """1 where a norm's weight is 0 too; None where all are known to be 1."""
+    if all_positive(gamma):
+        return None
     return torch.ones_like(gamma).copysign_(gamma).where(gamma != 0, 1.0)
 
 
-def _along(vector: Tensor, x: Tensor) -> Tensor:
-    """A vector (C,) as it is multiplied with x (N, C, *spatial), in its type."""
-    return vector.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
+def _signed(
+    mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float, sign: Tensor | None
+) -> Normalization:
+    """The norm of x with the signs."""
+    if sign is not None:
+        mean, gamma = mean * sign, gamma.abs()
+    return Normalization(mean, var, gamma, beta, eps)
+
+
+def _along(sign: Tensor | None, x: Tensor) -> Tensor:
+    """x (N, C, *spatial) times the signs (C,)."""
+    return x if sign is None else x * sign.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
 
 
 class _Given(NamedTuple):
@@ -286,8 +299,7 @@ class _Given(NamedTuple):
     sign: Tensor | None
 
     def lines(self, images: slice, first: int, last: int) -> Tensor:
-        part = self.x[images, :, first:last]
-        return part if self.sign is None else part * _along(self.sign, part)
+        return _along(self.sign, self.x[images, :, first:last])
 
 
 class _Convolution(NamedTuple):
@@ -304,9 +316,11 @@ class _Convolution(NamedTuple):
     again: bool
     """Instead of keeping its output."""
 
-    def source(self, image: Tensor, weight: Tensor, sign: Tensor) -> _Convolved:
-        signs = sign.to(self.dtype).view(-1, *[1] * (weight.dim() - 1))
-        return _Convolved(self, image, weight, weight.to(self.dtype) * signs, sign)
+    def source(self, image: Tensor, weight: Tensor, sign: Tensor | None) -> _Convolved:
+        signed = weight.to(self.dtype)
+        if sign is not None:
+            signed = signed * sign.to(self.dtype).view(-1, *[1] * (weight.dim() - 1))
+        return _Convolved(self, image, weight, signed, sign)
 
     def again_from(self, pooling: Pooling, source: Source) -> Source:
         """All of its output, slab by slab as in forward."""
@@ -342,7 +356,7 @@ class _Convolved(NamedTuple):
     weight: Tensor
     signed: Tensor
     """The weight, of which each output channel has its norm's sign."""
-    sign: Tensor
+    sign: Tensor | None
 
     def lines(self, images: slice, first: int, last: int) -> Tensor:
         part, padding = self._read(images, first, last)
@@ -372,7 +386,8 @@ class _Convolved(NamedTuple):
             del part, found, dx  # before the next slab's are made
         if dweight is None:
             return dimage, None
-        dweight *= self.sign.view(-1, *[1] * (dweight.dim() - 1))
+        if self.sign is not None:
+            dweight *= self.sign.view(-1, *[1] * (dweight.dim() - 1))
         return dimage, like_parameter(dweight, self.weight)
 
     def _reach(self, first: int, last: int) -> tuple[int, int]:
