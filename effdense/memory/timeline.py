@@ -392,7 +392,7 @@ def stages(output: Tensor) -> Iterator[KeptByStage]:
             features, *parameters = node.saved_tensors
             yield KeptByStage(features, (), parameters)
         elif isinstance(node, _STAGE):
-            # in the order of DenseStage.forward: X, statistics, bottlenecks, tensors
-            kept, first = node.saved_tensors, 5 + node.num_kept
-            tensors = [t for t in kept[first:] if t is not None]
-            yield KeptByStage(kept[0], kept[5:first], tensors)
+            # in the order of DenseStage.forward: X, seed, four statistics, bottlenecks, tensors
+            kept, last = node.saved_tensors, 6 + node.num_kept
+            tensors = [t for t in kept[last:] if t is not None]
+            yield KeptByStage(kept[0], kept[6:last], tensors)

@@ -203,7 +203,7 @@ def test_float32_may_err_twice_as_much_as_the_naive_network(
 
 def test_operations_are_rows() -> None:
     rows = list(operations(TorchBackend(CPU), CPU, torch.float32, each=True))
-    assert len(rows) == 12
+    assert len(rows) == 13
     assert {row.status for row in rows} == {"ok"}
 
     class Other(TorchBackend):
