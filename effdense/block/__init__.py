@@ -6,6 +6,8 @@ __all__ = [
     "forwards",
     "offloading",
     "recomputation",
+    "slabs",
+    "stem",
     "stepping",
     "traced",
 ]

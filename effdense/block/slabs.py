@@ -69,7 +69,7 @@ class Moments:
 
     def __init__(self, ops: Backend, like: Tensor) -> None:
         self._ops, self.count = ops, 0
-        self.mean, self.var = torch.zeros_like(like), torch.zeros_like(like)
+        self.mean, self.var = torch.empty_like(like), torch.empty_like(like)
 
     def add(self, rows: Tensor) -> None:
         if not self.count:
@@ -173,6 +173,9 @@ class Pooling:
             held = None if slab.whole else _like(wanted, wanted.shape).copy_(wanted)
             del x, wanted, found  # before the next slab's are made
         if out is None:
+            if moments is not None:
+                moments.mean.zero_()
+                moments.var.zero_()
             out = source.lines(slice(0, 0), 0, self.lines).new_empty(
                 (0, *self.pooled, self.channels)
             )
@@ -185,7 +188,8 @@ class Pooling:
 
         Pooling's gradient is zero but at the maxima, so sums over these are the whole sums.
         """
-        s, t = torch.zeros_like(norm.mean), torch.zeros_like(norm.mean)
+        s: Tensor | None = None
+        t: Tensor | None = None
         shape = self.images, *self.pooled, self.channels
         # no image has 2^31 of them
         pixels = norm.mean.new_empty(shape, dtype=torch.int32)
@@ -208,8 +212,13 @@ class Pooling:
             out = masked[slab.images, slab.pooled].flatten(0, -2)
             sums = self.ops.bn_relu_backward_reduce(maxima, norm, grad, None, out)
             del x, found, by_image, maxima, grad, out  # before the next slab's are made
+            if s is None or t is None:
+                s, t = sums
+                continue
             s += sums[0]
             t += sums[1]
+        if s is None or t is None:  # of no image
+            s, t = torch.zeros_like(norm.mean), torch.zeros_like(norm.mean)
         return s, t, pixels, masked
 
     def backward(

@@ -226,7 +226,8 @@ class _Stem(torch.autograd.Function):
         # See NOTE [ what the stem keeps ].
         again = convolution is not None and convolution.again
         kept_image = image if again or any(ctx.needs_input_grad[7:9]) else None
-        ctx.save_for_backward(kept, kept_image, weight, gamma, beta, mean, var)
+        signed = norm.mean, norm.gamma, sign
+        ctx.save_for_backward(kept, kept_image, weight, gamma, beta, var, *signed)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         return as_base(output.movedim(-1, 1)), mean, var
@@ -236,11 +237,10 @@ class _Stem(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         if grad_output is None:
             return (None,) * 13
-        rows, image, weight, gamma, beta, mean, var = ctx.saved_tensors
+        rows, image, weight, gamma, beta, var, *signed, sign = ctx.saved_tensors
         need_x, need_image, need_weight = ctx.needs_input_grad[6:9]
         convolution, dx, dimage, dweight = ctx.convolution, None, None, None
         with without_autocast(gamma.device):
-            sign = _sign(gamma)
             pooling = Pooling(ctx.ops, ctx.pool, ctx.shape, ctx.dtype)
             images, _, *spatial = ctx.shape
             if rows is None:
@@ -248,7 +248,7 @@ class _Stem(torch.autograd.Function):
             else:
                 x = channels_first(rows, images, spatial)
                 source = _Given(x, sign if convolution is None else None)
-            norm = _signed(mean, var, gamma, beta, ctx.spec.eps, sign)
+            norm = Normalization(signed[0], var, signed[1], beta, ctx.spec.eps)
             s, t, pixels, masked = pooling.reduce(source, norm, grad_output)
             correction = None
             if ctx.spec.batch_statistics:
@@ -272,10 +272,8 @@ class _Stem(torch.autograd.Function):
 
 
 def _sign(gamma: Tensor) -> Tensor | None:
-    """1 where a norm's weight is 0 too; None where all are known to be 1."""
-    if all_positive(gamma):
-        return None
-    return torch.ones_like(gamma).copysign_(gamma).where(gamma != 0, 1.0)
+    """1 or -1, either where a norm's weight is 0; None where all are known to be 1."""
+    return None if all_positive(gamma) else torch.ones_like(gamma).copysign_(gamma)
 
 
 def _signed(
