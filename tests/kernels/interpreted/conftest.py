@@ -8,6 +8,10 @@ import torch
 
 from tests.helpers.kernel_arena import CANARY, GUARD
 
+# torch notes once which functions a default device is for: torch.empty itself, not what replaces it
+with torch.device("meta"):
+    torch.empty(())
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
