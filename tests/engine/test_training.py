@@ -224,6 +224,8 @@ def test_imagenet_architecture_on_a_folder_of_images(tmp_path: Path) -> None:
         data="imagefolder",
         data_dir=tmp_path,
         arch="densenet121",
+        depth=None,
+        growth_rate=None,
         image_size=32,
         batch_size=4,
         num_workers=1,
