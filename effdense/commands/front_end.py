@@ -150,7 +150,8 @@ _PLAIN: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     ),
     (r"^Error parsing (\S+): could not convert string to float: ", r"\1 must be a number, got "),
     (r"^Error parsing (-\S+): ", r"\1 "),
-    (r"^Missing value for argument '(\S+)'.*", r"\1 wants a value"),
+    # the oldest tyro gives a tuple of names
+    (r"^Missing value for argument '(?:\(')?([^\s',()]+).*", r"\1 wants a value"),
     # a __post_init__ names what it is about itself
     (r"^Error parsing \S+: ", ""),
 )
