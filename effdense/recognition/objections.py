@@ -50,6 +50,8 @@ def refuse_replica(module: nn.Module) -> None:
 
 def warn_once(module: nn.Module, reason: str) -> None:
     """Say once per module and reason that the plain path is taken."""
+    if reason.endswith(" holds a FakeTensor"):
+        return  # torch 2.7 exports so, which takes no memory
     seen = _warned.setdefault(module, set())
     if reason not in seen:
         seen.add(reason)
