@@ -11,12 +11,14 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image
+from torch.utils.data import TensorDataset
 from torchvision import datasets
 
 from effdense.engine.data import order as data_module
 from effdense.engine.data.datasets import load
 from effdense.engine.data.images import ImageData, InMemory, Normalization, ShiftAndFlip, Split
 from effdense.engine.data.order import global_batches, share
+from effdense.engine.data.own import own_data
 from effdense.engine.options import TrainConfig
 from effdense.errors import UserError
 from tests.helpers.pictures import write_folder
@@ -292,8 +294,19 @@ def test_seeds_of_different_purposes_differ() -> None:
     assert all(0 <= key < 2**63 for key in keys)
 
 
-def test_without_loader_processes_crops_are_drawn_by_the_run_s_own_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def folder_of_images(tmp_path: Path) -> Split:
+    folder = write_folder(tmp_path / "images", train=8, val=2)
+    return loaded(data="imagefolder", data_dir=folder, image_size=16, num_workers=0).train
+
+
+def data_of_the_user_s(tmp_path: Path) -> Split:
+    pairs: Any = TensorDataset(torch.zeros(16, 3, 8, 8), torch.arange(16) % 2)
+    return own_data(pairs, pairs, seed=0, num_workers=0).train
+
+
+@pytest.mark.parametrize("kind", [folder_of_images, data_of_the_user_s])
+def test_without_loader_processes_samples_are_drawn_by_the_run_s_own_thread(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They set the process's one random state, from which dropout draws meanwhile."""
     forked, threads = torch.random.fork_rng, []
@@ -303,11 +316,5 @@ def test_without_loader_processes_crops_are_drawn_by_the_run_s_own_thread(
         return forked(*arguments, **options)
 
     monkeypatch.setattr(torch.random, "fork_rng", fork)
-    data = loaded(
-        data="imagefolder",
-        data_dir=write_folder(tmp_path / "images", train=8, val=2),
-        image_size=16,
-        num_workers=0,
-    )
-    read_all(data.train, epoch=1, size=4)
+    read_all(kind(tmp_path), epoch=1, size=4)
     assert set(threads) == {threading.main_thread()}

@@ -329,21 +329,15 @@ class ImageFiles:
     def batches(
         self, indices: Sequence[Tensor], epoch: int | None, device: torch.device
     ) -> Iterator[Batch]:
-        loader = DataLoader(
+        return loaded(
             self._dataset,
-            batch_sampler=([(i, epoch) for i in chosen.tolist()] for chosen in indices),
-            num_workers=self._num_workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=outlive_stop_signals,
+            indices,
+            epoch,
+            device,
+            self._num_workers,
+            lambda read: self._finished(read, indices, epoch, device),
             collate_fn=_collated,
-            # the loader's own base seed must not be drawn from the generator dropout uses
-            generator=torch.Generator(),
         )
-        # its processes are started here: only the main thread can see that one has died
-        finished = self._finished(iter(loader), indices, epoch, device)
-        # Without such processes, crops are drawn here: from the process's one random state, which
-        # a thread would set while dropout draws from it.
-        return prefetched(finished, device) if self._num_workers else finished
 
     def _finished(
         self,
@@ -373,6 +367,37 @@ class ImageFiles:
                 images = self._augment(images, drawn[chosen[found.which]])
             labels = self.labels[found.indices].to(device, non_blocking=True)
             yield self.normalization(images), labels
+
+
+def loaded(
+    dataset: Dataset[Any],
+    indices: Sequence[Tensor],
+    epoch: int | None,
+    device: torch.device,
+    num_workers: int,
+    finish: Callable[[Iterator[Any]], Iterator[Batch]],
+    **options: Any,
+) -> Iterator[Batch]:
+    """The batches that ``finish`` makes of what ``dataset`` gives for each (index, epoch).
+
+    Read by loader processes and made ready ahead of time, where there are such processes;
+    ``options`` are the DataLoader's.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=([(i, epoch) for i in chosen.tolist()] for chosen in indices),
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=outlive_stop_signals,
+        # the loader's own base seed must not be drawn from the generator dropout uses
+        generator=torch.Generator(),
+        **options,
+    )
+    # its processes are started here: only the main thread can see that one has died
+    finished = finish(iter(loader))
+    # Without such processes what a sample draws is drawn here: from the process's one random
+    # state, which a thread would set while dropout draws from it.
+    return prefetched(finished, device) if num_workers else finished
 
 
 def prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

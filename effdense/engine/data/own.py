@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ...errors import UserError
-from ..signals import outlive_stop_signals
-from .image_files import prefetched
+from .image_files import loaded
 from .images import Batch, ImageData, Normalization
-from .order import random_key
+from .order import drawing
 
 
 def own_data(
@@ -83,22 +82,12 @@ class OwnSplit:
     def batches(
         self, indices: Sequence[Tensor], epoch: int | None, device: torch.device
     ) -> Iterator[Batch]:
-        loader = DataLoader(
-            self._keyed,
-            batch_sampler=([(i, epoch) for i in chosen.tolist()] for chosen in indices),
-            num_workers=self._num_workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=outlive_stop_signals,
-            generator=torch.Generator(),
-        )
-        read = iter(loader)
-
-        def there() -> Iterator[Batch]:
+        def finished(read: Iterator[Tensor]) -> Iterator[Batch]:
             for chosen, images in zip(indices, read, strict=True):
                 labels = self.labels[chosen % len(self)]
                 yield images.to(device, torch.float32), labels.to(device)
 
-        return prefetched(there(), device)
+        return loaded(self._keyed, indices, epoch, device, self._num_workers, finished)
 
 
 @dataclass(frozen=True)
@@ -109,10 +98,11 @@ class _Keyed(Dataset[Tensor]):
     def __getitem__(self, asked: tuple[int, int | None]) -> Tensor:
         index, epoch = asked
         number = index % len(self.dataset)
-        with torch.random.fork_rng(devices=[]):
-            if epoch is not None:
-                key = random_key("augmentation", self.seed, epoch, index)
-                torch.default_generator.manual_seed(key)
+        with (
+            drawing("augmentation", self.seed, epoch, index)
+            if epoch is not None
+            else torch.random.fork_rng(devices=[])
+        ):
             return torch.as_tensor(self.dataset[number][0])
 
 
