@@ -31,7 +31,7 @@ import effdense
 from effdense import reference
 from effdense.backends import select
 from effdense.backends.triton_backend import INTERPRETED, TritonBackend
-from effdense.block import slabs, stem
+from effdense.block import slabs
 from effdense.kernels.launch import Architecture, LaunchTable
 
 if TYPE_CHECKING:
@@ -108,7 +108,6 @@ class CountingDriver(DriverBase):
                 mock.patch.object(select, "_triton_for", return_value=backend),
                 # which a GPU would be waited for to say
                 mock.patch.object(slabs, "all_positive", return_value=False),
-                mock.patch.object(stem, "all_positive", return_value=False),
             ):
                 yield backend
         finally:

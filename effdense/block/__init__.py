@@ -7,7 +7,6 @@ __all__ = [
     "offloading",
     "recomputation",
     "slabs",
-    "stem",
     "stepping",
     "traced",
 ]

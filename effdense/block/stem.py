@@ -37,8 +37,9 @@ from ..norms.synchronization import Batch
 from ..recognition.objections import BATCH_NORMS, CONVOLUTIONS, has_hooks, module_objection
 from ..recognition.reading import read_norm_relu
 from ..tracing import outside_graphs, torch_function
+from . import slabs
 from .captured import run_captured
-from .slabs import MAX_POOL, Moments, Pooling, Slab, Source, all_positive
+from .slabs import MAX_POOL, Moments, Pooling, Slab, Source
 
 
 def run_stem(
@@ -273,7 +274,7 @@ class _Stem(torch.autograd.Function):
 
 def _sign(gamma: Tensor) -> Tensor | None:
     """1 or -1, either where a norm's weight is 0; None where all are known to be 1."""
-    return None if all_positive(gamma) else torch.ones_like(gamma).copysign_(gamma)
+    return None if slabs.all_positive(gamma) else torch.ones_like(gamma).copysign_(gamma)
 
 
 def _signed(
