@@ -8,9 +8,11 @@ itself does is tested in test_faults.py.
 from __future__ import annotations
 
 import csv
+import faulthandler
 import functools
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -68,10 +70,17 @@ def _main(
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
+    # for one that stands still; its loader processes, which are forks, inherit it
+    faulthandler.register(signal.SIGUSR2)
     if meddle is not None:
         meddle(rank)
     with one_line_errors():
         run(parse(TrainConfig, arguments, program="train_ddp.py"))
+
+
+def _descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [one for child in map(int, children) for one in (child, *_descendants(child))]
 
 
 class Ranks:
@@ -126,11 +135,26 @@ class Ranks:
             process.join()
 
     def wait(self, timeout: float = 120) -> list[int | None]:
-        """Every process's exit status, in the order of ranks; None for one that goes on."""
+        """Every process's exit status, in the order of ranks; None for one that goes on.
+
+        Where one does, what all ranks have said is printed, and where each of their threads is.
+        """
         end = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0, end - time.monotonic()))
+        if self.running():
+            self._print_stacks()
         return [process.exitcode for process in self.processes]
+
+    def _print_stacks(self) -> None:
+        for rank in self.running():
+            pid = self.processes[rank].pid
+            assert pid is not None
+            for one in (pid, *_descendants(pid)):
+                os.kill(one, signal.SIGUSR2)
+        time.sleep(1)
+        for rank in range(len(self.processes)):
+            print(f"rank {rank}:", self.said(rank), sep="\n")
 
     def first_status(self, rank: int = 0, timeout: float = 60) -> int | None:
         """How one process ended; the others, which would wait for it to be heard, are killed."""
