@@ -1,5 +1,5 @@
 # make train   install what running needs into .venv and train on real images with four processes
-# make test    install the rest too and run the test suite
+# make test    install the rest too and run the test suite, a worker for each core
 # make quick   one or two files of each subject, less what is slow: under three minutes
 # make oldest  the suite with the oldest versions that pyproject.toml claims, in .oldest
 # make check   lint, type-check and build the documentation; changes nothing
@@ -37,14 +37,18 @@ $(STAMP): $(RUNS)
 train: $(RUNS)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc_per_node $(NPROC) train_ddp.py $(ARGS)
 
+# a worker for each core, of one thread: more would wait for each other
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+PYTEST += -n auto --maxprocesses 8 --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 QUICK := exactness/test_parity.py memory/test_estimation.py conversion/test_conversion.py kernels engine/test_config.py
 QUICK += engine/test_shards.py engine/test_records.py benchmarks/test_gate.py project
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow' $(QUICK:%=tests/%) $(ARGS)
+	$(PYTEST) -m 'not slow' $(QUICK:%=tests/%) $(ARGS)
 
 oldest: $(STAMP)
 	$(BIN)/python -m tests.project.oldest $(ARGS)

@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
         run([*install, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)])
         made_for.write_text("\n".join(pins))
     print(*pins, sep="\n", flush=True)
-    return subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT).returncode
+    return subprocess.run([python, "-m", "pytest", "-n", "auto", *arguments], cwd=ROOT).returncode
 
 
 if __name__ == "__main__":
