@@ -107,7 +107,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "effdense": found.get("effdense", ""),
         "cuda": torch.version.cuda or "",
         "git_revision": short_revision(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
