@@ -17,7 +17,7 @@ from ..weights import read_metadata, read_safetensors
 from .checkpoint import CheckpointStore, Position, refuse_newer
 from .data.image_files import Preparation, image_preparation
 from .networks import build
-from .options import OWN
+from .recipes import OWN
 from .records import CHECKPOINTS, FORMAT, read_config
 from .resumption import weights_in
 from .tasks import Classification, MultiLabel, Task

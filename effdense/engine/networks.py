@@ -21,7 +21,8 @@ from ..norms.sync_batch_norm import SyncBatchNorm
 from .data.images import ImageData
 from .data.order import random_key
 from .distributed import World
-from .options import GIVEN, OWN, ResolvedConfig
+from .options import GIVEN, ResolvedConfig
+from .recipes import OWN
 
 
 def make_network(

@@ -10,7 +10,8 @@ from ..errors import UserError
 from .data.images import ImageData, Normalization
 from .data.order import share
 from .distributed import World, all_or_none, from_main, gathered
-from .options import FILES, ResolvedConfig
+from .options import ResolvedConfig
+from .recipes import FILES
 from .records import read_config
 
 # So many images, evenly spread, say what all of them would.

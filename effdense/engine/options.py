@@ -6,7 +6,6 @@ Importing this imports no torch: ``--help`` and a mistyped option are answered a
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,22 +18,18 @@ import tyro
 from ..choices import BackendName, NetworkName, OptimizerName, Save
 from ..errors import UserError
 from ..machine.environment import usable_cores
-from ..machine.sizes import parse_size
-from .recipes import ADAPTIVE_LR, RECIPES, UNAUGMENTED_DROP_RATE, VOLUMES, Recipe
+from .checks import check, check_types
+from .recipes import ADAPTIVE_LR, OWN, RECIPES, UNAUGMENTED_DROP_RATE, VOLUMES, Recipe
 
 DataName = Literal[
     "digits", "cifar10", "cifar100", "svhn", "imagefolder", "webdataset", "csv", "fake"
 ]
-FILES = ("imagefolder", "webdataset", "csv")
-"""The data sets of image files."""
 
 
 def _recipe_default(metavar: str, note: str = "the data set's") -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {note})")
 
 
-OWN = "own"
-"""The name of data that were given in Python, of which no command line knows."""
 GIVEN = "given:"
 """What the name of a model begins with that was given in Python."""
 
@@ -52,8 +47,8 @@ class DataOptions:
     svhn_train_only: bool = False
     """Leave out SVHN's 531,131 extra images, which the paper trains on besides the 73,257."""
     augment: Annotated[
-        Literal["standard", "trivial-augment", "mixup", "none"] | None,
-        _recipe_default("{standard,trivial-augment,mixup,none}"),
+        Literal["paper", "trivial-augment", "mixup", "none"] | None,
+        _recipe_default("{paper,trivial-augment,mixup,none}"),
     ] = None
     """Augmentation of the training images; see effdense recipes."""
     spatial_dims: Literal[2, 3] = 2
@@ -302,9 +297,11 @@ class TrainConfig(
     """Every option of a run; None stands for the data set's own default."""
 
     def __post_init__(self) -> None:
-        for name in ("data_dir", "table", "work_dir"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, Path(getattr(self, name)))
+        for name, value in vars(self).items():
+            if isinstance(value, str) and name in ("data_dir", "table", "work_dir"):
+                object.__setattr__(self, name, Path(value))
+            elif isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
 
     def resolved(self, *, world_size: int = 1, local_world_size: int = 1) -> ResolvedConfig:
         """Fill in the data set's recipe and check every value.
@@ -316,6 +313,7 @@ class TrainConfig(
         Raises:
             UserError: for a value that cannot be; names the option.
         """
+        check_types(self)
         recipe = dataclasses.asdict(RECIPES["imagefolder" if self.data == OWN else self.data])
         if self.optimizer != "sgd":
             recipe["lr"] = ADAPTIVE_LR
@@ -351,7 +349,7 @@ class TrainConfig(
             for value in [getattr(self, field.name)]
         }
         config = ResolvedConfig(**values)
-        _check(config, world_size)
+        check(config, world_size)
         return config
 
 
@@ -440,7 +438,10 @@ _OLD_NAMES = {
     "sync_bn": "sync_batch_norm",
     "memory_budget": "budget",
 }
-_OLD_VALUES = {"amp": {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}}
+_OLD_VALUES = {
+    "amp": {"none": "float32", "bf16": "bfloat16", "fp16": "float16"},
+    "augment": {"standard": "paper"},
+}
 
 
 def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -483,140 +484,3 @@ def _threads(cores: int) -> int:
     if said.isdecimal() and int(said) > ("TORCHELASTIC_RUN_ID" in os.environ):
         return int(said)
     return cores
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
-
-
-def _check(config: ResolvedConfig, world_size: int) -> None:
-    def require(met: bool, option: str, what: str) -> None:
-        if not met:
-            value = getattr(config, option)
-            raise UserError(f"--{option.replace('_', '-')} must be {what}, got {value}")
-
-    for option in ("epochs", "batch_size", "image_size", "depth", "growth_rate", "threads"):
-        value = getattr(config, option)
-        require(value is None or value >= 1, option, "at least 1")
-    for option in ("keep_checkpoints", "accumulate"):
-        require(getattr(config, option) >= 1, option, "at least 1")
-    require(0 <= config.ema < 1, "ema", "in [0, 1)")
-    require(0 <= config.clip_grad < math.inf, "clip_grad", "a number, at least 0")
-    for option in (
-        "num_workers",
-        "system_interval",
-        "checkpoint_steps",
-        "checkpoint_minutes",
-        "max_skipped",
-        "hang_timeout",
-        "patience",
-    ):
-        require(getattr(config, option) >= 0, option, "at least 0")
-    if config.budget not in (None, "auto"):
-        try:
-            parse_size(config.budget)
-        except ValueError as error:
-            raise UserError(f"--budget {error}") from None
-    require(config.seed >= 0, "seed", "at least 0")
-    require(0 < config.lr < math.inf, "lr", "a positive number")
-    require(0 <= config.momentum < 1, "momentum", "in [0, 1)")
-    require(0 <= config.weight_decay < math.inf, "weight_decay", "a number, at least 0")
-    require(0 <= config.label_smoothing < 1, "label_smoothing", "in [0, 1)")
-    require(config.drop_rate is None or 0 <= config.drop_rate < 1, "drop_rate", "in [0, 1)")
-    require(0 < config.head_lr_factor < math.inf, "head_lr_factor", "a positive number")
-    require(config.model is None or ":" in config.model, "model", "MODULE:CALLABLE")
-    require(
-        config.model_args is None or bool(config.model), "model_args", "left out without --model"
-    )
-    require(
-        config.model_args is None or _is_object(config.model_args),
-        "model_args",
-        "a JSON object such as '{\"spatial_dims\": 3}'",
-    )
-    require(all(0 < m < 1 for m in config.milestones), "milestones", "fractions between 0 and 1")
-    against = {
-        "--accumulate": config.accumulate > 1,
-        "--clip-grad": config.clip_grad > 0,
-        "--non-finite skip": config.non_finite == "skip",
-        "--dtype float16": config.dtype == "float16",
-        "--cuda-graphs on": config.cuda_graphs == "on",
-        "several processes": world_size > 1,
-    }
-    found = [option for option, given in against.items() if given]
-    if config.step_in_backward and found:
-        raise UserError(
-            f"--step-in-backward does not go with {found[0]}, which needs all gradients at once"
-        )
-    require(
-        config.batch_size >= world_size,
-        "batch_size",
-        f"at least {world_size}, one image for each of the {world_size} processes",
-    )
-    require(config.lr_batch_size >= 0, "lr_batch_size", "at least 0")
-    require(0 <= config.warmup_epochs < math.inf, "warmup_epochs", "a number, at least 0")
-    if config.data == OWN:
-        # what follows is about data sets by name
-        return
-    require(
-        config.augment not in ("trivial-augment", "mixup") or config.spatial_dims == 2,
-        "augment",
-        "standard or none for volumes",
-    )
-    require(
-        config.augment != "trivial-augment" or config.data not in ("digits", "fake"),
-        "augment",
-        f"something else for {config.data}, which has no pictures of 8 bits",
-    )
-    require(0 < config.val_fraction < 1, "val_fraction", "in (0, 1)")
-    require(bool(config.label_columns), "label_columns", "at least one")
-    require(
-        (config.table is None) == (config.data != "csv"),
-        "table",
-        "given with --data csv, and only then",
-    )
-    require(
-        config.task != "multilabel" or config.data == "csv",
-        "task",
-        f"left out: {config.data} has one class an image",
-    )
-    volumes = config.spatial_dims == 3
-    require(
-        not volumes or (config.data in ("imagefolder", "csv") and config.channels == 1),
-        "spatial_dims",
-        "2 but for imagefolder and csv, and one channel",
-    )
-    require(config.channels in (1, 3), "channels", "1 or 3")
-    for option, default in (("channels", 3), ("window", None), ("normalization", "imagenet")):
-        require(
-            config.data in FILES or getattr(config, option) == default,
-            option,
-            f"left out: {config.data} is no set of image files",
-        )
-    low, high = config.window or (0, 1)
-    require(-math.inf < low < high < math.inf, "window", "two numbers, the lower one first")
-    require(
-        config.normalization == "measured" or config.channels == 3,
-        "normalization",
-        "measured for one channel",
-    )
-    for option in ("spacing", "crop"):
-        sizes = getattr(config, option)
-        require(
-            sizes is None or (volumes and all(0 < size < math.inf for size in sizes)),
-            option,
-            "three positive numbers, with --spatial-dims 3",
-        )
-    fixed_size = config.data not in (*FILES, "fake")
-    require(
-        not fixed_size or config.image_size == RECIPES[config.data].image_size,
-        "image_size",
-        f"left out for {config.data}, whose images have one size",
-    )
-    require(
-        not config.download or config.data in ("cifar10", "cifar100", "svhn"),
-        "download",
-        f"left out: {config.data} is not something to download",
-    )

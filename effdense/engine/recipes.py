@@ -10,6 +10,11 @@ from typing import Any, Literal
 from ..choices import NetworkName
 from ..machine.tables import columns
 
+FILES = ("imagefolder", "webdataset", "csv")
+"""The data sets of image files."""
+OWN = "own"
+"""The name of data that were given in Python, of which no command line knows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -25,7 +30,7 @@ class Recipe:
     schedule: Literal["multistep", "cosine"]
     milestones: tuple[float, ...]
     weight_decay: float
-    augment: Literal["standard", "trivial-augment", "mixup", "none"]
+    augment: Literal["paper", "trivial-augment", "mixup", "none"]
     image_size: int
 
 
@@ -41,7 +46,7 @@ _CIFAR = Recipe(
     schedule="multistep",
     milestones=(0.5, 0.75),
     weight_decay=1e-4,
-    augment="standard",
+    augment="paper",
     image_size=32,
 )
 # Section 4.2: dropout of 0.2 on the data that are not augmented.

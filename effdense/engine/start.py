@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def with_network_of_run(options: TrainConfig) -> TrainConfig:
     Raises:
         UserError: where the folder holds no run.
     """
-    if options.weights is None or not (Path(options.weights) / "config.yaml").exists():
+    if options.weights is None or not _is_run(options.weights):
         return options
     if any(getattr(options, name) is not None for name in _NETWORK):
         return options
@@ -33,6 +34,11 @@ def with_network_of_run(options: TrainConfig) -> TrainConfig:
 _NETWORK = ("arch", "depth", "growth_rate", "model", "model_args")
 
 
+def _is_run(name: str) -> bool:
+    # not Path.exists, which raises for a name that no file can have
+    return os.path.exists(os.path.join(name, "config.yaml"))
+
+
 def read_start(config: ResolvedConfig) -> dict[str, Tensor]:
     """The weights that --weights names.
 
@@ -41,15 +47,14 @@ def read_start(config: ResolvedConfig) -> dict[str, Tensor]:
     """
     assert config.weights is not None
     source = Path(config.weights)
-    if (source / "config.yaml").exists():
-        # also of a run that is under way
-        return held(source)[1]
-    if source.exists():
-        return read_weights(source)
     # published for these networks; others that have their layers can take them too
     name = config.arch if config.arch in TORCHVISION_VARIANTS else "densenet121"
     try:
-        return load_weights(name, config.weights)
+        if _is_run(config.weights):
+            # also of a run that is under way
+            return held(source)[1]
+        there = os.path.exists(source)
+        return read_weights(source) if there else load_weights(name, config.weights)
     except (ValueError, OSError) as error:
         # OSError: there is no such file, or the network or the disk refuses
         raise UserError(f"--weights: {error}") from None

@@ -97,7 +97,7 @@ def run(
 
     Raises:
         UserError: for what the user can mend, on every process.
-        TrainingError: for a loss that is not finite, on every process.
+        TrainingError: for a loss that is not finite, on every process; where memory runs out.
         Interrupted: for a run that was told to stop, on every process.
     """
     world_size, local_world_size = launched_processes()
@@ -108,12 +108,28 @@ def run(
         options = of_given_data(options, data)
     config = options.resolved(world_size=world_size, local_world_size=local_world_size)
     with (
+        _exhaustion_in_words(),
         StopSignals() as signals,
         joined_world(config.device, config.threads) as world,
         _determinism(config),
         _arithmetic(config),
     ):
         return _run(config, world, signals, model, data, on_epoch)
+
+
+@contextmanager
+def _exhaustion_in_words() -> Iterator[None]:
+    """Within it a device or allocator that has no more memory is a TrainingError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise TrainingError(
+            f"out of memory ({first_line(error)}): reduce --batch-size or --image-size, let "
+            f"--budget choose what is kept, or take steps in parts with --accumulate"
+        ) from error
 
 
 @contextmanager

@@ -10,6 +10,7 @@ but for what leaves no trace (meta.py, NOTE [ what a simulation leaves out ]).
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ class Estimate:
 
 def estimate(
     model: nn.Module,
-    input_shape: Sequence[int],
+    input_shape: Sequence[int] | Tensor,
     *,
     optimizer: OptimizerName = "sgd",
     momentum: float = 0.9,
@@ -104,7 +105,7 @@ def estimate(
     Args:
         model: effdense's or a converted one, in any mixture of save modes, or a naive one; on
             any device.
-        input_shape: of a batch, (N, channels, *spatial).
+        input_shape: of a batch, (N, channels, *spatial); or a batch, whose shape it is.
         optimizer: "sgd", "adam", "adamw" or "rmsprop".
         momentum: of sgd.
         dtype: what is computed in: torch.float64 or torch.float32, of parameters and input
@@ -178,14 +179,11 @@ class Rehearsal:
         self.bucket_bytes = bucket_bytes(self._twin) if twice else 0
         """What DistributedDataParallel holds besides."""
 
-    def __call__(self, input_shape: Sequence[int], save: Any = None, offload: Any = None) -> Peak:
+    def __call__(
+        self, input_shape: Sequence[int] | Tensor, save: Any = None, offload: Any = None
+    ) -> Peak:
         """The peak of a step; ``save`` and ``offload`` are set in the copy where given."""
-        shape = tuple(input_shape)
-        if len(shape) < 3 or any(not isinstance(n, int) or n < 1 for n in shape):
-            raise ValueError(
-                f"input_shape must be (N, channels, *spatial) of positive integers, "
-                f"got {input_shape!r}"
-            )
+        shape = shape_of(input_shape)
         if save is not None:
             set_save(self._twin, save)
         if offload is not None:
@@ -216,6 +214,24 @@ class Rehearsal:
             self._amp,
             self._gradients_stay,
         )
+
+
+def shape_of(batch: Sequence[int] | Tensor) -> tuple[int, ...]:
+    """The shape that a batch has, or that is given in its place.
+
+    Raises:
+        ValueError: where it is no batch's.
+    """
+    given = getattr(batch, "shape", batch)
+    try:
+        shape = tuple(map(operator.index, given))
+    except TypeError:
+        shape = ()
+    if len(shape) < 3 or min(shape) < 1:
+        raise ValueError(
+            f"input_shape must be (N, channels, *spatial) of positive integers, got {given!r}"
+        )
+    return shape
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

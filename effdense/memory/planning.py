@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..block.forwards import dense_blocks, set_offload, set_save
 from ..choices import Save
@@ -38,7 +38,7 @@ from ..machine.sizes import parse_size, show_size
 from ..machine.tables import columns
 from ..models import densenet_bc
 from ..recognition.reading import read_block
-from .estimation import Estimate, Rehearsal, as_estimate, block_names, estimate
+from .estimation import Estimate, Rehearsal, as_estimate, block_names, estimate, shape_of
 from .timeline import Peak
 
 CANDIDATES: tuple[Save, ...] = ("bottlenecks", "features", "input")
@@ -124,7 +124,7 @@ class Plan:
 
 def plan(
     model: nn.Module,
-    input_shape: Sequence[int],
+    input_shape: Sequence[int] | Tensor,
     budget: int | str = "auto",
     *,
     objective: Literal["time"] = "time",
@@ -136,7 +136,7 @@ def plan(
     Args:
         model: an effdense network or a converted model; it is not changed (see
             :meth:`Plan.apply`).
-        input_shape: of a batch, (N, channels, *spatial).
+        input_shape: as of :func:`effdense.estimate`.
         budget: bytes, a size such as "8GiB", or "auto": nine tenths of what the device has
             free, control groups respected.
         objective: "time".
@@ -164,14 +164,15 @@ class _Search:
     def __init__(
         self,
         model: nn.Module,
-        input_shape: Sequence[int],
+        input_shape: Sequence[int] | Tensor,
         budget: int | str,
         options: dict[str, Any],
     ) -> None:
         self._rehearse = Rehearsal(model, **options)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        self.model, self.shape, self.device = model, input_shape, options.get("device", "cpu")
+        self.model, self.shape = model, shape_of(input_shape)
+        self.device = options.get("device", "cpu")
         self.blocks = dense_blocks(model)
         if not self.blocks:
             raise ValueError(
@@ -357,7 +358,7 @@ class Choice(NamedTuple):
     """Predicted time over that of the fastest choice."""
 
 
-def choices(model: nn.Module, input_shape: Sequence[int], **options: Any) -> list[Choice]:
+def choices(model: nn.Module, input_shape: Sequence[int] | Tensor, **options: Any) -> list[Choice]:
     """Every mixture of save modes, fastest first; options as of :func:`effdense.estimate`.
 
     Raises:
@@ -374,13 +375,16 @@ def choices(model: nn.Module, input_shape: Sequence[int], **options: Any) -> lis
 
 
 def largest_batch(
-    model: nn.Module, input_shape: Sequence[int], budget: int | str = "auto", **options: Any
+    model: nn.Module,
+    input_shape: Sequence[int] | Tensor,
+    budget: int | str = "auto",
+    **options: Any,
 ) -> int:
     """The largest batch whose predicted peak fits ``budget``, with the model's save modes.
 
     Args:
         model: as of :func:`plan`.
-        input_shape: likewise; ``input_shape[0]`` does not matter.
+        input_shape: likewise; its N does not matter.
         budget: likewise.
         options: likewise.
 
@@ -389,11 +393,12 @@ def largest_batch(
     """
     device = options.get("device", "cpu")
     limit = budget_bytes(budget, device)
+    image_shape = shape_of(input_shape)[1:]
     rehearse = Rehearsal(model, **options)
     buckets = rehearse.bucket_bytes
 
     def peak(images: int) -> int:
-        found = rehearse((images, *input_shape[1:]))
+        found = rehearse((images, *image_shape))
         return as_estimate(model, found, buckets, device).needed
 
     # the fewest that batch statistics can always be taken of

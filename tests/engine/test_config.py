@@ -69,7 +69,7 @@ def test_the_rate_warms_up_and_follows_the_batch_size() -> None:
         TrainConfig(warmup_epochs=-1.0).resolved()
     with pytest.raises(UserError, match="--augment must be something else for digits"):
         TrainConfig(augment="trivial-augment").resolved()
-    with pytest.raises(UserError, match="--augment must be standard or none for volumes"):
+    with pytest.raises(UserError, match="--augment must be paper or none for volumes"):
         TrainConfig(data="imagefolder", spatial_dims=3, augment="mixup").resolved()
 
 

@@ -31,7 +31,7 @@ Run = dict[str, Value]
 
 VALUES: dict[str, tuple[Value, ...]] = {
     "data": ("fake", "digits", "imagefolder", "webdataset", "csv"),
-    "augment": ("standard", "mixup", "none"),  # trivial-augment is for some data only
+    "augment": ("paper", "mixup", "none"),  # trivial-augment is for some data only
     "lr_batch_size": (0, 100),
     "warmup_epochs": (0.0, 1.5),
     "backend": ("auto", "cpu", "torch"),  # triton is refused where there is no GPU

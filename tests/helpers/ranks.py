@@ -26,7 +26,7 @@ from effdense.engine.checkpoint import Position
 
 RUN: list[object] = [
     *("--data", "fake", "--depth", 10, "--growth-rate", 4, "--image-size", 8, "--epochs", 2),
-    *("--drop-rate", 0.2, "--augment", "standard", "--threads", 1),
+    *("--drop-rate", 0.2, "--augment", "paper", "--threads", 1),
     *("--checkpoint-steps", 3, "--work-dir", "run"),
 ]
 """A run of a second, of two epochs of 10 steps, with everything random that there is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ import effdense
 from effdense import reference
 from effdense.choices import OptimizerName
 from effdense.memory import meta, timeline, workspaces
-from effdense.memory.estimation import Rehearsal, places, reserved_bytes
+from effdense.memory.estimation import Rehearsal, places, reserved_bytes, shape_of
 from effdense.memory.optimizers import make_optimizer, state_copies
 from effdense.memory.planning import CANDIDATES, BudgetError
 from effdense.memory.timeline import Peak, Training, record_step
@@ -315,6 +316,8 @@ def test_reserved_memory_follows_the_caching_allocator_s_rules() -> None:
         ({"dtype": torch.int32}, "torch.float64, torch.float32, torch.bfloat16, torch.float16"),
         ({"input_shape": (4, 3)}, "spatial"),
         ({"input_shape": (0, 3, 8, 8)}, "positive"),
+        ({"input_shape": 4}, "spatial"),
+        ({"input_shape": torch.tensor([4, 3, 8, 8])}, r"got torch.Size\(\[4\]\)"),
         ({"input_shape": (4, 5, 8, 8)}, "expected input of shape"),
         ({"input_shape": (4, 3, 1, 1)}, "halves every spatial size"),
     ],
@@ -324,6 +327,17 @@ def test_mistakes(change: dict[str, Any], says: str) -> None:
     arguments = {"input_shape": (4, 3, 8, 8)} | change
     with pytest.raises(ValueError, match=says):
         effdense.estimate(effdense.DenseNet(**TINY), **arguments)
+
+
+def test_a_batch_stands_for_its_shape() -> None:
+    shape = (4, 3, 8, 8)
+    batches: list[Any] = [torch.zeros(shape), np.zeros(shape), torch.Size(shape), np.array(shape)]
+    for batch in [*batches[:-1], list(batches[-1])]:
+        assert shape_of(batch) == shape
+    model, batch = effdense.DenseNet(**TINY), torch.zeros(shape)
+    assert effdense.estimate(model, batch) == effdense.estimate(model, shape)
+    assert str(effdense.plan(model, batch, "1GiB")) == str(effdense.plan(model, shape, "1GiB"))
+    assert effdense.largest_batch(model, batch, "2MiB") > 1
 
 
 # ------------------------------------------------------------------------- plans

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import UserError
-from ..options import FILES
+from ..recipes import FILES
 from ..signals import outlive_stop_signals
 from .images import (
     CIFAR10_NORMALIZATION,
