@@ -1,14 +1,15 @@
 """Peak memory of one training step: effdense, the naive net and every alternative.
 
-    python benchmarks/memory.py --depth 250
+    python benchmarks/memory.py --depth 250         # in two minutes what matters most
+    python benchmarks/memory.py --depth 250 --all   # every alternative
     python benchmarks/memory.py --sweep depth --growth-rate 12 --batch-size 8
     python benchmarks/memory.py --max-depth-for 12GiB --growth-rate 12 --batch-size 64
     python benchmarks/memory.py --depth 40 --spatial-dims 3 --batch-size 2
 
 Each figure comes from a process of its own. On a CPU "peak" is the largest resident size
 over the process's size before the model was built, on a GPU what torch's allocator gave
-out at most; "live" is the sum of all tensors at its largest, split by role. The floor is
-parameters, gradients, momentum, all features and one gradient buffer: see
+out at most; "all tensors" is their sum where it is largest, split by what they are for. The
+floor is parameters, gradients, momentum, all features and one gradient buffer: see
 harness/counts.py. What would not fit is not run; its prediction is shown, labelled.
 """
 
@@ -17,16 +18,16 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from harness import counts, providers
+from harness import counts, providers, results
 from harness.case import Case, CaseOptions, objection
 from harness.measure import Memory, memory, predicted_peak
 from harness.pictures import FLOOR_COLOUR, colour, describe, picture, plain_numbers
-from harness.results import Recorder, Row, mebibytes
+from harness.results import Kind, Recorder, Row, mebibytes
 from tqdm import tqdm
 from tyro.conf import arg
 
@@ -35,9 +36,19 @@ from effdense.errors import UserError
 from effdense.machine.environment import headline
 from effdense.machine.memory import available_bytes
 from effdense.machine.sizes import parse_size
-from effdense.machine.tables import table
+from effdense.machine.tables import Growing, table
 from effdense.memory.planning import largest
-from effdense.memory.timeline import ROLES
+
+QUICK = (
+    "effdense-features",
+    "effdense-bottlenecks",
+    "naive",
+    "checkpoint",
+)
+"""Of providers.DEFAULT, what says most in two minutes, the quickest first."""
+
+STATE = ("parameters", "gradients", "optimizer", "input")
+SAVED = ("features", "bottlenecks")
 
 SWEEPS = {
     "depth": (40, 64, 100, 160, 250),
@@ -54,14 +65,16 @@ class Options(CaseOptions):
     """Layers of densenet_bc, 6 n + 4."""
     growth_rate: int = 24
     """Channels per layer of densenet_bc, the paper's k."""
-    providers: Annotated[tuple[str, ...], providers.argument(providers.DEFAULT)] = ()
+    providers: Annotated[tuple[str, ...], providers.argument(QUICK)] = ()
     """What is compared."""
+    all: bool = False
+    """Compare save="input", the naive net's other layout and torchvision's networks too."""
     steps: int = 1
     """Of each measurement."""
     live: Annotated[
         Literal["yes", "no"] | None, arg(help_behavior_hint="(default: yes; in sweeps no)")
     ] = None
-    """Also split live tensor bytes by role."""
+    """Also say what the tensors are for: by a step without data, on a GPU by another real one."""
     sweep: Annotated[
         Literal["depth", "batch-size", "growth-rate"] | None,
         arg(help_behavior_hint="(default: none)"),
@@ -90,6 +103,8 @@ class Options(CaseOptions):
             raise UserError(
                 "--sweep depth, --sweep growth-rate and --max-depth-for need a DenseNet-BC"
             )
+        if self.all and self.providers:
+            raise UserError("--all and --providers both say what is compared; choose one")
         if self.points and not self.sweep:
             raise UserError("--points belongs to --sweep")
         if self.sweep and self.max_depth_for:
@@ -105,7 +120,8 @@ class Options(CaseOptions):
 
     @property
     def names(self) -> list[str]:
-        return providers.selected(self.providers, providers.DEFAULT, self.case)
+        default = providers.DEFAULT if self.all else QUICK
+        return providers.selected(self.providers, default, self.case)
 
     @property
     def cases(self) -> list[Case]:
@@ -142,10 +158,11 @@ def run(options: Options) -> None:
             run_sweep(options, cases, names, recorder)
         else:
             run_case(options, case, names, recorder)
-    if options.sweep:
+    print()
+    if not options.max_depth_for and _drawable(results.read(path)):
         picture(draw, [path], path.with_suffix(".png"))
-        print(f"\n{path.with_suffix('.png')}")
-    print(f"\n{path}")
+        print(path.with_suffix(".png"))
+    print(path)
 
 
 def result_name(options: Options, case: Case) -> str:
@@ -158,41 +175,74 @@ def result_name(options: Options, case: Case) -> str:
 
 
 def run_case(options: Options, case: Case, names: Sequence[str], recorder: Recorder) -> None:
+    """Print each provider's row as soon as it is known."""
     live = options.live != "no"
     floor = record_floor(recorder, case)
-    results: dict[str, Memory] = {}
+    found = columns(case, live)
+    shown = Growing(["", *found], ["floor (formula)", *names])
+    print(f"\n{case.describe()}: peak memory of a training step, MiB")
+    if live:
+        print("training state: parameters, their gradients, momentum and the batch")
+    print(f"\n{shown.header()}\n{shown.row(floor_row(floor, found))}", flush=True)
     for each, name in progress([(case, name) for name in names]):
-        results[name] = measured(options, each, name, live, recorder)
-
-    print(f"\n{case.describe()}: peak memory of a training step, MiB\n")
-    header = ["provider", "peak", "x floor", "live", *ROLES]
-    header += ["reserved", "process"] if case.device != "cpu" else []
-    rows = [floor_row(floor)]
-    rows += [row(name, result, floor, case) for name, result in results.items()]
-    print(table(header, rows))
-    for name, result in results.items():
-        if result.status != "measured" or result.detail:
-            print(f"{name}: {result.status}: {result.detail}")
+        result = measured(options, each, name, live, recorder)
+        tqdm.write(shown.row(*row(name, result, floor, found)), file=sys.stdout)
+        sys.stdout.flush()
 
 
-def floor_row(floor: counts.Floor) -> list[str]:
-    parts = {name.replace("_", " "): mebibytes(part) for name, part in floor._asdict().items()}
-    total = mebibytes(floor.total)
-    return ["floor (formula)", total, "1.00", total, *(parts.get(role, "") for role in ROLES)]
+def columns(case: Case, live: bool) -> dict[str, Callable[[Memory], float | None]]:
+    """Their titles, and the bytes they show; see NOTE [ the split at the peak ]."""
+    shown: dict[str, Callable[[Memory], float | None]] = {"peak": lambda m: m.peak}
+    shown["times\nfloor"] = lambda m: None
+    on_gpu = case.device != "cpu"
+    if on_gpu:
+        shown |= {"reserved": lambda m: m.reserved, "process": lambda m: m.process}
+    elif live:
+        # torch's allocator on a GPU counts tensors too
+        shown |= {"all\ntensors": lambda m: m.live.get("total")}
+    if live:
+        shown |= {
+            "training\nstate": lambda m: _sum_of(m, STATE),
+            "saved for\nbackward": lambda m: _sum_of(m, SAVED),
+            "gradient\nbuffer": lambda m: m.live.get("gradient buffer"),
+        }
+    if live and not on_gpu:
+        shown |= {"temporary\ntensors": lambda m: m.live.get("temporaries")}
+    return shown
 
 
-def row(name: str, result: Memory, floor: counts.Floor, case: Case) -> list[str]:
-    peak: str
-    peak, ratio = result.status, ""
+def _sum_of(found: Memory, roles: Sequence[str]) -> float | None:
+    return sum(found.live[role] for role in roles) if found.live else None
+
+
+def floor_row(floor: counts.Floor, shown: Collection[str]) -> list[str]:
+    known = {
+        "peak": floor.total,
+        "all\ntensors": floor.total,
+        "training\nstate": floor.state,
+        "saved for\nbackward": floor.features,
+        "gradient\nbuffer": floor.gradient_buffer,
+        "temporary\ntensors": 0,
+    }
+    cells = [mebibytes(known.get(title)) for title in shown]
+    return ["floor (formula)", cells[0], "1.00", *cells[2:]]
+
+
+def row(
+    name: str,
+    result: Memory,
+    floor: counts.Floor,
+    shown: Mapping[str, Callable[[Memory], float | None]],
+) -> tuple[list[str], str]:
+    """A provider's cells, and what there is to say instead of those that are missing."""
     found = result.peak if result.peak is not None else result.predicted
-    if found is not None:
-        label = "" if result.peak is not None else " (predicted)"
-        peak, ratio = mebibytes(found) + label, f"{found / floor.total:.2f}{label}"
-    cells = [name, peak, ratio, mebibytes(result.live.get("total"))]
-    cells += [mebibytes(result.live.get(role)) for role in ROLES]
-    if case.device != "cpu":
-        cells += [mebibytes(result.reserved), mebibytes(result.process)]
-    return cells
+    if found is None:
+        return [name], f"{result.status}: {result.detail}"
+    times = f"{found / floor.total:.2f}"
+    if result.peak is None:
+        return [name, mebibytes(found), times], f"predicted: {result.detail}"
+    cells = [mebibytes(value(result)) for value in shown.values()]
+    return [name, cells[0], times, *cells[2:]], result.detail
 
 
 def run_sweep(
@@ -318,10 +368,12 @@ def measured(options: Options, case: Case, name: str, live: bool, recorder: Reco
     }
     recorder.add(name, case, "peak", result.peak, "B", **common)
     values = {"baseline": result.baseline, "reserved": result.reserved, "process": result.process}
-    values |= {f"live {role}": value for role, value in result.live.items()}
     for metric, value in values.items():
         if value is not None:
             recorder.add(name, case, metric, value, "B", **common)
+    kind: Kind = "formula" if case.device == "cpu" else "measured"
+    for role, value in result.live.items():
+        recorder.add(name, case, f"live {role}", value, "B", kind=kind)
     if result.predicted is not None:
         recorder.add(name, case, "predicted peak", result.predicted, "B", kind="formula")
     return result
@@ -353,6 +405,10 @@ def progress(work: Sequence[tuple[Case, str]]) -> Iterator[tuple[Case, str]]:
             bar.set_description_str(description)
             yield case, name
             bar.update(costs[i])
+
+
+def _drawable(rows: list[Row]) -> bool:
+    return any(row["metric"] == "peak" and row["value"] for row in rows)
 
 
 def draw(figure: Any, rows: list[Row]) -> None:

@@ -36,12 +36,16 @@ def _setup(provider: str, case: Case) -> timeline.Training:
 
 
 def training(
-    provider: str, case: dict[str, Any], steps: int, memory_limit: int | None = None
+    provider: str,
+    case: dict[str, Any],
+    steps: int,
+    memory_limit: int | None = None,
+    live: bool = False,
 ) -> dict[str, Any]:
     """``peak`` bytes over ``baseline``, over some steps.
 
-    On a GPU also what torch's allocator took at most, ``reserved``, and what the driver says of
-    the ``process``.
+    Afterwards, where asked, what is ``live`` at most in another step, by role. On a GPU also what
+    torch's allocator took at most, ``reserved``, and what the driver says of the ``process``.
     """
     own = Case(**case)
     found = measure_training(
@@ -56,6 +60,10 @@ def training(
         found["reserved"] = torch.cuda.max_memory_reserved()
         # the caching allocator gives nothing back, so the end is the peak
         found["process"] = Gpu.of(torch.device(own.device)).bytes_of_process(os.getpid())
+    if live:
+        gc.collect()
+        peak = timeline.record_step(lambda: _setup(provider, own))
+        found["live"] = peak.parts | {"total": peak.total}
     return found
 
 
@@ -89,14 +97,6 @@ def package_times(case: dict[str, Any], rounds: int) -> dict[str, Any]:
                 samples.setdefault(f"training {provider}", []).append(training)
                 samples.setdefault(f"inference {provider}", []).append(inference)
     return samples
-
-
-def live(provider: str, case: dict[str, Any], memory_limit: int | None = None) -> dict[str, Any]:
-    """Peak live tensor bytes of a step, by role."""
-    own = Case(**case)
-    _warm_up(provider, own, memory_limit)
-    peak = timeline.record_step(lambda: providers.setup(provider, own))
-    return peak.parts | {"total": peak.total}
 
 
 def configured(configuration: dict[str, Any], samples: int = 0) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from effdense.machine.measurement import in_fresh_process
 from effdense.machine.memory import available_bytes
-from effdense.memory.timeline import record_step
+from effdense.memory.timeline import Peak, record_step
 
 from . import child, counts, providers
 from .case import Case
@@ -48,7 +48,8 @@ def memory(
 ) -> Memory:
     """Measure one provider, unless it is predicted not to fit and ``force`` is False.
 
-    ``memory_limit`` in bytes makes larger allocations fail, as on a smaller machine.
+    On a CPU the split by role is of :func:`simulated`. ``memory_limit`` in bytes makes larger
+    allocations fail, as on a smaller machine.
     """
     if not force:
         needed, here = predicted_peak(provider, case), available_bytes(case.device)
@@ -58,26 +59,32 @@ def memory(
         if needed > here:
             detail = f"needs {needed / 2**30:.1f} GiB by prediction, {limit}; not run"
             return Memory("does not fit", detail, predicted=needed)
-    given = {"provider": provider, "case": case.columns(), "memory_limit": memory_limit}
-    answer = in_fresh_process(child.training, threads, steps=steps, **given)
+    # no recording sees into compiled code
+    live = live and not providers.find(provider)[0].compiled
+    answer = in_fresh_process(
+        child.training,
+        threads,
+        provider=provider,
+        case=case.columns(),
+        steps=steps,
+        memory_limit=memory_limit,
+        live=live and case.device != "cpu",
+    )
     if "error" in answer:
         return Memory(
             "out of memory" if answer["out_of_memory"] else "failed", str(answer["error"])
         )
-    found = Memory(
+    if live and case.device == "cpu":
+        peak = simulated(provider, case)
+        answer["live"] = peak.parts | {"total": peak.total}
+    return Memory(
         "measured",
         baseline=answer["baseline"],
         peak=answer["peak"],
         reserved=answer.get("reserved"),
         process=answer.get("process"),
+        live=answer.get("live", {}),
     )
-    if live and not providers.find(provider)[0].compiled:
-        answer = in_fresh_process(child.live, threads, **given)
-        if "error" in answer:
-            found.detail = f"live bytes: {answer['error']}"
-        else:
-            found.live = answer
-    return found
 
 
 # What a process takes besides live tensors: library workspaces and the allocator's slack.
@@ -110,5 +117,11 @@ def predicted_live(provider: str, case: Case) -> int:
             total += counts.bottleneck_bytes(case)
         # save="input" keeps less than "features" does, but rebuilds the largest block.
         return total
+    return simulated(name, case).total
+
+
+@lru_cache(maxsize=4096)
+def simulated(provider: str, case: Case) -> Peak:
+    """The peak of a step on meta tensors, of which a real one on a CPU makes the same."""
     meta = dataclasses.replace(case, device="meta")
-    return record_step(lambda: providers.setup(name, meta)).total
+    return record_step(lambda: providers.setup(provider, meta))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import UserError
-from .records import write_atomically
+from .records import number, write_atomically
 
 _LABELS = {"loss": "loss", "error": "error (%)"}
 _SPEED = {
@@ -142,10 +142,7 @@ def read(path: Path, columns: Sequence[str] = SCORES) -> dict[str, list[float]]:
     try:
         with path.open(newline="") as file:
             header, *rows = csv.reader(file)
-            # an empty cell is what is not a number
-            values = [
-                [float(cell or "nan") for cell in row] for row in rows if len(row) == len(header)
-            ]
+            values = [list(map(number, row)) for row in rows if len(row) == len(header)]
     except FileNotFoundError:
         raise UserError(f"{path.parent} holds no run: there is no {path.name}") from None
     except (OSError, ValueError) as error:

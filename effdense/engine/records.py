@@ -127,8 +127,13 @@ class CsvLog:
 
 def _csv_line(cells: Sequence[object]) -> str:
     line = io.StringIO()
-    csv.writer(line).writerow("" if cell != cell else cell for cell in cells)
+    csv.writer(line).writerow(cells)
     return line.getvalue()
+
+
+def number(cell: str) -> float:
+    """What a cell of a run's CSV files says; those of 0.1 are empty where it is not a number."""
+    return float(cell or "nan")
 
 
 def _csv_text(rows: Iterable[Sequence[object]]) -> bytes:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..errors import UserError
 from . import plots
 from .options import TrainConfig
 from .progress import duration
-from .records import read_config
+from .records import number, read_config
 from .standings import Standings
 
 _STYLE = """
@@ -91,9 +92,9 @@ def _result(work_dir: Path, best: int) -> str:
         (row,) = (row for row in others if row["epoch"] == str(best))
         named = {name: value for name, value in row.items() if name not in ("epoch", "step")}
         scores = "".join(
-            f", {_text(name.replace('_', ' '))} {float(value):.4g}"
-            for name, value in named.items()
-            if value
+            f", {_text(name.replace('_', ' '))} {value:.4g}"
+            for name, value in zip(named, map(number, named.values()), strict=True)
+            if not math.isnan(value)
         )
     seconds = sum(float(row["seconds"]) for row in _rows(work_dir / "speed.csv"))
     return (

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Mapping
 
+from .records import number
 from .scores import METRICS, Score
 
 
@@ -29,8 +30,8 @@ class Standings:
         others = {row["epoch"]: row for row in _rows(texts, "scores.csv")}
         for row in _rows(texts, "test.csv"):
             found = row if metric in row else others.get(row["epoch"], {})
-            value = float(found.get(metric) or "nan")
-            loss, error = (float(row[name] or "nan") for name in ("loss", "error"))
+            value = number(found.get(metric, ""))
+            loss, error = number(row["loss"]), number(row["error"])
             score = Score(loss, error, int(row["samples"]))
             self.add(int(row["epoch"]), score, value)
 

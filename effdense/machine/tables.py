@@ -15,6 +15,34 @@ def columns(rows: Sequence[Sequence[Any]], right: Collection[int] = ()) -> str:
     return "\n".join(lines)
 
 
+class Growing:
+    """Columns whose rows are shown as they come: the first to the left, the others to the right.
+
+    Args:
+        header: a title for each, of several lines where it has line breaks.
+        firsts: what will stand in the first column.
+        width: of what stands in the others, at least.
+    """
+
+    def __init__(self, header: Sequence[str], firsts: Sequence[str], width: int = 7) -> None:
+        titles = [title.split("\n") for title in header]
+        height = max(map(len, titles))
+        self._titles = [[""] * (height - len(title)) + title for title in titles]
+        self._widths = [max(width, *map(len, title)) for title in titles]
+        self._widths[0] = max(map(len, (*firsts, *titles[0])))
+
+    def header(self) -> str:
+        """Titles above a rule."""
+        lines = [self.row(cells) for cells in zip(*self._titles, strict=True)]
+        return "\n".join([*lines, "  ".join("-" * width for width in self._widths)])
+
+    def row(self, cells: Sequence[str], said: str = "") -> str:
+        """A line, of fewer cells perhaps, and what is ``said`` after them."""
+        first, *rest = cells
+        numbers = [c.rjust(w) for c, w in zip(rest, self._widths[1:], strict=False)]
+        return "  ".join([first.ljust(self._widths[0]), *numbers, said]).rstrip()
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table, padded for a terminal: the first column left, the others right."""
     number = len(header)

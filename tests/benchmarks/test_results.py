@@ -13,9 +13,10 @@ import timeline
 from harness import pictures, results
 from harness.case import Case
 from harness.measure import Memory
+from harness.providers import DEFAULT
 
 from effdense.machine.tables import table
-from effdense.memory.timeline import Moment
+from effdense.memory.timeline import ROLES, Moment
 
 GIB = 1 << 30
 
@@ -43,6 +44,7 @@ def fake_measurements(monkeypatch):
         (memory.main, ["--sweep", "depth", "--points", "41"], "nearest valid depths"),
         (memory.main, ["--arch", "densenet12"], "densenet121"),
         (memory.main, ["--points", "10"], "--sweep"),
+        (memory.main, ["--all", "--providers", "naive"], "choose one"),
         (memory.main, ["--image-size", "2"], "at least 4 pixels"),
         (throughput.main, ["--device", "tpu"], "cuda:N"),
         (throughput.main, ["--spatial-dims", "4"], "--spatial-dims"),
@@ -81,6 +83,40 @@ def test_a_sweep_states_its_exponents_and_draws(tmp_path, fake_measurements, cap
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_rows_come_one_by_one_and_fit_a_hundred_columns(
+    tmp_path, monkeypatch, capsys, wide, device
+):
+    shown = []
+
+    def measured(name, case, **options):
+        shown.append(capsys.readouterr().out)
+        live = dict.fromkeys(ROLES, 12345 << 20)
+        found = Memory("measured", baseline=1, peak=98765 << 20, live=live | {"total": 7 << 30})
+        return found if device == "cpu" else dataclasses.replace(found, reserved=1, process=1)
+
+    monkeypatch.setattr(memory, "memory", measured)
+    monkeypatch.setattr("harness.case.objection", lambda case: None)
+    monkeypatch.setattr("harness.results.environment", lambda *_: ENVIRONMENT)
+    output = tmp_path / "memory.csv"
+    arguments = ["--device", device, "--output", str(output)] + ["--all"] * wide
+    memory.main([*arguments, "--depth", "250"])
+    text = "".join([*shown, capsys.readouterr().out])
+    names = DEFAULT if wide else memory.QUICK
+    # a row is there before the next one is measured
+    assert [name for name, before in zip(names, shown[1:], strict=False) if name in before] == list(
+        names[:-1]
+    )
+    assert max(map(len, text.splitlines()[2:-3])) <= 100
+    assert {"backward", "training"} <= set(text.split())
+    assert "bottlenecks" not in {word for row in text.splitlines() for word in row.split()[1:]}
+    assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+ENVIRONMENT = dict.fromkeys(results.ENVIRONMENT_COLUMNS, "") | {"threads": 1, "memory_bytes": GIB}
+
+
 def test_results_say_where_they_come_from(tmp_path, fake_measurements):
     output = tmp_path / "memory.csv"
     memory.main(["--providers", "naive", "--output", str(output)])
@@ -98,13 +134,13 @@ def test_results_say_where_they_come_from(tmp_path, fake_measurements):
 
 def test_volumes_are_described(tmp_path, fake_measurements, capsys):
     output = tmp_path / "memory.csv"
-    arguments = ["--depth", "22", "--image-size", "8", "--spatial-dims", "3"]
+    arguments = ["--depth", "22", "--image-size", "8", "--spatial-dims", "3", "--all"]
     memory.main([*arguments, "--output", str(output)])
     assert "8x8x8" in capsys.readouterr().out
     rows = results.read(output)
     assert {row["spatial_dims"] for row in rows} == {"3"}
     assert "8x8x8" in pictures.describe(rows[0])
-    # by default those that have no networks of volumes are left out
+    # those that have no networks of volumes are left out where nobody is named
     names = {row["provider"] for row in rows if row["metric"] == "peak"}
     assert "naive-channels-last" in names
     assert not any(name.startswith("torchvision") for name in names)
@@ -125,8 +161,9 @@ def test_what_does_not_fit_is_shown_by_its_prediction(tmp_path, monkeypatch, cap
     output = tmp_path / "memory.csv"
     memory.main(["--providers", "naive", "--output", str(output)])
     out = capsys.readouterr().out
-    assert "7,168 (predicted)" in out
-    assert "needs 7.0 GiB by prediction" in out
+    row = next(line for line in out.splitlines() if line.startswith("naive"))
+    assert " 7,168 " in row
+    assert row.endswith("predicted: needs 7.0 GiB by prediction")
     rows = [row for row in results.read(output) if row["provider"] == "naive"]
     assert [(row["metric"], row["kind"], row["value"]) for row in rows] == [
         ("peak", "measured", ""),
@@ -223,7 +260,7 @@ def test_a_timeline_is_recorded_and_drawn(tmp_path, capsys):
         assert len(shares) <= 50
         assert {row["detail"] for row in own} == {"forward", "backward", "update"}
         per_moment = [row["metric"] for row in own if row["sample"] == "0"]
-        assert per_moment == ["moment", *(f"live {role}" for role in memory.ROLES)]
+        assert per_moment == ["moment", *(f"live {role}" for role in ROLES)]
 
 
 def test_a_stretch_of_a_timeline_shows_its_highest_moment():

@@ -223,13 +223,19 @@ def test_what_cannot_be_drawn(tmp_path: Path, content: str | None, said: str) ->
     assert not list(path.glob("*.png"))
 
 
-def test_a_test_that_is_not_a_number_is_drawn_and_is_never_the_best(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cell", ["nan", ""], ids=["nan", "as 0.1 wrote it"])
+def test_a_test_that_is_not_a_number_is_drawn_and_is_never_the_best(
+    tmp_path: Path, cell: str
+) -> None:
     log = CsvLog(tmp_path / "test.csv", ["epoch", "step", "loss", "error", "samples"])
     for epoch, loss in enumerate((2.0, float("nan"), 1.0), 1):
         log.add(epoch=epoch, step=epoch, loss=loss, error=10.0 if epoch < 3 else loss, samples=5)
-    standings = Standings("loss", {"test.csv": log.text()})
+    assert log.text().splitlines()[2] == "2,2,nan,10.0,5"
+    text = log.text().replace("nan", cell)
+    (tmp_path / "test.csv").write_text(text)
+    standings = Standings("loss", {"test.csv": text})
     assert standings.best == 3
-    assert Standings("loss", {"test.csv": "\n".join(log.text().splitlines()[:3])}).best == 1
+    assert Standings("loss", {"test.csv": "\n".join(text.splitlines()[:3])}).best == 1
     assert np.isnan(plots.read(tmp_path / "test.csv")["loss"][1])
-    (tmp_path / "train.csv").write_text(log.text())
+    (tmp_path / "train.csv").write_text(text)
     plots.draw([tmp_path], tmp_path)
