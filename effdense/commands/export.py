@@ -27,9 +27,10 @@ class Options:
     """Where to write."""
     images: Annotated[
         tuple[Path, ...],
-        arg(metavar="PATH [PATH ...]", help_behavior_hint="(default: noise)"),
+        arg(metavar="PATH [PATH ...]", help_behavior_hint="(default: the test set's first)"),
     ] = ()
-    """Images, or folders of images, of which the first eight are answered by both."""
+    """Images, or folders of images, of which the first eight are answered by both; noise is, where
+    the test set is not there any more."""
     tolerance: float = 1e-4
     """Largest difference of an output over the largest output."""
 
@@ -37,7 +38,7 @@ class Options:
 def run(options: Options) -> None:
     import torch
 
-    from ..engine.export import images_in, trained
+    from ..engine.export import first_tested, images_in, trained
 
     folder = options.source if options.source.is_dir() else options.source.parent
     target = options.onnx or folder / "model.onnx"
@@ -47,8 +48,14 @@ def run(options: Options) -> None:
     if options.images and model.prepare is not None:
         paths = images_in(options.images)[:8]
         images = torch.stack([model.prepare(path) for path in paths])
+        what = f"{len(images)} images"
     else:
-        images = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(0))
+        try:
+            images = first_tested(options.source, 8)
+            what = f"the test set's first {len(images)} images"
+        except UserError as error:
+            images = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(0))
+            what = f"noise, as there is no test set: {error}"
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  what torch.onnx writes with
@@ -84,5 +91,4 @@ def run(options: Options) -> None:
             f"{target} answers otherwise than torch: by {difference:.1e} of the largest output, "
             f"more than --tolerance {options.tolerance}"
         )
-    what = f"{len(images)} images" if options.images else "noise"
     print(f"{target}; ONNX Runtime and torch differ by {difference:.1e} at most on {what}")

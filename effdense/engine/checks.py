@@ -97,9 +97,13 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "fractions between 0 and 1, at least one",
     ),
     ("label_columns", lambda names: names and all(names), "names of columns, at least one"),
-    ("window", lambda ends: -math.inf < ends[0] < ends[1] < math.inf, "two numbers, lower first"),
+    (
+        "window",
+        lambda ends: -math.inf < ends[0] < ends[1] < math.inf,
+        "two numbers, the lower one first",
+    ),
     ("spacing", lambda sizes: all(0 < s < math.inf for s in sizes), "three positive numbers"),
-    ("crop", lambda sizes: all(0 < s <= LARGEST_SIZE for s in sizes), "three positive sizes"),
+    ("crop", lambda sizes: all(0 < s <= LARGEST_SIZE for s in sizes), "three positive numbers"),
     ("channels", lambda n: n in (1, 3), "1 or 3"),
     # larger ones are slips, which would take all memory, or the machine's processes
     ("image_size growth_rate", lambda n: n <= LARGEST_SIZE, "at most 65,536"),
@@ -217,7 +221,11 @@ def _check_data(config: Any, require: Callable[[bool, str, str], None]) -> None:
             "measured for one channel",
         ),
         *(
-            (volumes or getattr(config, option) is None, option, "left out but of --spatial-dims 3")
+            (
+                volumes or getattr(config, option) is None,
+                option,
+                "three positive numbers, with --spatial-dims 3",
+            )
             for option in ("spacing", "crop")
         ),
         (

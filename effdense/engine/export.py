@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..weights import read_metadata, read_safetensors
 from .checkpoint import CheckpointStore, Position, refuse_newer
+from .data.datasets import load as load_data
 from .data.image_files import Preparation, image_preparation
+from .data.images import Normalization
 from .networks import build
+from .options import TrainConfig
 from .recipes import OWN
 from .records import CHECKPOINTS, FORMAT, read_config
 from .resumption import weights_in
@@ -156,6 +159,26 @@ def held(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if best is None:
         raise UserError(f"the run in {source} has no checkpoint yet, and no weights")
     return recorded, weights_in(best)
+
+
+def first_tested(source: Path, count: int) -> Tensor:
+    """The first images of a run's test set, as its network takes them.
+
+    Raises:
+        UserError: where they are not there, or not there any more.
+    """
+    recorded = held(source)[0]
+    options = recorded["options"]
+    if options["data"] == OWN:
+        raise UserError("the run's data were given in Python")
+    known = {field.name for field in fields(TrainConfig)} & options.keys()
+    chosen = TrainConfig(**{name: options[name] for name in known})
+    data = load_data(replace(chosen, num_workers=0).resolved(), download=False)
+    if recorded.get("normalization"):
+        data.normalize_by(Normalization.recorded(recorded["normalization"]))
+    first = torch.arange(min(count, len(data.test)))
+    (found,) = (images for images, _ in data.test.batches([first], None, torch.device("cpu")))
+    return found
 
 
 def images_in(paths: Sequence[Path]) -> list[Path]:

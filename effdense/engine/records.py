@@ -28,6 +28,7 @@ from ..errors import UserError
 from .checkpoint import CheckpointStore, Position, flush, flush_folder, refuse_newer
 from .distributed import World
 from .lock import Lock
+from .mistakes import Mistake
 from .options import ResolvedConfig, renamed
 from .scores import Score
 
@@ -55,6 +56,7 @@ _RUN_FILES = (
     "scores.csv",
     "classes.csv",
     "confusion.csv",
+    "mistakes.csv",
     "system.csv",
     "loss.png",
     "error.png",
@@ -267,14 +269,20 @@ class WorkDir:
             if name in names
         }
 
-    def write_classes(self, score: Score, classes: Sequence[str]) -> None:
-        """classes.csv and confusion.csv: a test's scores of each class, and its confusions."""
+    def write_classes(
+        self, score: Score, classes: Sequence[str], name: Callable[[int], str]
+    ) -> None:
+        """classes.csv, confusion.csv and mistakes.csv: a test's scores of each class, its
+        confusions, and the images, by their ``name``, that it is most wrongly sure of.
+        """
         header = ["class", *score.per_class]
         rows = zip(classes, *score.per_class.values(), strict=True)
         self.write_file("classes.csv", _csv_text([header, *rows]))
         if score.confusion:
             table = [[name, *row] for name, row in zip(classes, score.confusion, strict=True)]
             self.write_file("confusion.csv", _csv_text([["class", *score.answers], *table]))
+        mistakes = [(name(mistake.number), *mistake) for mistake in score.mistakes]
+        self.write_file("mistakes.csv", _csv_text([("image", *Mistake._fields), *mistakes]))
 
     def checkpoints(self, keep: int) -> CheckpointStore:
         """The run's checkpoints."""

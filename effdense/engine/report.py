@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,23 +32,13 @@ th { border-bottom: 1px solid #999 } td.number { text-align: right; white-space:
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """A test image that was answered wrongly."""
-
-    png: str
-    """In base64."""
-    said: str
-    """What it is, and what it was taken for."""
-
-
-def html_report(work_dir: Path, best: int, samples: Sequence[Sample] = ()) -> str:
+def html_report(work_dir: Path, best: int, show: Callable[[list[int]], Sequence[str]]) -> str:
     """Result, curves, classes, mistakes, options and versions of the run in ``work_dir``.
 
     Args:
         work_dir: where its files are.
         best: the epoch whose weights are exported.
-        samples: mistakes to be shown.
+        show: gives test images by their index as PNG in base64; empty: there is no picture.
 
     Raises:
         UserError: where there is no run.
@@ -62,7 +51,7 @@ def html_report(work_dir: Path, best: int, samples: Sequence[Sample] = ()) -> st
         *(f"<figure>{svg}</figure>" for svg in _curves(work_dir, best)),
         _csv_table(work_dir / "classes.csv", "Each class"),
         _confusion(work_dir / "confusion.csv"),
-        _pictures(samples),
+        _mistakes(work_dir / "mistakes.csv", show),
         _section("Command", f"<pre>{_text(recorded['command'])}</pre>"),
         _folded("Memory plan", f"<pre>{_text(recorded.get('memory_plan', ''))}</pre>")
         if recorded.get("memory_plan")
@@ -166,15 +155,19 @@ def _confusion(path: Path) -> str:
     )
 
 
-def _pictures(samples: Sequence[Sample]) -> str:
-    if not samples:
+def _mistakes(path: Path, show: Callable[[list[int]], Sequence[str]]) -> str:
+    rows = _rows(path) if path.exists() else []
+    if not rows:
         return ""
-    figures = "".join(
-        f'<figure><img src="data:image/png;base64,{sample.png}" alt="">'
-        f"<figcaption>{_text(sample.said)}</figcaption></figure>"
-        for sample in samples
-    )
-    return _section("Mistakes", f'<div class="samples">{figures}</div>')
+    figures = ""
+    for row, png in zip(rows, show([int(row["number"]) for row in rows]), strict=True):
+        image = f'<img src="data:image/png;base64,{png}" alt="">' if png else ""
+        figures += (
+            f'<figure title="{_text(row["image"])}">{image}<figcaption>{_text(row["truth"])}, '
+            f"taken for {_text(row['answer'])} with {100 * float(row['probability']):.0f} %"
+            f"</figcaption></figure>"
+        )
+    return _section("Most wrongly sure of", f'<div class="samples">{figures}</div>')
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

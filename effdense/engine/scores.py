@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .distributed import from_main, gathered_on_main, summed
+from .mistakes import Mistake, worst
 from .tasks import Classification, Task
 
 # Up to so many classes each one's curves, and the confusion matrix, are worth their time.
@@ -36,6 +37,8 @@ class Score:
     """Of a test: samples by class and :attr:`answers`; empty: too many classes."""
     answers: Sequence[str] = ()
     """The classes; where these don't exclude each other, a row's right and wrong yes and no."""
+    mistakes: Sequence[Mistake] = ()
+    """Of a test of every image: those that the network is most wrongly sure of."""
 
     def value(self, metric: str) -> float:
         """What it says by one of :data:`METRICS`; NaN where that is not known."""
@@ -97,7 +100,7 @@ class Tally:
         return Score(loss / max(samples, 1), 100 * wrong / max(judged, 1), round(samples))
 
 
-def full_score(tally: Score, task: Task, outputs: Tensor, labels: Tensor) -> Score:
+def full_score(tally: Score, task: Task, outputs: Tensor, labels: Tensor, asked: int) -> Score:
     """``tally`` with all that is known of a test; a collective.
 
     Args:
@@ -105,6 +108,7 @@ def full_score(tally: Score, task: Task, outputs: Tensor, labels: Tensor) -> Sco
         task: what was asked.
         outputs: (n, classes) of this process's samples, which may be none.
         labels: theirs.
+        asked: samples of the test set; those that could not be read have no outputs.
     """
     found = gathered_on_main((outputs.float().cpu(), labels.cpu()))
     parts = [part for part in found if len(part[1])]
@@ -112,6 +116,9 @@ def full_score(tally: Score, task: Task, outputs: Tensor, labels: Tensor) -> Sco
     if parts:
         all_outputs, all_labels = (torch.cat(part) for part in zip(*parts, strict=True))
         details = _details(task, all_outputs.double(), all_labels)
+        # else nobody knows any more which image an answer is to
+        if len(all_labels) == asked and all_outputs.isfinite().all():
+            details["mistakes"] = worst(task, all_outputs.double(), all_labels)
     return Score(tally.loss, tally.error, tally.samples, **from_main(details))
 
 

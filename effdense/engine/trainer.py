@@ -440,4 +440,4 @@ class Trainer:
         if not answers:
             answers = [(torch.empty(0), torch.empty(0))]
         outputs, truth = (torch.cat(parts) for parts in zip(*answers, strict=True))
-        return full_score(tally.score(), task, outputs, truth)
+        return full_score(tally.score(), task, outputs, truth, len(split))

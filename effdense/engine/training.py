@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..weights import safetensors_bytes
 from . import plots
 from .checkpoint import Checkpoint, CheckpointStore, Position
 from .data.datasets import load, needs_preparation
-from .data.images import ImageData
+from .data.images import ImageData, Split
 from .data.own import own_data
 from .distributed import (
     World,
@@ -34,6 +35,7 @@ from .distributed import (
 )
 from .export import described
 from .freezing import freeze
+from .mistakes import pictures
 from .networks import (
     check_size,
     fit_to_budget,
@@ -255,7 +257,7 @@ def _run(
         if captured is not None:
             facts["cuda_graphs"] = captured
             progress.say(captured)
-        records = _Records.of(trainer, work_dir, store, found, facts, progress)
+        records = _Records.of(trainer, work_dir, store, found, facts, progress, data.test)
         records.on_epoch = on_epoch
         standings = _train(trainer, data, records, progress, signals)
         return standings, from_main(work_dir.path if work_dir else Path())
@@ -342,8 +344,10 @@ class _Records:
         logs: dict[str, CsvLog],
         standings: Standings,
         progress: Progress,
+        tested: Split,
     ) -> None:
         self._trainer, self._work_dir, self._progress = trainer, work_dir, progress
+        self._tested = tested
         self.store, self.logs, self.standings = store, logs, standings
         self.on_epoch: OnEpoch | None = None
         shown = work_dir if trainer.config.tensorboard else None
@@ -358,6 +362,7 @@ class _Records:
         found: Checkpoint | None,
         facts: Mapping[str, Any],
         progress: Progress,
+        tested: Split,
     ) -> _Records:
         """Go on with the checkpoint that was found, or begin; a collective."""
         config, world = trainer.config, trainer.world
@@ -374,7 +379,7 @@ class _Records:
         for line in said:
             progress.say(line)
         standings = Standings(config.best_by or trainer.task.best_by, rows)
-        return cls(trainer, work_dir, store, logs, standings, progress)
+        return cls(trainer, work_dir, store, logs, standings, progress, tested)
 
     def left(self) -> str:
         """What a run that has to stop can go on from, to be put after why it stops."""
@@ -390,7 +395,8 @@ class _Records:
         self.logs["test.csv"].add(**place, loss=test.loss, error=test.error, samples=test.samples)
         self.logs["scores.csv"].add(**place, **test.metrics)
         if epoch == self.standings.best:
-            self._work_dir.write_classes(test, self._trainer.task.classes)
+            name = getattr(self._tested, "name", str)
+            self._work_dir.write_classes(test, self._trainer.task.classes, name)
         self.logs["speed.csv"].add(
             **place,
             seconds=round(speed.seconds, 3),
@@ -425,7 +431,8 @@ class _Records:
                 f"{name}.safetensors", safetensors_bytes(weights, about)
             )
         self._work_dir.write_file("model.pt", saved(best))
-        self._work_dir.write_file("report.html", html_report(folder, epoch).encode())
+        show = partial(pictures, self._tested, device=self._trainer.world.device)
+        self._work_dir.write_file("report.html", html_report(folder, epoch, show).encode())
         test = standings.tests[epoch]
         self._progress.say(
             f"best epoch {epoch} of {max(standings.tests)}: test error {test.error:.2f} % on "

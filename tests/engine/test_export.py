@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import re
 import xml.etree.ElementTree
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -17,7 +20,12 @@ from sklearn.datasets import load_digits
 
 import effdense
 from effdense.__main__ import main
+from effdense.engine.data.datasets import load
+from effdense.engine.data.images import InMemory, Normalization
 from effdense.engine.data.order import generator
+from effdense.engine.export import first_tested
+from effdense.engine.mistakes import SHOWN, SIDE
+from effdense.engine.mistakes import pictures as drawn
 from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
 from effdense.engine.training import run
@@ -145,9 +153,46 @@ def test_the_report_is_one_page_with_everything_in_it(digits_run: Path) -> None:
     assert "weight_decay" in folded
     assert "weight_decay" not in first
     assert 'name="viewport"' in page
-    assert not re.findall(r'(?:src|href)="(?!#)', page)  # it needs no other file
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', page)  # it needs no other file
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         xml.etree.ElementTree.fromstring(svg)
+
+
+def test_the_report_shows_what_the_network_is_most_wrongly_sure_of(digits_run: Path) -> None:
+    page = (digits_run / "report.html").read_text()
+    with (digits_run / "mistakes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    shown = re.findall(r"base64,(.*?)\".*?<figcaption>(\w+), taken for (\w+) with (\d+) %", page)
+    assert len(shown) == len(rows) == SHOWN
+    probabilities = [float(row["probability"]) for row in rows]
+    assert probabilities == sorted(probabilities, reverse=True)
+    data = load(TrainConfig().resolved(), download=False)
+    for row, (png, truth, answer, percent) in zip(rows, shown, strict=True):
+        assert (truth, answer) == (row["truth"], row["answer"])
+        assert truth == str(int(data.test.labels[int(row["number"])])) != answer
+        assert percent == f"{100 * float(row['probability']):.0f}"
+        with Image.open(io.BytesIO(base64.b64decode(png))) as image:
+            # darkest to brightest
+            seen = torch.from_numpy(np.array(image)).float() / 255
+        stored = cast(Any, data.test).images[int(row["number"])][0].float()
+        torch.testing.assert_close(seen, stored / stored.max(), atol=1 / 255, rtol=0)
+
+
+def test_pictures_of_volumes_are_their_middle_and_other_signals_have_none() -> None:
+    volumes = torch.rand(2, 1, 300, 20, 5)
+    split = InMemory(volumes, torch.zeros(2).long(), Normalization((0.0,), (1.0,)))
+    (png,) = drawn(split, [1], torch.device("cpu"))
+    with Image.open(io.BytesIO(base64.b64decode(png))) as image:
+        assert (image.mode, max(image.size)) == ("L", SIDE)
+    signals = InMemory(torch.rand(2, 1, 300), torch.zeros(2).long(), Normalization((0.0,), (1.0,)))
+    assert drawn(signals, [0, 1], torch.device("cpu")) == ["", ""]
+
+
+def test_what_the_network_was_first_tested(digits_run: Path) -> None:
+    expected = load(TrainConfig().resolved(), download=False).test
+    (images,) = (x for x, _ in expected.batches([torch.arange(3)], None, torch.device("cpu")))
+    assert torch.equal(first_tested(digits_run, 3), images)
+    assert torch.equal(first_tested(digits_run / "model.safetensors", 3), images)
 
 
 def test_speed_and_memory_are_recorded_and_drawn(digits_run: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from effdense.engine.data.images import (
     Normalization,
     trivially_augmented,
 )
-from effdense.engine.data.pixels import read_pixels
+from effdense.engine.data.pixels import pixels, read_pixels
 from effdense.engine.distributed import World
 from effdense.engine.normalization import settle_normalization
 from effdense.engine.options import TrainConfig
@@ -65,7 +68,46 @@ def test_values_without_a_range_need_a_window(kind: Any, tmp_path: Path) -> None
     assert read[[0, 1000, 2000, 3000]].tolist() == [0, 127.5, 255, 255]
 
 
-def test_sixteen_bits_a_colour_are_refused(tmp_path: Path) -> None:
+def deep_png(path: Path, values: np.ndarray, orientation: int = 1) -> Path:
+    """(height, width, channels) of 16 bits as PNG, which PIL does not write."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        checked = kind + body
+        return struct.pack(">I", len(body)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    height, width, channels = values.shape
+    kind = {2: 4, 3: 2, 4: 6}[channels]
+    exif = b"MM\0*\0\0\0\x08\0\1" + struct.pack(">HHIHHI", 0x0112, 3, 1, orientation, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
+        + chunk(b"eXIf", exif)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+    return path
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_sixteen_bits_a_colour_of_png(channels: int, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7, channels)).astype(np.uint16)
+    path = deep_png(tmp_path / "a.png", values)
+    colours = values[..., :1].repeat(3, 2) if channels == 2 else values[..., :3]
+    expected = torch.from_numpy(colours.astype(np.float32)).permute(2, 0, 1) * (255 / 65535)
+    torch.testing.assert_close(read_pixels(path, 3, None), expected)
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    grey = (expected * luma).sum(0, keepdim=True)
+    torch.testing.assert_close(read_pixels(path, 1, None), grey, atol=0.05, rtol=0)
+    twelve = read_pixels(path, 3, (0, 4095))
+    torch.testing.assert_close(twelve, (expected * 65535 / 4095).clamp_max(255))
+    turned = deep_png(tmp_path / "b.png", values, orientation=6)
+    torch.testing.assert_close(read_pixels(turned, 3, None), expected.rot90(-1, (1, 2)))
+    with (tmp_path / "a.png").open("rb") as file, Image.open(io.BytesIO(file.read())) as image:
+        assert torch.equal(pixels(image, str, 3), read_pixels(path, 3, None))
+
+
+def test_sixteen_bits_a_colour_of_tiff_are_refused(tmp_path: Path) -> None:
     """PIL itself writes none, and reads 8 of them."""
     tifffile = pytest.importorskip("tifffile")
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 8, 3), np.uint16), photometric="rgb")

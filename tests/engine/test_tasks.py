@@ -96,7 +96,7 @@ def test_a_tally_goes_on_from_an_older_one() -> None:
 def scored(task: Task, outputs: Tensor, labels: Tensor) -> Score:
     tally = Tally(task, CPU)
     tally.add(task.loss(outputs, labels), outputs, labels)
-    return full_score(tally.score(), task, outputs, labels)
+    return full_score(tally.score(), task, outputs, labels, len(labels))
 
 
 def test_scores_of_one_class_a_sample() -> None:
@@ -142,6 +142,33 @@ def test_scores_of_labels_with_gaps() -> None:
     judged = ~labels.isnan()
     wrong = ((outputs > 0) != (labels == 1)) & judged
     assert score.error == pytest.approx(100 * float(wrong.sum() / judged.sum()))
+
+
+def test_the_mistakes_are_those_it_is_most_sure_of() -> None:
+    outputs = torch.tensor([[3.0, 0, 0], [0, 9, 0], [0, 1, 0], [0, 0, 5]])
+    score = scored(Classification(CLASSES), outputs, torch.tensor([0, 2, 0, 0]))
+    sure = outputs.double().softmax(1)
+    assert score.mistakes == [
+        (1, CLASSES[2], CLASSES[1], sure[1, 1]),
+        (3, CLASSES[0], CLASSES[2], sure[3, 2]),
+        (2, CLASSES[0], CLASSES[1], sure[2, 1]),
+    ]
+    first, second, _ = CLASSES
+    said, labels = (
+        torch.tensor([[1.0, 2, 1], [-3, 1, 4]]),
+        torch.tensor([[1, 0, 0.0], [1, 1, math.nan]]),
+    )
+    sure = said.double().sigmoid()
+    score = scored(MultiLabel(CLASSES, known=2.0), said, labels)
+    assert score.mistakes == [
+        (1, first, f"no {first}", 1 - sure[1, 0]),
+        (0, f"no {second}", second, sure[0, 1]),
+        (0, "no c", "c", sure[0, 2]),
+    ]
+    # where images were left out their numbers are not known
+    task = Classification(CLASSES)
+    tally = Tally(task, CPU)
+    assert not full_score(tally.score(), task, outputs, torch.tensor([0, 2, 0, 0]), 5).mistakes
 
 
 def test_answers_that_are_not_finite_have_no_scores() -> None:

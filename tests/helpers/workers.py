@@ -141,11 +141,13 @@ def scores(world: World) -> dict[str, Tensor]:
         for task, truth in tasks:
             tally = Tally(task, world.device)
             tally.add(torch.ones(()), outputs[mine], truth[mine])
-            score = full_score(tally.score(), task, outputs[mine], truth[mine])
+            score = full_score(tally.score(), task, outputs[mine], truth[mine], samples)
             assert len(set(map(repr, gathered(score)))) == 1
             found[f"{samples} {task.kind} metrics"] = torch.tensor(
                 [score.loss, score.error, *score.metrics.values()], dtype=torch.float64
             )
+            numbers = [[mistake.number, mistake.probability] for mistake in score.mistakes]
+            found[f"{samples} {task.kind} mistakes"] = torch.tensor(numbers, dtype=torch.float64)
             per_class = torch.tensor(list(score.per_class.values()), dtype=torch.float64)
             found[f"{samples} {task.kind} per class"] = per_class
             found[f"{samples} {task.kind} confusion"] = torch.tensor(score.confusion)

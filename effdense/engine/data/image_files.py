@@ -326,6 +326,10 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self._dataset.source)
 
+    def name(self, index: int) -> str:
+        """What a user calls an image."""
+        return self._dataset.source.name(index)
+
     def batches(
         self, indices: Sequence[Tensor], epoch: int | None, device: torch.device
     ) -> Iterator[Batch]:

@@ -28,16 +28,24 @@ def pixels(
         UserError: for values of which nobody knows what is black and white.
     """
     from PIL import ImageOps
+    from torchvision.io import ImageReadMode, decode_image
     from torchvision.transforms.v2 import functional
 
     # before it is decoded
     colours = re.search(r"\b(LA|RGBA?|RGBX|CMYK);16", str(getattr(image, "tile", "")))
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-    if colours:
+    if colours and image.format != "PNG":
         raise UserError(
             f"{name()} has 16 bits for each of its colours, of which only 8 can be read here: "
-            f"write it as 16-bit grey, or in 8 bits"
+            f"write it as PNG, as 16-bit grey, or in 8 bits"
         )
+    if colours:
+        # PIL would drop half of the bits
+        image.fp.seek(0)
+        content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+        mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+        values = decode_image(content, mode, apply_exif_orientation=True)
+        return windowed(values.float(), window or (0, 65535))
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("I", "F") or deep:
         if window is None and not deep:

@@ -1,0 +1,85 @@
+"""What a run shows while it trains, on a terminal and where there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from effdense.engine import progress
+from effdense.engine.distributed import World
+from effdense.engine.options import TrainConfig
+from effdense.engine.progress import Progress
+from effdense.engine.scores import Score
+
+CONFIG = TrainConfig(epochs=2, batch_size=50).resolved()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+def trained(shown: Progress, clock: Clock) -> None:
+    """An epoch of 100 steps, a second each."""
+    shown.epoch(1)
+    for _ in shown.steps(iter([()] * 100), 100):  # type: ignore[arg-type]
+        clock.now += 1
+        if shown.is_due():
+            shown.show(Score(1.25, 40.0, 50), waited=3.0)
+
+
+def test_a_line_every_half_minute_where_there_is_no_terminal(
+    alone: World, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(Progress(CONFIG, alone), clock)
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert [line.split("  ")[1] for line in lines] == [f"step {n}/100" for n in (30, 60, 90)]
+    for part in ("epoch 1/2", "loss 1.2500", "error 40.00 %", "images/s 50", "waiting 10 %"):
+        assert part in lines[0], part
+    # 70 steps of this epoch and 100 of the next
+    assert "run 02:50 left" in lines[0]
+    assert err == ""
+    trained(Progress(CONFIG, dataclasses.replace(alone, rank=1)), clock)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bars_on_a_terminal_of_training_and_of_tests(
+    alone: World,
+    clock: Clock,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    shown = Progress(CONFIG, alone)
+    trained(shown, clock)
+    assert "epoch 1/2" in terminal.getvalue()
+    # from the first second
+    assert clock.now > 1000
+    assert "0/100" in terminal.getvalue().split("loss=1.2500")[0]
+    assert "2/100" not in terminal.getvalue().split("loss=1.2500")[0]
+    assert "images/s=50" in terminal.getvalue()
+    assert list(shown.tests(iter([()] * 3), 3)) == [()] * 3  # type: ignore[arg-type]
+    assert "testing" in terminal.getvalue()
+    assert capsys.readouterr().out == ""
