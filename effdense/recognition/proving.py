@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
@@ -79,6 +81,7 @@ def _double_copy(module: nn.Module, original: type[nn.Module]) -> Any:
         else:
             memo[id(tensor)] = tensor.detach().to("cpu", copy=True)
     memo |= process_groups(module)
+    _copy_sharded(module, memo)
     twin = copy.deepcopy(module, memo)
     twin.__class__ = original
     convs = [each for each in twin.modules() if isinstance(each, nn.modules.conv._ConvNd)]
@@ -89,6 +92,26 @@ def _double_copy(module: nn.Module, original: type[nn.Module]) -> Any:
         each._forward_hooks.clear()
         each._forward_pre_hooks.clear()
     return twin
+
+
+def _copy_sharded(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Into ``memo``, copies of what ``fully_shard`` manages, which refuses to be copied itself.
+
+    It changes a module's class to one that inherits the module's own after FSDPModule, keeps its
+    state under keys of its own, and does the rest by hooks. Copies have nothing of that.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for each in reversed(list(module.modules())):
+        if fsdp is not None and isinstance(each, fsdp.FSDPModule):
+            own: Any = type(each).__mro__[2]
+            twin = own.__new__(own)
+            memo[id(each)] = twin
+            state = {
+                key: OrderedDict() if key.endswith("_hooks") else value
+                for key, value in vars(each).items()
+                if not key.startswith("__composable_api_state_key")
+            }
+            vars(twin).update(copy.deepcopy(state, memo))
 
 
 def _prove_block(block: nn.Module, original: type[nn.Module], new_only: bool) -> bool:

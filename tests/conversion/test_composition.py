@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from tests.helpers.compare import (
     stages_in,
     step,
 )
+from tests.helpers.ranks import by_ranks
 
 CONFIG: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 3), "num_init_features": 8}
 
@@ -349,6 +351,16 @@ def test_an_input_that_does_not_fit_is_told_what_would(networks: Any, shape: Any
     block = ours.get_submodule("features.denseblock1")
     with pytest.raises(ValueError, match=r"expected input of shape \(N, 8, H, W\), got"):
         block(images(*shape))
+
+
+def test_sharded_blocks_run_fused_and_give_the_originals_gradients(tmp_path: Path) -> None:
+    """FSDP2, whose forward changes the classes of modules and forbids to copy them."""
+    found = by_ranks("sharded_steps", 2, tmp_path)
+    names = [name.removeprefix("naive ") for name in found if name.startswith("naive ")]
+    assert len(names) > 30
+    for kind in ("converted", "own"):
+        for name in names:
+            assert_close(found[f"{kind} {name}"], found[f"naive {name}"], name=f"{kind} {name}")
 
 
 def test_an_image_without_its_batch_dimension_is_told_so() -> None:

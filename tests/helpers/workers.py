@@ -5,15 +5,20 @@ Rank 0 saves what NAME returns as OUTPUT; the tests call the same functions in o
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import effdense
 from effdense.engine import training
@@ -33,6 +38,7 @@ from effdense.engine.signals import StopSignals
 from effdense.engine.tasks import Classification, MultiLabel, Task
 from effdense.engine.trainer import Trainer
 from effdense.errors import UserError, one_line_errors
+from effdense.verification.comparison import randomize_norms
 
 BATCH_SIZE = 10  # not a multiple of 3
 TEST_SIZES = (1, 2, 3, 4, 25, 101)
@@ -166,6 +172,41 @@ def normalization(world: World) -> dict[str, Tensor]:
     return {"measured": torch.tensor([fact["mean"], fact["std"]], dtype=torch.float64)}
 
 
+def sharded_steps(world: World) -> dict[str, Tensor]:
+    """Two forwards and backwards of a network whose blocks, transitions and rest are sharded.
+
+    As they are of torchvision's, of what ``convert`` makes of it, and of our own; no warnings.
+    """
+    torch.manual_seed(0)
+    config: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 3), "num_init_features": 8}
+    naive = torchvision.models.DenseNet(**config, bn_size=2, num_classes=5).double()
+    randomize_norms(naive)
+    own = effdense.DenseNet(**config, bn_size=2, num_classes=5).double()
+    randomize_norms(own)  # their eps and momentum too, which no state has
+    own.load_state_dict(naive.state_dict())
+    converted = effdense.convert(copy.deepcopy(naive))
+    torch.manual_seed(world.rank)
+    x = torch.randn(2, 3, 37, 33, dtype=torch.float64)
+    found = {}
+    for kind, network in {"naive": naive, "converted": converted, "own": own}.items():
+        for name, module in network.features.named_children():
+            if "block" in name or "transition" in name:
+                fully_shard(module)
+        fully_shard(network)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(2):
+                output = network(x)
+                output.square().mean().backward()
+        assert isinstance(output, Tensor)
+        found[f"{kind} output"] = output.detach()
+        for name, parameter in network.named_parameters():
+            assert isinstance(parameter.grad, DTensor)
+            found[f"{kind} {name}"] = parameter.grad.full_tensor()
+        found |= {f"{kind} {name}": buffer for name, buffer in network.named_buffers()}
+    return found
+
+
 def mistake_on_rank_1(world: World) -> dict[str, Tensor]:
     """A user's mistake that only one process can see."""
     with all_or_none():
@@ -197,6 +238,7 @@ WORKERS: dict[str, Callable[[World], dict[str, Tensor]]] = {
         evaluations,
         scores,
         normalization,
+        sharded_steps,
         mistake_on_rank_1,
         defect_on_rank_1,
     )
