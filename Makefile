@@ -7,6 +7,7 @@
 # make dist    build wheel and source archive into dist/ and try both in clean environments
 # make audit   cross-compile every Triton kernel and inspect the machine code; no GPU needed
 # make chaos   kill runs at random, and of any two options together; each must end with the same bits
+# make soak    two hours of a run that is killed ten times: does it take more and more of anything?
 # make gpu     whether all is right, small and fast on a GPU: gpu-report/, ten minutes
 # make bench   memory, speed and scaling measured anew, kept in benchmarks/results/, in the tables
 # make figures the pictures in benchmarks/figures/ but precision.png, which plot makes of two runs;
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 
-.PHONY: train test quick oldest check docs dist audit chaos gpu bench figures install clean
+.PHONY: train test quick oldest check docs dist audit chaos soak gpu bench figures install clean
 
 install: $(STAMP)
 
@@ -77,6 +78,9 @@ gpu:
 
 chaos: $(STAMP)
 	PYTHONPATH=benchmarks $(BIN)/python -m tests.helpers.chaos --combinations $(ARGS)
+
+soak: $(STAMP)
+	PYTHONPATH=benchmarks $(BIN)/python -m tests.helpers.soak $(ARGS)
 
 MEASURED := results/bench
 RACE := --providers naive naive-channels-last checkpoint effdense-bottlenecks effdense-features
