@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -222,3 +223,42 @@ def test_batches_that_nobody_wants_any_more_are_not_made() -> None:
     batches.close()  # type: ignore[attr-defined]
     assert len(made) <= 3 + image_files._AHEAD
     assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+class _Ring:
+    """Garbage that is found by a collection alone, and says which process has found it."""
+
+    def __init__(self, found_by: Path) -> None:
+        self.me, self.found_by = self, found_by
+
+    def __del__(self) -> None:
+        self.found_by.with_suffix(f".{os.getpid()}").touch()
+
+
+class _Collecting(torch.utils.data.Dataset[Any]):
+    def __getitem__(self, key: Any) -> int:
+        gc.collect()
+        return os.getpid()
+
+
+def test_a_loader_process_leaves_the_trainers_garbage_alone(tmp_path: Path) -> None:
+    """Finalizers of what a fork has copied may wait for threads that it does not have."""
+    gc.disable()
+    try:
+        _Ring(tmp_path / "found")
+        wanted, seen = [torch.arange(2)] * 3, []
+
+        def finish(read: Iterator[torch.Tensor]) -> Iterator[Any]:
+            for pids in read:
+                seen.extend(pids.tolist())
+                yield pids
+
+        batches = image_files.loaded(_Collecting(), wanted, 1, CPU, 2, finish)
+        assert len(list(batches)) == 3
+        assert len(set(seen)) == 2
+        assert os.getpid() not in seen
+        assert not list(tmp_path.iterdir())
+    finally:
+        gc.enable()
+        gc.collect()
+    assert [path.suffix for path in tmp_path.iterdir()] == [f".{os.getpid()}"]

@@ -6,6 +6,7 @@ a time on the device. A thread makes the next batches ready while one is trained
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import threading
@@ -392,7 +393,7 @@ def loaded(
         batch_sampler=([(i, epoch) for i in chosen.tolist()] for chosen in indices),
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=outlive_stop_signals,
+        worker_init_fn=_begin_loading,
         # the loader's own base seed must not be drawn from the generator dropout uses
         generator=torch.Generator(),
         **options,
@@ -402,6 +403,17 @@ def loaded(
     # Without such processes what a sample draws is drawn here: from the process's one random
     # state, which a thread would set while dropout draws from it.
     return prefetched(finished, device) if num_workers else finished
+
+
+def _begin_loading(worker: int) -> None:
+    """How a loader process starts: it leaves stop signals, and the trainer's garbage, alone.
+
+    A collection here would run finalizers of what was copied, of which some
+    wait for threads that only the trainer has, for ever. And it would write to all memory that
+    the processes share.
+    """
+    outlive_stop_signals(worker)
+    gc.freeze()
 
 
 def prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
