@@ -70,14 +70,16 @@ def pictures(split: Split, indices: Sequence[int], device: torch.device) -> list
 
 def _picture(image: Tensor) -> str:
     """From its darkest to its brightest value; of a volume the middle slice."""
-    from torchvision.transforms.v2 import functional
+    from PIL import Image
 
     if image.dim() == 4:
         image = image[..., image.shape[-1] // 2].mT.flip(1)
     image = image[: 3 if len(image) >= 3 else 1]
     low, high = image.aminmax()
     scaled = (image - low) * (255 / (high - low).clamp_min(1e-30))
-    shown, content = functional.to_pil_image(scaled.to(torch.uint8)), io.BytesIO()
+    pixels = scaled.to(torch.uint8).permute(1, 2, 0).numpy()
+    shown = Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels)
+    content = io.BytesIO()
     shown.thumbnail((SIDE, SIDE))
     shown.save(content, format="PNG")
     return base64.b64encode(content.getvalue()).decode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,18 @@ from matplotlib.ticker import MaxNLocator
 from ..errors import UserError
 from .records import number, write_atomically
 
-_LABELS = {"loss": "loss", "error": "error (%)"}
-_SPEED = {
-    "images-per-second": ("images_per_second", "images / s"),
-    "memory": ("memory_mib", "peak memory of the largest process\nover its start (MiB)"),
+# What is drawn: the axis, and of which files which columns with which dashes.
+_CURVES: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
+    "loss": ("loss", (("train", "loss", "--"), ("test", "loss", "-"))),
+    "error": ("error (%)", (("train", "error", "--"), ("test", "error", "-"))),
+    "learning-rate": ("learning rate", (("train", "lr", "-"),)),
+    "images-per-second": ("images / s", (("speed", "images_per_second", "-"),)),
+    "memory": (
+        "peak memory of the largest process\nover its start (MiB)",
+        (("speed", "memory_mib", "-"),),
+    ),
 }
-SCORES = tuple(_LABELS)
-ALL = (*SCORES, "learning-rate", *_SPEED)
+SCORES, ALL = ("loss", "error"), tuple(_CURVES)
 # A loss that is so many times the usual one would press all others into a line.
 _DWARFS = 10
 
@@ -52,12 +57,19 @@ def draw(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {output}: {error.strerror}") from None
-    paths = []
-    for quantity, figure in figures(work_dirs, quantities, best).items():
-        path = output / f"{quantity}.png"
+    return save(figures(work_dirs, quantities, best), output)
+
+
+def save(drawn: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write figures as PNG, each called by its quantity; the files.
+
+    Raises:
+        UserError: where the folder cannot be written.
+    """
+    paths = {folder / f"{quantity}.png": figure for quantity, figure in drawn.items()}
+    for path, figure in paths.items():
         write_atomically(path, partial(figure.savefig, dpi=120))
-        paths.append(path)
-    return paths
+    return list(paths)
 
 
 def figures(
@@ -68,53 +80,34 @@ def figures(
     Raises:
         UserError: where there is no run.
     """
-    names = _distinct_names(work_dirs)
-    scores = [
-        (name, {"train": read(path / "train.csv"), "test": read(path / "test.csv")})
-        for name, path in names
-    ]
-    speeds = [
-        (name, read(path / "speed.csv", [column for column, _ in _SPEED.values()]))
-        for name, path in names
-        if (path / "speed.csv").exists()
-    ]
+    runs = []
+    for name, path in _distinct_names(work_dirs):
+        tables = {part: read(path / f"{part}.csv") for part in ("train", "test")}
+        if (path / "speed.csv").exists():
+            tables["speed"] = read(path / "speed.csv", ("images_per_second", "memory_mib"))
+        runs.append((name, tables))
     found = {}
     for quantity in quantities:
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        label, curves = _CURVES[quantity]
+        lines = [
+            (f"C{number}", name, part, dashes, tables[part]["epoch"], tables[part][column])
+            for number, (name, tables) in enumerate(runs)
+            for part, column, dashes in curves
+            if column in tables.get(part, ())
+        ]
+        if quantity not in SCORES and not any(epochs for *_, epochs, _ in lines):
+            continue
+        figure = Figure(figsize=(6.4, 4.0))
+        # not by a layout engine, which would measure all texts at every drawing
+        figure.subplots_adjust(left=0.15, right=0.97, bottom=0.13, top=0.96)
         axes = figure.subplots()
-        # markers: a run's first epoch is a single point
-        style: dict[str, Any] = {"marker": ".", "markersize": 4}
-        is_logarithmic = False
-        if quantity in _LABELS:
-            for number, (name, curves) in enumerate(scores):
-                prefix = f"{name}, " if len(scores) > 1 else ""
-                for part, dashes in (("train", "--"), ("test", "-")):
-                    x, y = curves[part]["epoch"], curves[part][quantity]
-                    label = f"{prefix}{part}"
-                    axes.plot(x, y, dashes, color=f"C{number}", label=label, **style)
-            axes.set_ylabel(_LABELS[quantity])
-            shown = [y for _, curves in scores for part in curves.values() for y in part[quantity]]
-            is_logarithmic = quantity == "loss" and _has_a_dwarfing(shown)
-        elif quantity == "learning-rate":
-            rates = [
-                (name, read(path / "train.csv", ["lr"]))
-                for name, path in names
-                if "lr" in read(path / "train.csv")
-            ]
-            for name, curve in rates:
-                axes.plot(curve["epoch"], curve["lr"], label=name, **style)
-            axes.set_ylabel("learning rate")
-            if not any(curve["epoch"] for _, curve in rates):
-                continue
-        else:
-            column, unit = _SPEED[quantity]
-            for name, speed in speeds:
-                axes.plot(speed["epoch"], speed[column], label=name, **style)
-            axes.set_ylabel(unit)
-            if not any(speed["epoch"] for _, speed in speeds):
-                continue
-        axes.set_xlabel("epoch")
-        if is_logarithmic:
+        for colour, name, part, dashes, epochs, values in lines:
+            words = [name] * (len(runs) > 1 or len(curves) == 1) + [part] * (len(curves) > 1)
+            # markers: a run's first epoch is a single point
+            style: Any = {"color": colour, "marker": ".", "markersize": 4}
+            axes.plot(epochs, values, dashes, label=", ".join(words), **style)
+        axes.set(xlabel="epoch", ylabel=label)
+        if quantity == "loss" and _has_a_dwarfing([y for *_, values in lines for y in values]):
             axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=0)

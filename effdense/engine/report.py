@@ -6,13 +6,14 @@ import csv
 import html
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from ..errors import UserError
-from . import plots
 from .options import TrainConfig
 from .progress import duration
 from .records import number, read_config
@@ -32,12 +33,18 @@ th { border-bottom: 1px solid #999 } td.number { text-align: right; white-space:
 """
 
 
-def html_report(work_dir: Path, best: int, show: Callable[[list[int]], Sequence[str]]) -> str:
+def html_report(
+    work_dir: Path,
+    best: int,
+    curves: Iterable[Figure],
+    show: Callable[[list[int]], Sequence[str]],
+) -> str:
     """Result, curves, classes, mistakes, options and versions of the run in ``work_dir``.
 
     Args:
         work_dir: where its files are.
         best: the epoch whose weights are exported.
+        curves: to be shown.
         show: gives test images by their index as PNG in base64; empty: there is no picture.
 
     Raises:
@@ -48,7 +55,7 @@ def html_report(work_dir: Path, best: int, show: Callable[[list[int]], Sequence[
     parts = [
         _result(work_dir, best),
         _section("What differs from the defaults", _table(_differences(options))),
-        *(f"<figure>{svg}</figure>" for svg in _curves(work_dir, best)),
+        *(f"<figure>{svg}</figure>" for svg in map(_svg, curves)),
         _csv_table(work_dir / "classes.csv", "Each class"),
         _confusion(work_dir / "confusion.csv"),
         _mistakes(work_dir / "mistakes.csv", show),
@@ -111,14 +118,11 @@ def _differences(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _curves(work_dir: Path, best: int) -> list[str]:
-    svgs = []
-    for figure in plots.figures([work_dir], plots.ALL, best).values():
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-        text = drawn.getvalue()
-        svgs.append(text[text.index("<svg") :])
-    return svgs
+def _svg(figure: Figure) -> str:
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    text = drawn.getvalue()
+    return text[text.index("<svg") :]
 
 
 def _csv_table(path: Path, title: str) -> str:

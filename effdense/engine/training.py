@@ -61,6 +61,8 @@ from .tensorboard import Board, require_tensorboard
 from .trainer import Trainer, wants_graphs
 from .watchdog import Watchdog
 
+# Drawing takes half a second, which of short epochs would be much.
+_SECONDS_BETWEEN_CURVES = 10.0
 # Where memory runs out with an error; on a processor the system ends the process instead.
 REHEARSED = ("cuda",)
 
@@ -347,7 +349,7 @@ class _Records:
         tested: Split,
     ) -> None:
         self._trainer, self._work_dir, self._progress = trainer, work_dir, progress
-        self._tested = tested
+        self._tested, self._drawn_at = tested, time.monotonic()
         self.store, self.logs, self.standings = store, logs, standings
         self.on_epoch: OnEpoch | None = None
         shown = work_dir if trainer.config.tensorboard else None
@@ -404,7 +406,10 @@ class _Records:
             wait_percent=round(speed.wait_percent, 1),
             memory_mib=round(speed.memory / 2**20, 1),
         )
-        plots.draw([self._work_dir.path], self._work_dir.path, plots.SCORES, self.standings.best)
+        if time.monotonic() - self._drawn_at > _SECONDS_BETWEEN_CURVES:
+            path = self._work_dir.path
+            plots.draw([path], path, plots.SCORES, self.standings.best)
+            self._drawn_at = time.monotonic()
         self._board.add(epoch, train, test, speed)
         if self.on_epoch is not None:
             self.on_epoch(Epoch(epoch, train, test, lr, speed, self._work_dir.path))
@@ -414,7 +419,8 @@ class _Records:
         if self._work_dir is None or self.store is None:
             return
         folder, standings = self._work_dir.path, self.standings
-        plots.draw([folder], folder, plots.ALL, standings.best)
+        curves = plots.figures([folder], plots.ALL, standings.best)
+        plots.save(curves, folder)
         last = self._trainer.tested.state_dict()
         epoch, best = standings.best, last
         if epoch != max(standings.tests):
@@ -432,7 +438,8 @@ class _Records:
             )
         self._work_dir.write_file("model.pt", saved(best))
         show = partial(pictures, self._tested, device=self._trainer.world.device)
-        self._work_dir.write_file("report.html", html_report(folder, epoch, show).encode())
+        page = html_report(folder, epoch, curves.values(), show)
+        self._work_dir.write_file("report.html", page.encode())
         test = standings.tests[epoch]
         self._progress.say(
             f"best epoch {epoch} of {max(standings.tests)}: test error {test.error:.2f} % on "

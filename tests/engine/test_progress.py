@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from effdense.engine import progress
+from effdense.engine import progress, training
 from effdense.engine.distributed import World
 from effdense.engine.options import TrainConfig
 from effdense.engine.progress import Progress
@@ -83,3 +85,16 @@ def test_bars_on_a_terminal_of_training_and_of_tests(
     assert list(shown.tests(iter([()] * 3), 3)) == [()] * 3  # type: ignore[arg-type]
     assert "testing" in terminal.getvalue()
     assert capsys.readouterr().out == ""
+
+
+def test_curves_are_drawn_when_some_time_has_passed_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(training.plots, "draw", lambda *given: drawn.append(len(drawn)))
+    for seconds, times in ((3600.0, 0), (0.0, 2)):
+        monkeypatch.setattr(training, "_SECONDS_BETWEEN_CURVES", seconds)
+        small: dict[str, Any] = {"data": "fake", "depth": 10, "growth_rate": 4, "image_size": 8}
+        training.run(TrainConfig(**small, threads=1, work_dir=tmp_path / str(times)))
+        assert len(drawn) == times
+        assert (tmp_path / str(times) / "loss.png").exists()
