@@ -60,6 +60,9 @@ SIX = (
     "effdense-input",
 )
 
+# what `make soak` says of each quantity
+SOAKED = ("mean", "least", "most", "slope", "error")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -564,6 +567,28 @@ def kills(kept: Kept) -> str:
     return _with_sources(header, cells, found["kills"])
 
 
+def soak(kept: Kept) -> str:
+    """Of `make soak`: what a run of hours held, and by how much more an hour."""
+    found = kept.of("soak", "memory mean").newest()
+    run = Kept(row for row in kept.rows if _source(row) == _source(found[0]))
+    about = {name: run.of("soak", name).newest()[0]["value"] for name in ("minutes", "kills")}
+    names = [row["metric"].removesuffix(" slope") for row in run.rows if "slope" in row["metric"]]
+    cells = []
+    for name in names:
+        rows = {what: run.of("soak", f"{name} {what}").newest()[0] for what in SOAKED}
+        size = mebibytes if rows["mean"]["unit"] == "B" else "{:,.1f}".format
+        mean, least, most, slope, error = (float(row["value"]) for row in rows.values())
+        title = f"{name}, MiB" if rows["mean"]["unit"] == "B" else name
+        scale = 2**20 if rows["mean"]["unit"] == "B" else 1
+        change = f"{slope / scale:+.2f} ± {error / scale:.2f}"
+        cells.append(
+            [title, size(mean), f"{size(least)} to {size(most)}", change, rows["mean"]["status"]]
+        )
+    title = f"{float(about['minutes']):.0f} minutes, {float(about['kills']):.0f} kills"
+    header = [title, "mean", "range", "slope an hour, ± standard error", ""]
+    return _with_sources(header, cells, found)
+
+
 TABLES: dict[str, Callable[[Kept], str]] = {
     "readme": peaks(FRONT, SIX),
     "memory": peaks(DEEP),
@@ -581,6 +606,7 @@ TABLES: dict[str, Callable[[Kept], str]] = {
     "precision": precision,
     "installation": installation,
     "kills": kills,
+    "soak": soak,
 }
 
 

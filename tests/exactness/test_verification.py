@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -68,6 +69,26 @@ def test_a_right_network_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[
     for claim in by_claim:
         assert claim in report
     assert "self-check ok" in report or "C compiler" in report
+
+
+def test_the_documentation_shows_these_claims() -> None:
+    main(["verify", *TINY])
+    page = Path(__file__).parents[2] / "docs" / "verification.md"
+    shown = [_cells(text) for text in (page.read_text(), Path("effdense-verify.md").read_text())]
+    claims = [[(claim, limit, status) for claim, _, limit, status, _ in rows] for rows in shown]
+    assert claims[0] == claims[1]
+    # of operations and of what is not checked nothing depends on the network
+    assert [row[4] for row in shown[0][-4:]] == [row[4] for row in shown[1][-4:]]
+    for claim, error, limit, _, _ in shown[0]:
+        if limit:
+            assert float(error) <= float(limit), claim
+
+
+def _cells(report: str) -> list[list[str]]:
+    """The rows of a report's table."""
+    lines = report[report.index("| claim ") :].splitlines()
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[2:])
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
 
 
 def test_a_converted_model_verifies_against_itself_as_it_was(

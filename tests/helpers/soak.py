@@ -260,9 +260,10 @@ class Soak:
         except TimeoutError:
             self.orphans += len(processes_in(self._home))
 
-    def judgements(self, settling: float = 60) -> dict[str, Judgement]:
+    def judgements(self, settling: float = 60, block: float = 30) -> dict[str, Judgement]:
         """Of each quantity; what the first ``settling`` seconds of a life bring is no growth."""
-        return {name: judged(self._lives(name, settling)) for name in (*HELD, *LEFT, RECORDS[0])}
+        names = (*HELD, *LEFT, RECORDS[0])
+        return {name: judged(self._lives(name, settling), block) for name in names}
 
     def _lives(self, name: str, settling: float) -> list[list[tuple[float, float]]]:
         lives: list[list[tuple[float, float]]] = []
