@@ -52,7 +52,6 @@ def shuffled(seed: int) -> Callable[[list[Index]], list[Index]]:
 ORDERS: dict[str, Callable[[list[Index]], list[Index]]] = {
     "reversed": lambda programs: programs[::-1],
     "shuffled": shuffled(1),
-    "shuffled otherwise": shuffled(2),
 }
 
 

@@ -38,29 +38,43 @@ class Case(NamedTuple):
 
 
 SMALL = Launch(16, 16, 16, programs=6)
-CASES = [
-    Case((1, 1), 16, 1, 1, 0, SMALL),
-    Case((2, 9), 19, 5, 16, 11, SMALL),
-    Case((1, 1, 1), 3, 1, 7, 3, SMALL),
-    # primes: no tile is whole, none begins at a line
-    Case((2, 5, 7), 19, 5, 37, 31, SMALL),
-    # several tiles of k, columns at a multiple of 4
-    Case((3, 4, 4), 48, 24, 48, 20, SMALL),
+# Several images; rows, B and k that are no whole tiles; columns that begin anywhere.
+LINES = Case((2, 9), 19, 5, 16, 11, SMALL)
+# primes: no tile begins at a line
+PLANES = Case((2, 3, 7), 19, 5, 37, 31, SMALL)
+VOLUMES = Case((2, 2, 3, 2), 13, 5, 16, 9, SMALL)
+EVERY_TYPE = (LINES, PLANES, VOLUMES)
+# Edges of the tiling and of images, which have nothing to do with the type: one each.
+EDGES = [
+    (Case((1, 1), 16, 1, 1, 0, SMALL), torch.float32),
+    (Case((1, 1, 1), 3, 1, 7, 3, SMALL), torch.bfloat16),
+    # several tiles of k and B, columns at a multiple of 4
+    (Case((2, 4, 4), 32, 24, 48, 20, SMALL), torch.float16),
     # whole tiles, aligned throughout
-    Case((1, 8, 8), 32, 16, 64, 32, Launch(32, 32, 16, programs=3)),
+    (Case((1, 8, 8), 32, 16, 64, 32, Launch(32, 32, 16, programs=3)), torch.float16),
     # B wider than a tile, a k that is no power of two in a tile that is
-    Case((1, 3, 6), 130, 12, 32, 18, Launch(32, 64, 64, programs=1)),
+    (Case((1, 3, 6), 130, 12, 32, 18, Launch(32, 64, 64, programs=1)), torch.float32),
     # one line, one column: neighbours in two directions only
-    Case((2, 1, 5), 16, 12, 16, 0, SMALL),
-    Case((2, 5, 1), 16, 12, 16, 4, SMALL),
-    Case((2, 3, 2, 4), 19, 5, 16, 9, SMALL),
-    Case((1, 2, 3, 3), 48, 24, 32, 8, Launch(16, 32, 32, programs=4)),
+    (Case((2, 1, 5), 16, 12, 16, 0, SMALL), torch.bfloat16),
+    (Case((2, 5, 1), 16, 12, 16, 4, SMALL), torch.float16),
+    # a volume with an inside
+    (Case((1, 3, 3, 3), 48, 24, 32, 8, Launch(16, 32, 32, programs=4)), torch.float32),
 ]
-each_case = pytest.mark.parametrize(
-    "case", CASES, ids=lambda c: f"{'x'.join(map(str, c.shape))}-B{c.b}-k{c.k}"
-)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
+
+
+def name_of(value: Case | torch.dtype) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value).split(".")[1]
+    return f"{'x'.join(map(str, value.shape))}-B{value.b}-k{value.k}"
+
+
+each_case = pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((case, dtype) for case in EVERY_TYPE for dtype in DTYPES), *EDGES],
+    ids=name_of,
+)
 
 
 def launcher_of(case: Case) -> Launcher:
@@ -149,7 +163,6 @@ def exact_forward(layer: Layer, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @each_case
-@each_dtype
 def test_forward(case: Case, dtype: torch.dtype) -> None:
     layer = Layer(case, dtype)
     mask = layer.mask() if case.k % 2 else None
@@ -162,9 +175,10 @@ def test_forward(case: Case, dtype: torch.dtype) -> None:
     for ours, *theirs in zip(found, stored, formula, strict=True):
         assert_as_good(ours, *theirs)
     layer.arena.check()
-    frozen = layer.columns()
-    bn_relu_conv3(*arguments, frozen, mask, None, launcher_of(case))
-    assert torch.equal(frozen, out)
+    if case in (LINES, PLANES):
+        frozen = layer.columns()
+        bn_relu_conv3(*arguments, frozen, mask, None, launcher_of(case))
+        assert torch.equal(frozen, out)
 
 
 def gradient_of(layer: Layer, masked: bool) -> Unfinished:
@@ -206,7 +220,6 @@ def backward(
 
 
 @each_case
-@each_dtype
 def test_backward(case: Case, dtype: torch.dtype) -> None:
     layer = Layer(case, dtype)
     gradient = gradient_of(layer, masked=case.k % 2 == 1)
@@ -221,6 +234,9 @@ def test_backward(case: Case, dtype: torch.dtype) -> None:
     exact_dz, formula_dz = exact[0]
     assert_as_good(dz, exact_dz, formula_dz.to(dtype))
     layer.arena.check()
+    if len(case.shape) == 4:
+        # what follows is the same in every number of dimensions
+        return
 
     # a layer without bottleneck: onto the gradient of its prefix, and a frozen weight
     before = layer.arena.normal(layer.rows, case.b)
@@ -235,72 +251,90 @@ def test_backward(case: Case, dtype: torch.dtype) -> None:
     layer.arena.check()
 
 
-@each_dtype
-def test_backward_in_every_order(dtype: torch.dtype) -> None:
-    for case in (CASES[3], CASES[4]):
-
-        def run(case: Case = case) -> list[Tensor | None]:
-            layer = Layer(case, dtype)
-            dz = layer.arena.out(layer.rows, case.b, dtype)
-            found = backward(layer, gradient_of(layer, True), True, dz, None)
-            layer.arena.check()
-            return [dz, *found]
-
-        in_every_order(run)
+# for each number of dimensions a type, three tiles of rows and, but in 3-D, several of B and k
+ORDERED = [
+    (Case((3, 13), 19, 18, 48, 20, SMALL), torch.float16),
+    (Case((3, 3, 4), 19, 18, 37, 17, SMALL), torch.float32),
+    (Case((3, 2, 2, 3), 13, 5, 16, 9, SMALL), torch.bfloat16),
+]
+each_ordered = pytest.mark.parametrize(("case", "dtype"), ORDERED, ids=name_of)
 
 
-@pytest.mark.parametrize("layout", ["channels last", "packed"])
-@each_dtype
-def test_weights_in_any_type_and_order(dtype: torch.dtype, layout: str) -> None:
-    for case, parameters in zip((CASES[3], CASES[4], CASES[9]), DTYPES, strict=True):
-        layer = Layer(case, dtype, parameters, layout)
-        assert layer.weight.stride(1) == 1
-        out, other = layer.columns(), layer.columns()
-        for weight, into in (
-            (layer.weight, out),
-            (layer.weight.to(dtype).contiguous(), other),
-        ):
-            arguments = (layer.y, layer.norm, weight, case.shape, into)
-            bn_relu_conv3(*arguments, None, None, launcher_of(case))
-        assert torch.equal(out, other)
-        assert_as_good(out, *exact_forward(layer, None))
+@each_ordered
+def test_forward_in_every_order(case: Case, dtype: torch.dtype) -> None:
+    def run() -> list[Tensor]:
+        layer = Layer(case, dtype)
+        out, found = layer.columns(), statistics_slices(layer)
+        arguments = (layer.y, layer.norm, layer.weight, case.shape, out)
+        bn_relu_conv3(*arguments, layer.mask(), found, launcher_of(case))
         layer.arena.check()
+        return [out, *found]
+
+    in_every_order(run)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@each_ordered
+def test_backward_in_every_order(case: Case, dtype: torch.dtype) -> None:
+    def run() -> list[Tensor | None]:
+        layer = Layer(case, dtype)
+        dz = layer.arena.out(layer.rows, case.b, dtype)
+        found = backward(layer, gradient_of(layer, True), True, dz, None)
+        layer.arena.check()
+        return [dz, *found]
+
+    in_every_order(run)
+
+
+@pytest.mark.parametrize("parameters", DTYPES, ids=name_of)
+@each_dtype
+def test_weights_in_any_type_and_order(dtype: torch.dtype, parameters: torch.dtype) -> None:
+    # each type of parameters meets each type of features, and each number of dimensions
+    i, j = DTYPES.index(dtype), DTYPES.index(parameters)
+    case, layout = EVERY_TYPE[(i + j) % 3], ("channels last", "packed")[j % 2]
+    layer = Layer(case, dtype, parameters, layout)
+    assert layer.weight.stride(1) == 1
+    out, other = layer.columns(), layer.columns()
+    for weight, into in ((layer.weight, out), (layer.weight.to(dtype).contiguous(), other)):
+        arguments = (layer.y, layer.norm, weight, case.shape, into)
+        bn_relu_conv3(*arguments, None, None, launcher_of(case))
+    assert torch.equal(out, other)
+    assert_as_good(out, *exact_forward(layer, None))
+    layer.arena.check()
+
+
+def packed_after(rows: int, layer: Layer, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """All results, where weights are packed from so many rows on, and how many launches it took."""
+    monkeypatch.setattr(bn_relu_conv3_module, "PACKED_ROWS", rows)
+    case = layer.case
+    out, dz = layer.columns(), layer.arena.out(layer.rows, case.b, layer.dtype)
+    with programs_in(lambda programs: programs) as grids:
+        arguments = (layer.y, layer.norm, layer.weight, case.shape, out, None, None)
+        bn_relu_conv3(*arguments, launcher_of(case))
+        dw, *sums = backward(layer, gradient_of(layer, False), True, dz, None)
+    assert dw is not None
+    assert dw.stride() == layer.weight.stride()
+    layer.arena.check()
+    return [out, dz, dw, *sums, torch.tensor(len(grids))]
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 3), (1, 3, 2), (1, 2, 2, 2)], ids=lambda s: f"{len(s) - 1}-D"
+)
 @each_dtype
 def test_a_packed_weight_changes_no_bit(
-    dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for case in (CASES[0], CASES[3], CASES[9]):
-        found = []
-        for rows in (0, 1 << 14):
-            monkeypatch.setattr(bn_relu_conv3_module, "PACKED_ROWS", rows)
-            layer = Layer(case, dtype, torch.float32, layout)
-            out, dz = layer.columns(), layer.arena.out(layer.rows, case.b, dtype)
-            with programs_in(lambda programs: programs) as grids:
-                arguments = (layer.y, layer.norm, layer.weight, case.shape, out, None, None)
-                bn_relu_conv3(*arguments, launcher_of(case))
-                dw, *sums = backward(layer, gradient_of(layer, False), True, dz, None)
-            assert len(grids) == (6 if rows == 0 and layout == "contiguous" else 4)
-            assert dw is not None
-            assert dw.stride() == layer.weight.stride()
-            found.append([out, dz, dw, *sums])
-            layer.arena.check()
-        for packed, plain in zip(*found, strict=True):
-            assert torch.equal(packed, plain)
+    # k B is more than one program packs, and two tiles of B
+    case = Case(shape, 19, 15, 17, 1, SMALL)
+    found = [packed_after(rows, Layer(case, dtype), monkeypatch) for rows in (0, 1 << 14)]
+    assert [int(results.pop()) for results in found] == [6, 4]
+    for packed, plain in zip(*found, strict=True):
+        assert torch.equal(packed, plain)
 
 
-@each_dtype
-def test_forward_in_every_order(dtype: torch.dtype) -> None:
-    for case in (CASES[3], CASES[4]):
-
-        def run(case: Case = case) -> list[Tensor]:
-            layer = Layer(case, dtype)
-            out, found = layer.columns(), statistics_slices(layer)
-            arguments = (layer.y, layer.norm, layer.weight, case.shape, out)
-            bn_relu_conv3(*arguments, layer.mask(), found, launcher_of(case))
-            layer.arena.check()
-            return [out, *found]
-
-        in_every_order(run)
+def test_a_weight_with_its_channels_side_by_side_is_read_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = Layer(PLANES, torch.float16, layout="channels last")
+    *_, launches = packed_after(0, layer, monkeypatch)
+    assert launches == 4

@@ -30,12 +30,14 @@ def _fresh() -> Iterator[None]:
 
 
 def tile(operation: str, like: Tensor, channels: int, bottleneck: int = 0) -> Launch:
-    return Launch(16, 16, 16, programs=6)
+    # many rows a tile: the interpreter's time goes by programs, and a check has several in any case
+    return Launch(64, 16, 16, programs=6)
 
 
 def gradients(backend: str, dtype: torch.dtype = torch.float32, **options: Any) -> list[Tensor]:
     torch.manual_seed(0)
-    model = effdense.DenseNet(5, (2, 2), 7, num_classes=3, small_inputs=True, **options)
+    # the second block has another prefix, and so another alignment
+    model = effdense.DenseNet(5, (2, 1), 7, num_classes=3, small_inputs=True, **options)
     module: Any
     for module in model.modules():
         if hasattr(module, "backend"):
