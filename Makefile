@@ -5,7 +5,8 @@
 # make check   lint, type-check and build the documentation; changes nothing
 # make docs    build the documentation into site/
 # make dist    build wheel and source archive into dist/ and try both in clean environments
-# make audit   cross-compile every Triton kernel and inspect the machine code; no GPU needed
+# make audit   cross-compile every Triton kernel and inspect the machine code; no GPU needed;
+#              goes on where it was
 # make chaos   kill runs at random, and of any two options together; each must end with the same bits
 # make soak    two hours of a run that is killed ten times: does it take more and more of anything?
 # make gpu     whether all is right, small and fast on a GPU: gpu-report/, ten minutes

@@ -6,6 +6,9 @@ nothing about speed. It does prove that nothing spills, that each configuration 
 device's shared memory, that 16-bit products run on tensor cores, and that matrices move
 128 bits at a time where their strides allow it.
 
+What was found is kept (``$XDG_CACHE_HOME``, else ~/.cache, "effdense/audit"): an audit that is
+interrupted goes on where it was, and after a change only what it touches is compiled.
+
 The launchers themselves are called, on tensors without memory, with a launch that notes
 what it was to start; so the audit cannot drift from what a device would run.
 """
@@ -13,23 +16,18 @@ what it was to start; so the audit cannot drift from what a device would run.
 from __future__ import annotations
 
 import argparse
-import importlib
+import contextlib
 import math
 import multiprocessing
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from effdense import reference
 from effdense.backends.base import Deferred, Normalization, PendingNorm, Statistics, Unfinished
@@ -52,6 +50,8 @@ from effdense.kernels.launch import (
     cdiv,
     interpreted,
 )
+from effdense.kernels.machine_code import Call, MachineCode, Record, compile_call, key_of, read
+from effdense.machine.environment import cache_folder
 
 KIB = 1024
 
@@ -131,21 +131,6 @@ SHAPES = (
     # nothing is a multiple of anything
     Shape("odd", 1, 7 * 7 * 13, 37, 101, 5, 17, strict=False),
 )
-
-
-class Call(NamedTuple):
-    """One kernel start, as the JIT would see it."""
-
-    module: str
-    kernel: str
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    divisible: tuple[str, ...]
-    matrices: tuple[str, ...]
-    options: dict[str, int]
-
-    def key(self) -> str:
-        return repr(tuple(self))
 
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -470,13 +455,7 @@ class Finding(NamedTuple):
     """What was found in a job's machine code; ``faults`` is empty where all is well."""
 
     job: Job
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    matrix: str
-    loads: int
-    stores: int
+    code: MachineCode
     faults: tuple[str, ...]
 
 
@@ -525,37 +504,22 @@ def jobs(devices: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str]) -
     return list(found.values())
 
 
-def compile_call(call: Call, device: Device) -> Any:
-    """The compiled kernel of ``call``, with the attributes the JIT would infer."""
-    kernel = getattr(importlib.import_module(call.module), call.kernel)
-    attributes = [["tt.divisibility", 16]]
-    if device.target.backend == "hip":
-        # what is inferred for storages of less than 2 GiB
-        attributes.append(["tt.pointer_range", 32])
-    attrs = {(kernel.arg_names.index(name),): attributes for name in call.divisible}
-    constants = {(kernel.arg_names.index(name),): v for name, v in call.constants.items()}
-    source = ASTSource(kernel, call.signature, constants, attrs)
-    return triton.compile(source, target=device.target, options=call.options)
-
-
-def examine(job: Job) -> Finding:
+def measure(job: Job) -> MachineCode:
     """Compile a job and read its machine code."""
-    device = DEVICES[job.device]
-    compiled = compile_call(job.call, device)
-    shared = compiled.metadata.shared
-    if device.target.backend == "cuda":
-        found = _examine_cuda(compiled.asm["cubin"])
-    else:
-        found = _examine_hip(compiled.asm["amdgcn"])
-    registers, stack, spills, matrix, loads, stores = found
-    faults = []
-    if stack or spills:
+    target = DEVICES[job.device].target
+    return read(compile_call(job.call, target), target)
+
+
+def judge(job: Job, code: MachineCode) -> Finding:
+    """What of a job's machine code is not as it should be."""
+    device, faults = DEVICES[job.device], []
+    if code.stack or code.spills:
         faults.append("spills")
-    if shared > device.shared_limit:
+    if code.shared > device.shared_limit:
         faults.append("shared memory")
     constants = job.call.constants
     product = "DOT" in constants
-    if product and job.dtype != "fp32" and not matrix:
+    if product and job.dtype != "fp32" and not code.matrix:
         faults.append("no tensor cores")
     # a matrix unit takes no tile smaller than this
     smallest = constants.get("BP") == constants.get("BK") == 16
@@ -566,11 +530,12 @@ def examine(job: Job) -> Finding:
     if job.strict and job.call.matrices and not wide and not GATHERS.search(job.call.kernel):
         faults.append("unaligned")
     if wide:
-        if not loads and not GATHERS.search(job.call.kernel):
+        if not code.loads and not GATHERS.search(job.call.kernel):
             faults.append("no 128-bit loads")
-        if WRITES_MATRIX.search(job.call.kernel) and not (stores or _stores_from_mfma(job)):
+        written = code.stores or _stores_from_mfma(job)
+        if WRITES_MATRIX.search(job.call.kernel) and not written:
             faults.append("no 128-bit stores")
-    return Finding(job, registers, stack, spills, shared, matrix, loads, stores, tuple(faults))
+    return Finding(job, code, tuple(faults))
 
 
 def _stores_from_mfma(job: Job) -> bool:
@@ -591,49 +556,21 @@ def wide_accesses_expected(job: Job) -> bool:
     return aligned and set(job.call.matrices) <= set(job.call.divisible)
 
 
-def _examine_cuda(cubin: bytes) -> tuple[int, int, int, str, int, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        # at once: the tool takes 0.2 s to start, half of what a compilation does
-        command = [str(tool), "-res-usage", "-sass", file.name]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        usage, _, sass = done.stdout.partition("\tcode for ")
-    registers, stack = (
-        int(m.group(1)) if (m := re.search(rf"{name}:(\d+)", usage)) else -1
-        for name in ("REG", "STACK")
-    )
-    assert registers > 0, usage
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    matrix = re.search(r"\b(UTC\w*MMA|HGMMA|HMMA)\b", sass)
-    loads = len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128|\bUTMALDG|\bUBLKCP", sass))
-    stores = len(re.findall(r"\bSTG\.[\w.]*128|\bUTMASTG", sass))
-    return registers, stack, spills, matrix.group(1) if matrix else "", loads, stores
-
-
-def _examine_hip(assembly: str) -> tuple[int, int, int, str, int, int]:
-    def value(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s*(\d+)", assembly).group(1))  # type: ignore[union-attr]
-
-    matrix = re.search(r"\b(v_s?mfma)_", assembly)
-    loads = len(re.findall(r"\b(?:global|buffer)_load_dwordx4", assembly))
-    stores = len(re.findall(r"\b(?:global|buffer)_store_dwordx4", assembly))
-    found = matrix.group(1) if matrix else ""
-    # a scalar register that "spills" moves to a lane of a vector register; memory is
-    # touched only where the scratch segment has a size
-    stack, spills = value("private_segment_fixed_size"), value("vgpr_spill_count")
-    return value("vgpr_count"), stack, spills, found, loads, stores
-
-
-def audit(work: Sequence[Job], processes: int = 2) -> Iterator[Finding]:
-    """Findings of all jobs, in their order."""
-    if processes == 1:
-        yield from map(examine, work)
-        return
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        yield from pool.imap(examine, work, chunksize=4)
+def audit(work: Sequence[Job], record: Record, processes: int = 2) -> Iterator[Finding]:
+    """Findings of all jobs, in their order; ``record`` has or gets what was found."""
+    keys = [key_of(job.call, DEVICES[job.device].target) for job in work]
+    missing = {k: job for k, job in zip(keys, work, strict=True) if record.get(k) is None}
+    with contextlib.ExitStack() as stack:
+        measured: Iterator[MachineCode] = map(measure, missing.values())
+        if processes > 1 and missing:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
+            measured = pool.imap(measure, missing.values(), chunksize=4)
+        for job, key in zip(work, keys, strict=True):
+            code = record.get(key)
+            if code is None:
+                code = next(measured)
+                record.add(key, code)
+            yield judge(job, code)
 
 
 COLUMNS = (
@@ -644,16 +581,16 @@ COLUMNS = (
 
 def row(finding: Finding) -> tuple[str, ...]:
     """A line of the table; a dash where none was found."""
-    job = finding.job
+    job, code = finding.job, finding.code
     c = job.call.constants
     tile = "x".join(str(c[name]) for name in ("BT", "BP", "BC", "BK", "BB", "BM") if name in c)
-    shared = f"{finding.shared}/{DEVICES[job.device].shared_limit}"
+    shared = f"{code.shared}/{DEVICES[job.device].shared_limit}"
     dtype = f"{job.dtype}/{c['PRECISION']}" if job.dtype == "fp32" and "DOT" in c else job.dtype
     return (
         *(job.call.kernel.removesuffix("_kernel"), job.device, dtype, job.shape, tile),
-        *(str(job.call.options["num_warps"]), str(finding.registers), str(finding.stack)),
-        *(str(finding.spills), shared, finding.matrix or "-"),
-        *(str(finding.loads or "-"), str(finding.stores or "-")),
+        *(str(job.call.options["num_warps"]), str(code.registers), str(code.stack)),
+        *(str(code.spills), shared, code.matrix or "-"),
+        *(str(code.loads or "-"), str(code.stores or "-")),
         *(f"{job.bytes:.3g}", f"{job.flops:.3g}", f"{job.fill:.2g}"),
         ", ".join(finding.faults) or _passed(finding),
     )
@@ -662,7 +599,7 @@ def row(finding: Finding) -> tuple[str, ...]:
 def _passed(finding: Finding) -> str:
     if finding.job.call.matrices and not wide_accesses_expected(finding.job):
         return "ok, unaligned"
-    if WRITES_MATRIX.search(finding.job.call.kernel) and not finding.stores:
+    if WRITES_MATRIX.search(finding.job.call.kernel) and not finding.code.stores:
         return "ok, 64-bit stores (MFMA layout)"
     return "ok"
 
@@ -688,7 +625,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     form += " {:>5} {:>5} {:>6} {:>9} {:>5}  {}"
     print(form.format(*COLUMNS))
     faulty = 0
-    for finding in audit(work, options.processes):
+    record = Record(cache_folder("audit") / "findings.jsonl")
+    for finding in audit(work, record, options.processes):
         print(form.format(*row(finding)), flush=True)
         faulty += bool(finding.faults)
     print("B/elem, FLOP/elem: of the whole operation, per element of X, by formula")

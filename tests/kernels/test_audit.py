@@ -61,6 +61,51 @@ def test_refuses_the_interpreter() -> None:
     assert "unset TRITON_INTERPRET" in done.stderr
 
 
+RESUMED = """
+import contextlib, io
+from effdense.kernels import audit
+
+def run(options="fp32"):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        common = f"--devices sm_80 --shapes odd --processes 1 --kernels {kernels}"
+        audit.main(f"{common} --dtypes {options}".split())
+    return said.getvalue()
+
+def no_compiler(call, target):
+    raise AssertionError("compiled again")
+
+kernels = "statistics_fwd|bn_relu_fwd"
+first = run()
+compile_call, audit.compile_call = audit.compile_call, no_compiler
+assert run() == first, run()
+kernels = "statistics_fwd"
+for changed in "fp16", "fp32 --devices sm_86":
+    try:
+        run(changed)
+    except AssertionError:
+        continue
+    raise SystemExit(f"not compiled: {changed}")
+record = audit.cache_folder("audit") / "findings.jsonl"
+lines = record.read_text().splitlines()
+assert len(lines) == 2, lines
+# the process was killed as it wrote the second line
+record.write_text(lines[0] + "\\n" + lines[1][:40])
+kernels = "statistics_fwd|bn_relu_fwd"
+audit.compile_call = compile_call
+assert run() == first, run()
+print("resumed")
+"""
+
+
+def test_an_audit_goes_on_where_it_was(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    command = [sys.executable, "-c", RESUMED]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "resumed\n", done.stdout + done.stderr
+
+
 FAULTS = """
 import sys
 from effdense.kernels import audit
