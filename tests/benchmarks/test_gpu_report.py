@@ -191,14 +191,19 @@ JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.device.a" name="bad[cuda]"><failure message="1 != 2"/></testcase>
 <testcase classname="tests.device.a" name="no[cuda]"><skipped message="why"/></testcase>
 </testsuite></testsuites>"""
+SKIPPED = """<testsuites><testsuite>
+<testcase classname="tests.device.a" name="no[cuda]"><skipped message="why"/></testcase>
+</testsuite></testsuites>"""
 
 
 @pytest.mark.parametrize(
     ("found", "verdicts"),
     [
-        (JUNIT, ["pass", "fail", "skipped"]),
-        ("<testsuites><testsuite/></testsuites>", ["fail"]),
-        (None, ["fail"]),
+        # of other tests a row together, and one for each that fails
+        (JUNIT, ["pass", "fail", "skipped", "fail", "fail"]),
+        (SKIPPED, ["skipped", "skipped"]),
+        ("<testsuites><testsuite/></testsuites>", ["fail", "fail"]),
+        (None, ["fail", "fail"]),
     ],
 )
 def test_tests_are_counted(
@@ -211,19 +216,18 @@ def test_tests_are_counted(
         return subprocess.CompletedProcess(command, 1, "said", "")
 
     monkeypatch.setattr(subprocess, "run", instead)
-    sheet = Sheet(tmp_path / "rows.jsonl", 10)
+    sheet = Sheet(tmp_path / "rows.jsonl", 100)
     tests_section.run(sheet, torch.device("cpu"), True)
     assert [row.verdict for row in rows_of(tmp_path / "rows.jsonl")] == verdicts
 
 
 @pytest.mark.slow
-def test_half_of_the_tests_on_devices_is_for_gpus() -> None:
-    listed = [sys.executable, "-m", "pytest", "--collect-only", "tests/device"]
-    done = subprocess.run(listed, cwd=REPOSITORY, capture_output=True, text=True)
-    names = re.findall(r"test_\w+\[[^\]]*\]", done.stdout)
-    halves = [sum(f"[{kind}" in name for name in names) for kind in ("cpu", "cuda")]
-    assert halves[0] == halves[1] > 20
-    assert sum(halves) == len(names)
-    subjects = ("naive", "save_modes", "autocast", "before_backward", "offloading", "converted")
-    for subject in (*subjects, "goes_on", "graphs"):
-        assert sum(subject in name and "[cuda" in name for name in names) > 0, subject
+def test_every_subject_has_tests_for_gpus() -> None:
+    files = tests_section.FILES.values()
+    listed = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu"]
+    done = subprocess.run(
+        [*listed, "tests/device", *files], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    counts = dict(re.findall(r"(tests/\S+): (\d+)", done.stdout))
+    assert counts.keys() == {"tests/device/test_on_a_device.py", *files}, done.stdout + done.stderr
+    assert sum(map(int, counts.values())) > 500

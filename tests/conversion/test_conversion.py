@@ -53,6 +53,9 @@ from tests.helpers.other_densenets import (
     Wrapped,
     WrongWidthChain,
 )
+from tests.helpers.places import placed
+
+everywhere = pytest.mark.usefixtures("device")
 
 # Importing other people's packages warns about matters of their own.
 pytestmark = [
@@ -154,7 +157,7 @@ def _pair(
 ) -> tuple[nn.Module, nn.Module]:
     """Twice the same model with norms as after training, nothing converted yet."""
     torch.manual_seed(0)
-    naive = build().to(dtype).train()
+    naive = placed(build().to(dtype).train())
     randomize_norms(naive)
     return copy.deepcopy(naive), naive
 
@@ -181,6 +184,7 @@ def _recomputed_in(model: nn.Module) -> int:
     return sum(getattr(m, "kind", "") == "dense block, recomputed" for m in model.modules())
 
 
+@everywhere
 @pytest.mark.parametrize("name", MODELS)
 def test_a_converted_model_equals_the_original(name: str) -> None:
     build, shape, stages, recomputed = MODELS[name]
@@ -201,7 +205,7 @@ def test_a_converted_model_equals_the_original(name: str) -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("save", [s for s in effdense.SAVE_MODES if s != "all"])
-@pytest.mark.usefixtures("each_backend", "nan_filled_memory")
+@pytest.mark.usefixtures("each_place", "nan_filled_memory")
 def test_biases_of_layers_get_their_gradients(save: str, frozen: bool) -> None:
     ours, naive = _pair(lambda: _fc_densenet(biases=True))
     _convert(ours, save)
@@ -257,6 +261,7 @@ def _full_size(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     return nets.DenseNet121(spatial_dims=3, in_channels=1, out_channels=2), (6, 1, 32, 32, 33)
 
 
+@everywhere
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm", "monai"])
 def test_a_full_densenet121_equals_the_original(name: str) -> None:
@@ -266,6 +271,7 @@ def test_a_full_densenet121_equals_the_original(name: str) -> None:
     assert_same_step(step(ours, images(*shape)), step(naive, images(*shape)))
 
 
+@everywhere
 @pytest.mark.parametrize("save", [*effdense.SAVE_MODES, ("input", "bottlenecks")])
 def test_save_modes_of_a_converted_model_equal_the_original(save: Any) -> None:
     ours, naive = _pair(_torchvision)
@@ -275,6 +281,7 @@ def test_save_modes_of_a_converted_model_equal_the_original(save: Any) -> None:
     assert stages_in(ours(x)) == (0 if save == "all" else 2)
 
 
+@everywhere
 @pytest.mark.parametrize("save", ["features", "input"])
 @pytest.mark.parametrize("layer", [AppendingBottleneck, PrependingBottleneck, SingleLayer])
 def test_either_order_of_concatenation_equals_the_original(layer: Any, save: Any) -> None:
@@ -287,6 +294,7 @@ def test_either_order_of_concatenation_equals_the_original(layer: Any, save: Any
 # ------------------------------------------------------------------------ dropout
 
 
+@everywhere
 def test_dropout_of_new_features_equals_the_original() -> None:
     ours, naive = _pair(lambda: _torchvision(drop_rate=0.3))
     effdense.convert(ours)
@@ -295,6 +303,7 @@ def test_dropout_of_new_features_equals_the_original() -> None:
         assert_same_step(step(ours, x), step(naive, x))
 
 
+@everywhere
 def test_channel_dropout_equals_the_original() -> None:
     ours, naive = _pair(lambda: _monai(3, dropout_prob=0.4, block_config=(3,)))
     effdense.convert(ours)
@@ -320,6 +329,7 @@ def _dropping_block(rate: float) -> nn.Module:
     return nn.Sequential(Wrapped(layers), nn.Flatten(1), nn.Linear(15 * 9 * 7, 2))
 
 
+@everywhere
 def test_dropout_that_is_not_of_new_features_is_recomputed() -> None:
     ours, naive = _pair(lambda: _dropping_block(0.4))
     effdense.convert(ours)
@@ -328,6 +338,7 @@ def test_dropout_that_is_not_of_new_features_is_recomputed() -> None:
     assert_same_step(_random_step(ours, x), _random_step(naive, x))
 
 
+@everywhere
 def test_dropout_that_is_turned_on_later_is_seen() -> None:
     ours, naive = _pair(lambda: _dropping_block(0.0))
     effdense.convert(ours)
@@ -411,6 +422,7 @@ def test_a_block_that_stops_qualifying_takes_the_originals_forward(name: str) ->
     assert_same_step(actual, expected._replace(buffers=actual.buffers))
 
 
+@everywhere
 def test_shared_norms_are_recomputed_in_the_originals_order() -> None:
     ours, naive = _pair(_torchvision)
     for model in (ours, naive):
@@ -422,6 +434,7 @@ def test_shared_norms_are_recomputed_in_the_originals_order() -> None:
     assert_same_step(step(ours, x), step(naive, x))
 
 
+@everywhere
 def test_a_block_used_twice_equals_the_original() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -601,6 +614,7 @@ def test_exported_to_onnx(tmp_path: Any) -> None:
     assert_close(torch.from_numpy(found), naive(x), 1e-4)
 
 
+@everywhere
 def test_freezing_and_unfreezing_between_steps(converted: Any) -> None:
     ours, naive, x = converted
     for frozen in (True, False):
@@ -613,6 +627,8 @@ def test_freezing_and_unfreezing_between_steps(converted: Any) -> None:
         assert_same_step(step(ours, x), step(naive, x))
 
 
+@everywhere
+@pytest.mark.real_device
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_types_train_and_infer(converted: Any, dtype: torch.dtype) -> None:
     """How narrow results compare with the original's is in test_precision.py."""

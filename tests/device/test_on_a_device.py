@@ -1,12 +1,12 @@
 """What must hold on any device, on the devices there are: nothing here needs more than torch.
 
 ``python -m benchmarks.gpu`` runs these on a GPU; where there is none, its half is skipped.
+Networks and images of the tests' helpers are on the fixture's device already.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor
 import effdense
 from effdense import SAVE_MODES, reference
 from effdense.backends.dropout import dropout_mask, layer_keys
-from effdense.backends.precision import float32_products
 from effdense.backends.select import get_backend
 from effdense.verification.comparison import relative_error
 from tests.helpers.compare import (
@@ -39,17 +38,10 @@ each_save = pytest.mark.parametrize("save", SAVE_MODES)
 IMAGES = (4, 3, 17, 15)
 
 
-@pytest.fixture(autouse=True)
-def _exactly() -> Iterator[None]:
-    with float32_products(False):
-        yield
-
-
 def pair(device: torch.device, kind: str, save: str = "features", **options: Any) -> Any:
     """Our network and the naive one, and a batch."""
     dtype = TYPES[kind][0]
-    ours, naive = twins(save, dtype=dtype, **options)
-    return ours.to(device), naive.to(device), images(*IMAGES, dtype=dtype).to(device)
+    return *twins(save, dtype=dtype, **options), images(*IMAGES, dtype=dtype)
 
 
 def assert_alike(actual: Step, expected: Step, tolerance: float) -> None:
@@ -120,6 +112,7 @@ def test_masks_are_the_same_bits_everywhere(dtype: torch.dtype, device: torch.de
 # ------------------------------------------------------------------ precision
 
 
+@pytest.mark.real_device
 def test_autocast_errs_no_more_than_the_naive_network(device: torch.device) -> None:
     ours, naive, x = pair(device, "float32")
     exact = step(pair(device, "float64")[1], x.double())
@@ -223,6 +216,7 @@ def random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
+@pytest.mark.real_device
 def test_a_run_goes_on_with_the_same_bits(device: torch.device) -> None:
     torch.use_deterministic_algorithms(True)
     try:
@@ -249,6 +243,7 @@ def test_a_run_goes_on_with_the_same_bits(device: torch.device) -> None:
         assert torch.equal(value, model.state_dict()[name]), name
 
 
+@pytest.mark.real_device
 def test_graphs_take_the_same_steps(device: torch.device, monkeypatch: Any) -> None:
     on_a_gpu = device.type == "cuda"
     if not on_a_gpu:

@@ -29,7 +29,7 @@ def launch(tmp_path: Path) -> Launch:
             text=True,
             timeout=timeout,
             cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
 
     return launch

@@ -35,6 +35,21 @@ def test_killed_and_started_again(published: str, uninterrupted: Path, tmp_path:
     assert final_state(tmp_path / "run") == final_state(uninterrupted)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
+def test_killed_and_started_again_on_a_gpu(tmp_path: Path) -> None:
+    run = [*RUN, "--device", "cuda", "--deterministic"]
+    with Ranks(tmp_path, [*run, "--work-dir", "whole"]) as ranks:
+        assert ranks.wait() == [0], ranks.said()
+    with Ranks(tmp_path, run) as ranks:
+        wait_for(lambda: (tmp_path / "run" / "checkpoints" / str(Position(1, 6))).exists())
+        ranks.kill()
+    with Ranks(tmp_path, run) as ranks:
+        assert ranks.wait() == [0], ranks.said()
+        assert "going on from epoch 1" in ranks.said()
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
+
+
 def test_synchronised_norms_killed_and_started_again(tmp_path: Path) -> None:
     """Shares of 22, 21 and 21 images in parts of 3: two processes' last ones are empty."""
     run = [*RUN, "--sync-batch-norm", "--accumulate", 8, "--epochs", 1]

@@ -37,6 +37,9 @@ from tests.helpers.compare import (
     step,
     twins,
 )
+from tests.helpers.places import place, placed
+
+pytestmark = pytest.mark.usefixtures("device")
 
 fused_saves = pytest.mark.parametrize("save", [s for s in SAVE_MODES if s != "all"])
 
@@ -46,7 +49,7 @@ def _block(save: str = "features") -> effdense.DenseBlock:
     block = effdense.DenseBlock(reference.dense_layers(2, 5, 4, 2)).double()
     randomize_norms(block)
     block.save = save  # type: ignore[assignment]
-    return block
+    return placed(block)
 
 
 # ---------------------------------------------------------------- in-place changes
@@ -113,7 +116,7 @@ def test_an_input_changed_in_place_before_backward_raises_or_changes_nothing(
 
 
 def test_a_transitions_input_changed_in_place_raises_where_it_is_not_copied() -> None:
-    transition = effdense.Transition(5, 3).double()
+    transition = placed(effdense.Transition(5, 3).double())
     x = images(2, 5, 6, 6)
     expected = step(transition, x)
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -192,11 +195,11 @@ def _alone(kind: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "any layers":
         layer = nn.Sequential(nn.Conv2d(5, 3, 3, padding=1), nn.Tanh())
-        return effdense.DenseBlock([layer]).double()
+        return placed(effdense.DenseBlock([layer]).double())
     if kind == "transition":
-        return effdense.Transition(5, 4).double()
+        return placed(effdense.Transition(5, 4).double())
     if kind == "stem":
-        return effdense.DenseNet(**SMALL | {"small_inputs": False}).double().features[:4]
+        return placed(effdense.DenseNet(**SMALL | {"small_inputs": False}).double().features[:4])
     return _block("bottlenecks" if kind == "bottlenecks" else "features")
 
 
@@ -246,6 +249,7 @@ def _saved_storages(model: nn.Module, x: Tensor) -> list[tuple[int, int]]:
     return saved
 
 
+@pytest.mark.real_device
 @fused_saves
 def test_saved_tensor_hooks_see_each_buffer_once_and_whole(save: str) -> None:
     ours, _ = twins(save, small_inputs=False)
@@ -276,6 +280,7 @@ def test_features_offloaded_to_host_memory_give_the_same_gradients(save: str) ->
         assert_identical(step(ours, x), expected)
 
 
+@pytest.mark.real_device
 @fused_saves
 def test_hooks_that_do_not_keep_strides_give_the_same_gradients(save: str) -> None:
     ours, _ = twins(save, small_inputs=False)
@@ -292,6 +297,7 @@ def test_hooks_that_do_not_keep_strides_give_the_same_gradients(save: str) -> No
         assert_same_step(step(ours, x), expected, 1e-12)
 
 
+@pytest.mark.real_device
 def test_forward_without_gradients_saves_nothing() -> None:
     ours, _ = twins()
     with torch.no_grad():
@@ -328,19 +334,21 @@ def test_no_reference_cycle_keeps_a_graph_alive(save: str) -> None:
 # ---------------------------------------------------------------- copies and transforms
 
 
+@pytest.mark.real_device
 def test_a_model_copies_pickles_and_moves_after_a_step() -> None:
     ours, _ = twins(small_inputs=False)
     x = images(2, 3, 37, 30)
     step(ours, x)
     expected = step(copy.deepcopy(ours), x)
     copies = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]
-    copies.append(copy.deepcopy(ours).to("meta").to_empty(device="cpu"))
+    copies.append(copy.deepcopy(ours).to("meta").to_empty(device=place()))
     copies[-1].load_state_dict(ours.state_dict())
     for model in copies:
         assert_identical(step(model, x), expected)
     assert not any(isinstance(v, Tensor) for m in ours.modules() for v in vars(m).values())
 
 
+@pytest.mark.real_device
 def test_moving_between_precisions_keeps_working() -> None:
     ours, _ = twins()
     ours.float()(images(2, 3, 8, 8, dtype=torch.float32)).sum().backward()
@@ -421,6 +429,7 @@ def test_an_outer_checkpoint_changes_nothing(part: str, reentrant: bool, save: s
 # ---------------------------------------------------------------- compilers and tracers
 
 
+@pytest.mark.only_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -435,6 +444,7 @@ def test_a_compiled_model_equals_naive(backend: str, training: bool) -> None:
         assert_same_step(step(ours, x, call=compiled), step(naive, x))
 
 
+@pytest.mark.only_cpu
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("converted", [False, True])
@@ -454,6 +464,7 @@ def test_compiling_for_two_sizes_meets_no_limit(converted: bool, caplog: Any) ->
     assert "recompile_limit" not in caplog.text
 
 
+@pytest.mark.only_cpu
 @pytest.mark.parametrize("config", [{}, {"small_inputs": False}, {"bn_size": None}])
 def test_export_gives_the_same_function(config: dict[str, Any]) -> None:
     ours, _ = twins(prepare=nn.Module.eval, **config)
@@ -462,6 +473,7 @@ def test_export_gives_the_same_function(config: dict[str, Any]) -> None:
     assert_close(exported(x), ours(x))
 
 
+@pytest.mark.only_cpu
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("config", [{}, {"small_inputs": False}, {"bn_size": None}])
 def test_trace_gives_the_same_function(config: dict[str, Any]) -> None:
@@ -474,6 +486,7 @@ def test_trace_gives_the_same_function(config: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- data parallelism
 
 
+@pytest.mark.only_cpu
 def test_data_parallel_is_refused_naming_ddp() -> None:
     ours, _ = twins()
     for name in ("", "features.denseblock1", "features.transition1"):
@@ -492,6 +505,7 @@ def one_process_group(tmp_path: Any) -> Any:
     dist.destroy_process_group()
 
 
+@pytest.mark.only_cpu
 @fused_saves
 @pytest.mark.usefixtures("one_process_group")
 @pytest.mark.parametrize(
@@ -550,6 +564,7 @@ def _rank_step(rank: int, store: str, results: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.only_cpu
 @pytest.mark.slow
 def test_two_processes_average_their_gradients(tmp_path: Any) -> None:
     results = str(tmp_path / "gradients.pt")

@@ -27,8 +27,9 @@ from tests.helpers.compare import (
     step,
     twins,
 )
+from tests.helpers.places import placed
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory", "each_backend")
+pytestmark = pytest.mark.usefixtures("each_place", "nan_filled_memory")
 
 saves = pytest.mark.parametrize("save", SAVE_MODES)
 fused_saves = pytest.mark.parametrize("save", [s for s in SAVE_MODES if s != "all"])
@@ -107,15 +108,15 @@ def test_dropout_equals_naive_with_the_same_masks(save: str, bn_size: int | None
 
 
 def test_dropout_drops_the_asked_fraction_of_new_features() -> None:
-    block = effdense.DenseBlock(reference.dense_layers(1, 4, 8, 2, 0.3))
-    kept = block(torch.randn(8, 4, 32, 32))[:, 4:] != 0
+    block = placed(effdense.DenseBlock(reference.dense_layers(1, 4, 8, 2, 0.3)))
+    kept = block(placed(torch.randn(8, 4, 32, 32)))[:, 4:] != 0
     assert ((kept.double().mean((0, 2, 3)) - 0.7).abs() < 0.03).all()
 
 
 def test_layers_and_forwards_drop_independently() -> None:
-    block = effdense.DenseBlock(reference.dense_layers(3, 4, 8, 2, 0.5))
-    first = block(torch.randn(4, 4, 16, 16))[:, 4:] != 0
-    again = block(torch.randn(4, 4, 16, 16))[:, 4:] != 0
+    block = placed(effdense.DenseBlock(reference.dense_layers(3, 4, 8, 2, 0.5)))
+    first = block(placed(torch.randn(4, 4, 16, 16)))[:, 4:] != 0
+    again = block(placed(torch.randn(4, 4, 16, 16)))[:, 4:] != 0
     masks = [*first.split(8, 1), *again.split(8, 1)]
     for i, a in enumerate(masks):
         for b in masks[:i]:
@@ -328,7 +329,7 @@ def _blocks(bn_size: int | None, **arguments: Any) -> tuple[Any, Any]:
     ours.load_state_dict(naive.state_dict())
     for name, value in arguments.items():
         setattr(ours, name, value)
-    return ours, naive
+    return placed(ours), placed(naive)
 
 
 @saves
@@ -367,8 +368,8 @@ def test_an_expanded_output_gradient_equals_naive() -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_transition_alone_equals_naive(shape: tuple[int, ...], channels_last: bool) -> None:
     torch.manual_seed(0)
-    naive = reference.Transition(6, 3).double()
-    ours = effdense.Transition(6, 3).double()
+    naive = placed(reference.Transition(6, 3).double())
+    ours = placed(effdense.Transition(6, 3).double())
     randomize_norms(naive)
     randomize_norms(ours)
     ours.load_state_dict(naive.state_dict())
@@ -435,8 +436,8 @@ def test_step_equals_torchvision(save: str, drop_rate: float) -> None:
         "drop_rate": drop_rate,
     }
     torch.manual_seed(0)
-    theirs = torchvision.models.DenseNet(**arguments).double()
-    ours = effdense.DenseNet(**arguments, save=save).double()  # type: ignore[arg-type]
+    theirs = placed(torchvision.models.DenseNet(**arguments).double())
+    ours = placed(effdense.DenseNet(**arguments, save=save).double())  # type: ignore[arg-type]
     randomize_norms(theirs)
     randomize_norms(ours)
     ours.load_state_dict(theirs.state_dict())
@@ -447,8 +448,8 @@ def test_step_equals_torchvision(save: str, drop_rate: float) -> None:
 
 def test_step_equals_torchvision_densenet121() -> None:
     torch.manual_seed(0)
-    theirs = torchvision.models.densenet121().double()
-    ours = effdense.densenet121().double()
+    theirs = placed(torchvision.models.densenet121().double())
+    ours = placed(effdense.densenet121().double())
     # Fresh norms would make norm0's weight gradient zero up to rounding: its ReLU, pooling
     # and the batch norms after it don't see a channel's scale.
     randomize_norms(theirs)

@@ -19,6 +19,9 @@ import effdense
 from effdense import SAVE_MODES, reference
 from effdense.verification.comparison import FLOOR, errors_by_kind
 from tests.helpers.compare import Step, images, norms_of, randomize_norms, step, twins
+from tests.helpers.places import place, placed
+
+pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.real_device]
 
 SEEDS = range(7)
 saves = pytest.mark.parametrize("save", [s for s in SAVE_MODES if s != "all"])
@@ -56,7 +59,7 @@ def _runner(
         exact.load_state_dict(naive.state_dict())
         dims = config.get("spatial_dims", 2)
         x = images(4, 3, *[{1: 64, 2: 32, 3: 16}[dims]] * dims, seed=seed).to(narrow)
-        with torch.autocast("cpu", dtype, enabled=autocast):
+        with torch.autocast(place().type, dtype, enabled=autocast):
             found = [step(model, x) for model in (ours, naive)]
         return found[0], found[1], step(exact, x.double())
 
@@ -110,7 +113,7 @@ def test_error_where_a_channels_mean_exceeds_its_deviation(
 @saves
 def test_double_input_stays_double_under_autocast(save: str) -> None:
     ours, _ = twins(save)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(place().type, torch.bfloat16):
         block = ours.features.get_submodule("denseblock1")
         assert block(images(2, 6, 8, 8)).dtype == torch.float64
 
@@ -157,10 +160,10 @@ def test_error_of_recomputed_layers(dtype: torch.dtype, autocast: bool) -> None:
         naive = _Recomputed(reference.DenseBlock)
         ours = _Recomputed(effdense.DenseBlock)
         narrow = torch.float32 if autocast else dtype
-        naive.to(narrow), ours.to(narrow).load_state_dict(naive.state_dict())
+        placed(naive.to(narrow)), placed(ours.to(narrow)).load_state_dict(naive.state_dict())
         exact = copy.deepcopy(naive).double()
         x = images(2, 3, 9, 10, seed=seed).to(narrow)
-        with torch.autocast("cpu", dtype, enabled=autocast):
+        with torch.autocast(place().type, dtype, enabled=autocast):
             found = [step(model, x) for model in (ours, naive)]
         return found[0], found[1], step(exact, x.double())
 

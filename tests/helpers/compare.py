@@ -23,6 +23,7 @@ from effdense.verification.comparison import Step, randomize_norms, relative_err
 from effdense.verification.comparison import norms_of as norms_of
 from effdense.verification.comparison import step as step
 from effdense.verification.comparison import weighted_sum as loss_of  # noqa: F401, for tests
+from tests.helpers.places import generator, place, placed
 
 GRADIENT_TOLERANCE = 1e-10
 BUFFER_TOLERANCE = 1e-12
@@ -104,12 +105,12 @@ def twins(
     if prepare is not None:
         prepare(naive)
         prepare(ours)
-    return ours, naive
+    return placed(ours), placed(naive)
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    numbers = torch.Generator().manual_seed(seed)
+    return placed(torch.randn(shape, generator=numbers, dtype=torch.float64).to(dtype))
 
 
 def stages_in(*outputs: Tensor) -> int:
@@ -126,18 +127,19 @@ def shared_masks(seed: int, block_config: Sequence[int]) -> Iterator[None]:
     """
     layers = [(block, layer) for block, n in enumerate(block_config) for layer in range(n)]
     order = itertools.cycle(layers)
-    generator = torch.Generator()
+    numbers = generator()
     seeds: dict[int, Tensor] = {}
 
     def dropout(new: Tensor, p: float, training: bool = True) -> Tensor:
         block, layer = next(order)
         if (block, layer) == (0, 0):
             seeds.clear()
-            generator.manual_seed(seed)
+            numbers.manual_seed(seed)
         if not training:
             return new
         if block not in seeds:
-            seeds[block] = torch.empty((), dtype=torch.int64).random_(generator=generator)
+            empty = torch.empty((), dtype=torch.int64, device=place())
+            seeds[block] = empty.random_(generator=numbers)
         n, k, *spatial = new.shape
         mask = new.new_empty(new.numel() // k, k)
         dropout_mask(layer_keys(seeds[block], layer + 1)[layer], p, mask)

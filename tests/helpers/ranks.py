@@ -69,6 +69,8 @@ def _main(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    if "cuda" not in arguments:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     # for one that stands still; its loader processes, which are forks, inherit it
     faulthandler.register(signal.SIGUSR2)

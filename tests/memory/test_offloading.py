@@ -16,6 +16,7 @@ import effdense
 from effdense import reference
 from effdense.block import offloading
 from tests.helpers.measure_memory import measure
+from tests.helpers.places import placed
 
 
 def gradients(model: torch.nn.Module, x: Tensor) -> list[Tensor]:
@@ -40,6 +41,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return found
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("save", [*effdense.SAVE_MODES, ("input", "all")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_gradients_are_the_same_bits(
@@ -47,7 +49,7 @@ def test_gradients_are_the_same_bits(
 ) -> None:
     monkeypatch.setattr(offloading, "MIN_BYTES", 1)
     model = effdense.DenseNet(6, (3, 4), 10, drop_rate=0.1, num_classes=7, save=save).to(dtype)
-    x = torch.randn(3, 3, 64, 48).to(dtype)
+    model, x = placed(model), placed(torch.randn(3, 3, 64, 48).to(dtype))
     torch.manual_seed(1)
     here = gradients(model, x)
     model.offload = True
@@ -59,8 +61,9 @@ def test_gradients_are_the_same_bits(
     assert all(torch.equal(a, b) for a, b in zip(here, away, strict=True))
 
 
+@pytest.mark.usefixtures("device")
 def test_any_network_by_the_context(sent: list[Tensor]) -> None:
-    model, x = reference.densenet_bc(22, 12), torch.randn(16, 3, 32, 32)
+    model, x = placed(reference.densenet_bc(22, 12)), placed(torch.randn(16, 3, 32, 32))
     here = gradients(model, x)
     model.zero_grad()
     x.requires_grad_()
@@ -95,11 +98,13 @@ def _open_files(folder: Path) -> int:
     return sum(target.startswith(str(folder)) for target in targets)
 
 
+@pytest.mark.usefixtures("device")
+@pytest.mark.real_device
 def test_the_layout_comes_back() -> None:
     for x in (
-        torch.randn(5, 64, 32, 32).to(memory_format=torch.channels_last),
-        torch.randn(300, 2000).t(),
-        torch.randn(1, 1 << 19)[:, 5:],
+        placed(torch.randn(5, 64, 32, 32)).to(memory_format=torch.channels_last),
+        placed(torch.randn(300, 2000)).t(),
+        placed(torch.randn(1, 1 << 19))[:, 5:],
     ):
         kept = offloading._send(x, None)
         back = offloading._fetch(kept)

@@ -23,6 +23,9 @@ from tests.helpers.compare import (
     stages_in,
     step,
 )
+from tests.helpers.places import place, placed
+
+pytestmark = pytest.mark.usefixtures("device")
 
 saves = pytest.mark.parametrize("save", ["features", "bottlenecks", "input"])
 
@@ -41,7 +44,12 @@ class _Noisy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.calls += 1
-        return self.conv(torch.sin(x)) * self.gamma * self.calls * torch.rand(1, dtype=x.dtype)
+        return (
+            self.conv(torch.sin(x))
+            * self.gamma
+            * self.calls
+            * torch.rand(1, dtype=x.dtype, device=x.device)
+        )
 
 
 def _layer(width: int, growth: int) -> nn.Module:
@@ -86,7 +94,7 @@ def _blocks(make: Callable[[int, int], nn.Module], growths: Any = (3, 3, 3)) -> 
     layers = [make(width, growth) for width, growth in zip(widths, growths, strict=False)]
     naive = reference.DenseBlock(layers).double()
     randomize_norms(naive)
-    return effdense.DenseBlock(copy.deepcopy(layers)), naive
+    return placed(effdense.DenseBlock(copy.deepcopy(layers))), placed(naive)
 
 
 def _step(block: nn.Module, x: Tensor) -> Any:
@@ -143,7 +151,7 @@ def test_layers_that_are_bn_relu_conv_run_fused() -> None:
         )
         for width in (5, 9)
     ]
-    naive = reference.DenseBlock(layers).double()
+    naive = placed(reference.DenseBlock(layers).double())
     randomize_norms(naive)
     ours = effdense.DenseBlock(copy.deepcopy(layers))
     x = images(2, 5, 6, 7)
@@ -160,6 +168,7 @@ def test_random_numbers_after_backward_are_those_of_the_naive_block() -> None:
     assert torch.equal(*after)
 
 
+@pytest.mark.real_device
 def test_autocast_is_the_same_in_the_second_run() -> None:
     seen: list[torch.dtype] = []
 
@@ -174,10 +183,10 @@ def test_autocast_is_the_same_in_the_second_run() -> None:
             return new
 
     torch.manual_seed(0)
-    ours = effdense.DenseBlock([Layer(3), Layer(5)])
+    ours = placed(effdense.DenseBlock([Layer(3), Layer(5)]))
     naive = reference.DenseBlock(copy.deepcopy(list(ours.values())))
     x = images(2, 3, 4, 5, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(place().type, torch.bfloat16):
         outputs = [ours(x), naive(x)]
     for output in outputs:
         loss_of(output).backward()
@@ -271,6 +280,7 @@ def test_layers_must_be_modules() -> None:
         effdense.DenseBlock([F.relu])  # type: ignore[list-item]
 
 
+@pytest.mark.real_device
 def test_eval_holds_one_copy_of_the_features() -> None:
     ours, naive = _blocks(_layer)
     ours.eval(), naive.eval()
