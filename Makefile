@@ -10,9 +10,8 @@
 # make chaos   kill runs at random, and of any two options together; each must end with the same bits
 # make soak    two hours of a run that is killed ten times: does it take more and more of anything?
 # make gpu     whether all is right, small and fast on a GPU: gpu-report/, ten minutes
-# make bench   memory, speed and scaling measured anew, kept in benchmarks/results/, in the tables
-# make figures the pictures in benchmarks/figures/ but precision.png, which plot makes of two runs;
-#              benchmarks whose results/figures/*.csv is there are not run again
+# make bench   all that the documentation shows measured at this revision, kept in
+#              benchmarks/results/, its tables and pictures made of it; hours, resumable
 # of Material for MkDocs, about a version to come
 export NO_MKDOCS_2_WARNING := 1
 
@@ -23,7 +22,7 @@ BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 
-.PHONY: train test quick oldest check docs dist audit chaos soak gpu bench figures install clean
+.PHONY: train test quick oldest check docs dist audit chaos soak gpu bench install clean
 
 install: $(STAMP)
 
@@ -83,56 +82,10 @@ chaos: $(STAMP)
 soak: $(STAMP)
 	PYTHONPATH=benchmarks $(BIN)/python -m tests.helpers.soak $(ARGS)
 
-MEASURED := results/bench
-RACE := --providers naive naive-channels-last checkpoint effdense-bottlenecks effdense-features
-
-# minutes to hours; results are kept only of a revision that is committed
+# hours, at a revision that is committed; interrupted, it goes on where it was
 bench: $(STAMP)
-	$(BIN)/python benchmarks/memory.py --depth 100 --growth-rate 12 --batch-size 64 --threads 1 --output $(MEASURED)/memory-100.csv
-	$(BIN)/python benchmarks/memory.py --depth 250 --threads 1 --output $(MEASURED)/memory-250.csv
-	$(BIN)/python benchmarks/memory.py --depth 1000 --growth-rate 12 --batch-size 8 --memory-limit 8GiB --threads 1 --providers naive effdense-features effdense-input --output $(MEASURED)/memory-1000.csv
-	$(BIN)/python benchmarks/memory.py --sweep depth --growth-rate 12 --batch-size 8 --providers naive checkpoint effdense-bottlenecks effdense-features --output $(MEASURED)/memory-depth.csv
-	$(BIN)/python benchmarks/throughput.py --depth 100 --growth-rate 12 --batch-size 64 $(RACE) --output $(MEASURED)/throughput-100.csv
-	$(BIN)/python benchmarks/throughput.py --depth 250 --growth-rate 24 --batch-size 16 --no-strict $(RACE) --output $(MEASURED)/throughput-250.csv
-	$(BIN)/python benchmarks/throughput.py --arch densenet121 --image-size 224 --batch-size 8 $(RACE) --output $(MEASURED)/throughput-121.csv
-	$(BIN)/python benchmarks/scaling.py --processes 1 2 4 --output $(MEASURED)/scaling.csv
-	$(BIN)/python benchmarks/report.py --add $(MEASURED)/*.csv
-
-# Each picture from its benchmark's rows; a benchmark that fails leaves none.
-FIGURES := memory-depth throughput timeline convergence pareto estimates
-ROWS := results/figures
-
-.DELETE_ON_ERROR:
-
-figures: $(FIGURES:%=benchmarks/figures/%.png) benchmarks/figures/graph.svg
-
-# needs Graphviz's dot, and says so
-benchmarks/figures/graph.svg: | $(STAMP)
-	$(BIN)/python -m effdense graph densenet_bc --depth 40 --output $@
-
-benchmarks/figures/%.png: $(ROWS)/%.csv
-	$(BIN)/python benchmarks/draw.py $(ROWS)/$**.csv --output $@
-
-$(ROWS)/memory-depth.csv: | $(STAMP)
-	$(BIN)/python benchmarks/memory.py --sweep depth --growth-rate 12 --batch-size 8 --providers naive checkpoint effdense-bottlenecks effdense-features --output $@
-
-$(ROWS)/throughput.csv: | $(STAMP)
-	$(BIN)/python benchmarks/throughput.py --depth 100 --growth-rate 12 --batch-size 64 $(RACE) --output $@
-	$(BIN)/python benchmarks/throughput.py --depth 250 --growth-rate 24 --batch-size 16 $(RACE) --output $(ROWS)/throughput-2.csv
-	$(BIN)/python benchmarks/throughput.py --arch densenet121 --image-size 224 --batch-size 8 $(RACE) --output $(ROWS)/throughput-3.csv
-
-$(ROWS)/timeline.csv: | $(STAMP)
-	$(BIN)/python benchmarks/timeline.py --output $@
-
-$(ROWS)/convergence.csv: | $(STAMP)
-	$(BIN)/python benchmarks/convergence.py --output $@
-
-$(ROWS)/pareto.csv: | $(STAMP)
-	$(BIN)/python benchmarks/pareto.py --depth 250 --growth-rate 24 --batch-size 16 --steps 1 --output $@
-
-# predictions that miss are drawn too
-$(ROWS)/estimates.csv: | $(STAMP)
-	-$(BIN)/python benchmarks/estimates.py --output $@
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info

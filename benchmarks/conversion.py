@@ -16,9 +16,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 from harness import child, packages
+from harness.case import Case
 from harness.case import Options as CommonOptions
 from harness.results import Recorder, mebibytes, quantiles
 from tyro.conf import arg
@@ -37,6 +38,10 @@ class Options(CommonOptions):
         int | None, arg(metavar="IMAGES", help_behavior_hint="(default: 4 or 8, by model)")
     ] = None
     """At once."""
+    image_size: Annotated[
+        int | None, arg(metavar="PIXELS", help_behavior_hint="(default: by model)")
+    ] = None
+    """Along each dimension."""
     rounds: int = 5
     """Timed."""
 
@@ -53,9 +58,8 @@ def run(options: Options) -> None:
     with Recorder(path, "conversion", "cpu", options.threads) as recorder:
         print(headline(recorder.environment))
         for arch in options.models or packages.MODELS:
-            rows.append(
-                measure(arch, options.batch_size, options.rounds, options.threads, recorder)
-            )
+            case = packages.case(arch, options.batch_size, options.image_size)
+            rows.append(measure(case, options.rounds, options.threads, recorder))
             print(f"{arch}: done", file=sys.stderr)
     header = ["model, input", "original", "converted", "ratio", "inference", "converted", "ratio"]
     header += ["s/step", "converted", "s/inference", "converted"]
@@ -64,11 +68,9 @@ def run(options: Options) -> None:
     print(f"\n{path}")
 
 
-def measure(
-    arch: packages.ModelName, batch_size: int | None, rounds: int, threads: int, recorder: Recorder
-) -> list[str]:
+def measure(case: Case, rounds: int, threads: int, recorder: Recorder) -> list[str]:
     """A row of the table; what can't be measured is blank and its reason a row of the CSV."""
-    package, case = packages.MODELS[arch], packages.case(arch, batch_size)
+    package = packages.MODELS[cast(packages.ModelName, case.arch)]
     name = f"`{package.line}`, {case.batch_size} x {case.size}"
     if importlib.util.find_spec(package.module) is None:
         recorder.add("original", case, "peak", None, "B", status="not installed")

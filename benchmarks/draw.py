@@ -21,6 +21,7 @@ from effdense.commands import front_end
 from effdense.errors import UserError
 
 DRAWN = {"memory", "throughput", "scaling", "estimates", "pareto", "timeline", "convergence"}
+DRAWN |= {"precision"}
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,23 @@
-"""Tables of the documentation, from the results that are kept in benchmarks/results/.
+"""Tables and pictures of the documentation, from the results kept in benchmarks/results/.
 
-    python benchmarks/report.py                       # writes every table anew
+    python benchmarks/report.py                       # writes every table, draws every picture
     python benchmarks/report.py --add results/*.csv   # keeps new results first
 
 A table stands in a page between <!-- table: NAME --> and <!-- end -->; nothing between them is
-written by hand. A results file is of one machine, date and revision; of the same figure measured
-in several, the newest is shown, and below each table stands where its figures are from.
+written by hand. A folder of results is of one machine, date and revision; of the same figure
+measured in several, the newest is shown, and below each table stands where its figures are from.
 """
 
 from __future__ import annotations
 
 import csv
+import importlib
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,7 +25,9 @@ from typing import Annotated
 
 from harness import counts, results
 from harness.case import Case
+from harness.kept import KEPT, ROOT, kept_folder, note_environment
 from harness.packages import MODELS
+from harness.pictures import picture
 from harness.results import Row, mebibytes, quantiles
 from installation import STEPS
 from tyro.conf import arg
@@ -30,8 +36,7 @@ from effdense.commands import front_end
 from effdense.errors import UserError
 from effdense.machine.tables import table
 
-ROOT = Path(__file__).resolve().parents[1]
-KEPT = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "benchmarks" / "figures"
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 NAMES = {
@@ -49,6 +54,16 @@ NAMES = {
 SHARE = "speed, of naive-channels-last's"
 DEEP = Case("densenet_bc", 250, 24, 32, 32)
 THOUSAND = Case("densenet_bc", 1000, 12, 8, 32)
+# a picture's name, and the measurements of bench.py that it shows
+PICTURES = {
+    "memory-depth": ("memory-depth",),
+    "throughput": ("throughput-100", "throughput-250", "throughput-121"),
+    "timeline": ("timeline",),
+    "convergence": ("convergence",),
+    "precision": ("precision",),
+    "estimates": ("estimates",),
+    "pareto": ("pareto",),
+}
 # what the README's six rows are of
 FRONT = Case("densenet_bc", 100, 12, 64, 32)
 SIX = (
@@ -69,8 +84,8 @@ class Options:
     add: Annotated[
         tuple[Path, ...], arg(metavar="CSV", help_behavior_hint="(default: nothing new)")
     ] = ()
-    """Results to be kept: moved into the file of their machine, date and revision, where they
-    take the place of the same figures."""
+    """Results to be kept: in the folder of their machine, date and revision, where they take the
+    place of the same figures."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,43 +97,71 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: Options) -> None:
     for path in options.add:
         try:
-            print(keep(results.read(path)))
+            print(keep(results.read(path), path.stem))
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from None
     for page, text in written().items():
         if text != page.read_text(encoding="utf-8"):
             page.write_text(text, encoding="utf-8")
             print(page.relative_to(ROOT))
+    for path in drawn():
+        print(path.relative_to(ROOT))
 
 
-def keep(rows: Sequence[Row], folder: Path = KEPT) -> Path:
-    """Add rows of one run to the file of their machine, date and revision.
+def keep(rows: Sequence[Row], name: str, folder: Path = KEPT) -> Path:
+    """Add rows of one run to the results of their machine, date and revision, under a name.
 
     Raises:
         UserError: where nobody could measure them again.
     """
     if not rows:
         raise UserError("no rows to keep")
-    first = rows[0]
-    if "+" in first["git_revision"] or first["git_revision"] == "unknown":
-        raise UserError(
-            f"results are kept of a revision that is there, got {first['git_revision']!r}; commit "
-            "and measure again"
-        )
     if any(row["kind"] == "projection" for row in rows):
         raise UserError("projections are not kept: they are no measurements")
-    machine = re.sub(r"\((r|tm)\)", "", (first["gpu"] or first["processor"]).lower())
-    machine = re.sub(r"[^a-z0-9]+", "-", machine).strip("-")
-    path = folder / f"{machine}-{first['date'][:10]}-{first['git_revision'][:7]}.csv"
+    own = kept_folder(rows[0], folder)
+    own.mkdir(parents=True, exist_ok=True)
     new = {_figure(row) for row in rows}
-    before = results.read(path) if path.exists() else []
+    path = own / f"{name}.csv"
+    for other in {*own.glob("*.csv"), path}:
+        before = results.read(other) if other.exists() else []
+        still = [row for row in before if _figure(row) not in new]
+        if other == path or len(still) < len(before):
+            _write_rows(other, [*still, *(rows if other == path else ())])
+    note_environment(own, rows[0])
+    return path
+
+
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
     with path.open("w", newline="") as file:
         columns = [*results.RESULT_COLUMNS, *results.ENVIRONMENT_COLUMNS]
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows([row for row in before if _figure(row) not in new])
         writer.writerows(rows)
-    return path
+
+
+def drawn() -> Iterator[Path]:
+    """Draw every picture of which some machine's results hold all that it shows, the newest's."""
+    for name, measured in PICTURES.items():
+        folders = [
+            folder
+            for folder in KEPT.iterdir()
+            if all((folder / f"{each}.csv").exists() for each in measured)
+        ]
+        if folders:
+            newest = max(folders, key=lambda folder: _date(folder / f"{measured[0]}.csv"))
+            paths = [newest / f"{each}.csv" for each in measured]
+            benchmark = importlib.import_module(results.read(paths[0])[0]["benchmark"])
+            picture(benchmark.draw, paths, FIGURES / f"{name}.png")
+            yield FIGURES / f"{name}.png"
+    if shutil.which("dot"):
+        graph = ["graph", "densenet_bc", "--depth", "40", "--output", str(FIGURES / "graph.svg")]
+        subprocess.run([sys.executable, "-m", "effdense", *graph], check=True, cwd=ROOT)
+    else:
+        print("graph.svg stays as it is: Graphviz's dot is not installed", file=sys.stderr)
+
+
+def _date(path: Path) -> str:
+    return results.read(path)[0]["date"]
 
 
 def written() -> dict[Path, str]:
@@ -169,7 +212,7 @@ class Kept:
 
     @classmethod
     def read(cls, folder: Path = KEPT) -> Kept:
-        return cls(row for path in sorted(folder.glob("*.csv")) for row in results.read(path))
+        return cls(row for path in sorted(folder.glob("*/*.csv")) for row in results.read(path))
 
     def of(self, benchmark: str, metric: str, case: Case | None = None, **columns: str) -> Kept:
         """The rows of a metric that have these values."""
@@ -445,15 +488,13 @@ def _mean(rows: Sequence[Row]) -> str:
 def conversion(kept: Kept) -> str:
     """Other packages' models as they come and converted."""
     cells, sources = [], []
-    for arch in kept.of("conversion", "peak").values("arch"):
-        model = MODELS[arch]  # type: ignore[index]
-        row = [
-            f"`{model.line}`, {model.batch_size} x {'x'.join([str(model.image_size)] * model.dims)}"
-        ]
+    for case in dict.fromkeys(_case(row) for row in kept.of("conversion", "peak").rows):
+        model = MODELS[case.arch]  # type: ignore[index]
+        row = [f"`{model.line}`, {case.batch_size} x {case.size}"]
         for metric in ("peak", "inference peak", "training seconds", "inference seconds"):
             both = []
             for provider in ("original", "converted"):
-                own = kept.of("conversion", metric, arch=arch).newest(provider=provider)
+                own = kept.of("conversion", metric, case).newest(provider=provider)
                 sources += own
                 both.append(_quantiles(own)[0] if own else None)
             if None in both:

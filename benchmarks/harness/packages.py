@@ -97,11 +97,16 @@ MODELS: dict[ModelName, PackageModel] = {
 }
 
 
-def case(arch: ModelName, batch_size: int | None = None, device: str = "cpu") -> Case:
-    """A package's model at its usual input."""
+def case(
+    arch: ModelName,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    device: str = "cpu",
+) -> Case:
+    """A package's model at its usual input, or at another."""
     model = MODELS[arch]
-    batch_size = batch_size or model.batch_size
-    return Case(arch, 0, 0, batch_size, model.image_size, device=device, spatial_dims=model.dims)
+    batch_size, image_size = batch_size or model.batch_size, image_size or model.image_size
+    return Case(arch, 0, 0, batch_size, image_size, device=device, spatial_dims=model.dims)
 
 
 def setup(provider: str, case: Case) -> Training:

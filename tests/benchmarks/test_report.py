@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,42 +37,43 @@ def test_pages_say_what_the_results_say() -> None:
 
 
 def test_every_result_is_of_a_known_machine_and_revision() -> None:
-    files = sorted(report.KEPT.glob("*.csv"))
-    assert files
-    for path in files:
-        found = results.read(path)
+    folders = sorted(report.KEPT.iterdir())
+    assert folders
+    for folder in folders:
+        found = [row for path in folder.glob("*.csv") for row in results.read(path)]
         assert {row["kind"] for row in found} <= {"measured", "formula"}
         assert all(row["processor"] and row["command"] and row["torch"] for row in found)
-        days, revisions = ({row[name][:n] for row in found} for name, n in DAY_AND_REVISION)
-        (day,), (revision,) = days, revisions
-        assert path.stem.endswith(f"-{day}-{revision}")
-
-
-DAY_AND_REVISION: Any = (("date", 10), ("git_revision", 7))
+        (revision,) = {row["git_revision"][:7] for row in found}
+        # gone on with on later days, perhaps
+        day = min(row["date"] for row in found)[:10]
+        assert folder.name.endswith(f"-{day}-{revision}")
+        assert {path.suffix for path in folder.iterdir()} <= {".csv", ".json"}
 
 
 def test_results_are_kept_by_machine_day_and_revision(tmp_path: Path) -> None:
     first = rows(tmp_path, 10, date="2026-01-02T03:04:05+00:00")
-    path = report.keep(first, tmp_path)
-    assert path.name == "some-cpu-2026-01-02-0123456.csv"
+    path = report.keep(first, "one", tmp_path)
+    assert path == tmp_path / "some-cpu-2026-01-02-0123456" / "one.csv"
     # measured again, the same figure is replaced, and others stay
     other = [row | {"provider": "checkpoint"} for row in first]
-    report.keep(other, tmp_path)
-    report.keep(rows(tmp_path, 20, date="2026-01-02T04:00:00+00:00"), tmp_path)
-    found = results.read(path)
-    assert {(row["provider"], int(row["value"]) >> 20) for row in found} == {
+    report.keep(other, "one", tmp_path)
+    report.keep(rows(tmp_path, 20, date="2026-01-02T04:00:00+00:00"), "two", tmp_path)
+    found = report.Kept.read(tmp_path).rows
+    assert [(row["provider"], int(row["value"]) >> 20) for row in found] == [
         ("checkpoint", 10),
         ("naive", 20),
-    }
+    ]
+    about = json.loads((path.parent / "environment.json").read_text())
+    assert about["processor"] == "Some CPU (R)"
 
 
 def test_what_nobody_can_measure_again_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="commit"):
-        report.keep(rows(tmp_path, 10, git_revision="0123456789ab+"), tmp_path)
+        report.keep(rows(tmp_path, 10, git_revision="0123456789ab+"), "one", tmp_path)
     with pytest.raises(UserError, match="no measurements"):
-        report.keep(rows(tmp_path, 10, kind="projection"), tmp_path)
+        report.keep(rows(tmp_path, 10, kind="projection"), "one", tmp_path)
     with pytest.raises(UserError, match="no rows"):
-        report.keep([], tmp_path)
+        report.keep([], "one", tmp_path)
 
 
 def test_the_newest_run_is_shown(tmp_path: Path) -> None:
