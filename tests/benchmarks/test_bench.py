@@ -21,11 +21,10 @@ HERE = {
     **{"processor": "Some CPU(R) 9", "git_revision": REVISION, "date": "2026-01-02T03:04:05"},
     **{"threads": 1, "cores": 2, "memory_bytes": 8 << 30},
 }
+COLUMNS = json.dumps([*results.RESULT_COLUMNS, *results.ENVIRONMENT_COLUMNS])
 WRITES = """
-import csv, sys
-from pathlib import Path
-from harness import results
-row = dict.fromkeys([*results.RESULT_COLUMNS, *results.ENVIRONMENT_COLUMNS], "")
+import csv, json, sys
+row = dict.fromkeys(json.loads(sys.argv[4]), "")
 row |= {"git_revision": sys.argv[1], "date": "2026-01-03", "benchmark": "memory"}
 with open(sys.argv[-1], "w") as file:
     writer = csv.DictWriter(file, list(row)); writer.writeheader(); writer.writerow(row)
@@ -42,7 +41,9 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def each(revision: str = REVISION, second: int = 1) -> tuple[bench.Measurement, ...]:
         words = ("-c", WRITES, revision)
         return tuple(
-            bench.Measurement(name, shlex.join([*words, str(tmp_path / name), str(status)]), 7)
+            bench.Measurement(
+                name, shlex.join([*words, str(tmp_path / name), str(status), COLUMNS]), 7
+            )
             for name, status in (("first", 0), ("second", second))
         )
 
@@ -86,7 +87,8 @@ def test_what_is_there_is_not_measured_again(
     monkeypatch.setattr(bench, "environment", lambda *_: HERE | {"git_revision": other})
     capsys.readouterr()
     assert bench.run(bench.Options(only=("f*",), results=tmp_path / "results")) == 0
-    assert "first, about 0 minutes; with all that follow 0" in capsys.readouterr().out
+    took = f"{about['seconds']['first'] / 60:.0f}"
+    assert f"first, about {took} minutes; with all that follow {took}" in capsys.readouterr().out
     assert measured(tmp_path, "first") == 2
 
 
