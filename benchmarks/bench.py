@@ -148,6 +148,7 @@ MEASUREMENTS = (
     Measurement("precision", "benchmarks/precision.py", 2),
     Measurement("installation", "benchmarks/installation.py", 6),
     Measurement("chaos", "-m tests.helpers.chaos", 20),
+    Measurement("soak", "-m tests.helpers.soak", 125),
 )
 
 
