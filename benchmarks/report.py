@@ -47,6 +47,7 @@ NAMES = {
     "checkpoint": "checkpointed (`torch.utils.checkpoint` per layer)",
     "compile": "`torch.compile` of naive",
     "compile-channels-last": "`torch.compile` of naive, channels-last",
+    "compile-channels-last:max-autotune": "`torch.compile` of naive, channels-last, `max-autotune`",
     "effdense-bottlenecks": 'effdense, `save="bottlenecks"`',
     "effdense-features": 'effdense, `save="features"`',
     "effdense-input": 'effdense, `save="input"`',

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from harness.devices import DEVICES, Device, DeviceName
 from harness.measure import predicted_peak
 from harness.pictures import colour, describe
 from harness.results import Recorder, Row, quantiles
-from harness.speed import Race, WorkerError, machine_peaks
+from harness.speed import Race, WorkerError, machine_peaks, peaks_seconds
 from tqdm import tqdm
 from tyro.conf import arg
 
@@ -48,6 +49,8 @@ DEFAULT = (
     "effdense-features",
 )
 PROJECTED = ("naive", "checkpoint", "effdense-bottlenecks", "effdense-features", "effdense-input")
+# seconds between lines of progress, where there is no terminal
+QUIET = 30
 BASELINES = ("naive", "naive-channels-last", "compile", "compile-channels-last")
 
 
@@ -130,42 +133,51 @@ def race(options: Options, case: Case, names: Sequence[str], recorder: Recorder)
                 )
     red = False
     times: dict[str, list[float]] = {}
-    with Race([name for name in names if name not in out], case, options.threads) as racers:
-        gates = [("same dtype", racers.disagreements())]
-        if not options.no_strict:
-            gates.append(("float64", racers.disagreements(strict=True)))
-        for gate, found in gates:
-            for name, each in found.items():
-                recorder.add(
-                    name,
-                    case,
-                    f"gradient error, {gate}",
-                    each.gradient,
-                    "1",
-                    status="red" if each.red else "agrees",
-                    detail=each.describe(),
-                )
-                if each.red:
-                    red = True
-                    racers.failures[name] = f"DISAGREES with the naive net: {each.describe()}"
-        verdict = "NOT all" if red else "all"
-        print(
-            f"{verdict} compute what the naive net computes: loss and gradients compared in "
-            f"{case.dtype}{'' if options.no_strict else ' and in float64'}"
-        )
-        minutes = racers.warm_up(options.seconds, options.steps) * options.rounds / 60
-        print(f"about {minutes:.1f} minutes for {options.rounds} rounds")
-        rounds = racers.rounds(options.rounds)
-        for i, taken in enumerate(
-            tqdm(rounds, total=options.rounds, desc="rounds", file=sys.stderr, disable=None)
-        ):
-            for name, seconds in taken.items():
-                times.setdefault(name, []).append(seconds)
-                recorder.add(
-                    name, case, "step time", seconds, "s", sample=i, steps=racers.steps[name]
-                )
-        out |= racers.failures
-    peaks = machine_peaks(case, options.threads, options.seconds)
+    entered = [name for name in names if name not in out]
+    with Status() as status:
+        with Race(entered, case, options.threads, status.say) as racers:
+            gates = [("same dtype", racers.disagreements())]
+            if not options.no_strict:
+                gates.append(("float64", racers.disagreements(strict=True)))
+            for gate, found in gates:
+                for name, each in found.items():
+                    recorder.add(
+                        name,
+                        case,
+                        f"gradient error, {gate}",
+                        each.gradient,
+                        "1",
+                        status="red" if each.red else "agrees",
+                        detail=each.describe(),
+                    )
+                    if each.red:
+                        red = True
+                        racers.failures[name] = f"DISAGREES with the naive net: {each.describe()}"
+            verdict = "NOT all" if red else "all"
+            status.print(
+                f"{verdict} compute what the naive net computes: loss and gradients compared in "
+                f"{case.dtype}{'' if options.no_strict else ' and in float64'}"
+            )
+            a_round = racers.warm_up(options.seconds, options.steps)
+            foretold = options.rounds * a_round
+            foretold += peaks_seconds(options.seconds, racers.start_seconds)
+            status.print(f"about {foretold / 60:.1f} minutes for {options.rounds} rounds")
+            status.count(foretold)
+            start = time.perf_counter()
+            rounds = racers.rounds(options.rounds, lambda name: status.done(racers.expected[name]))
+            for i, taken in enumerate(rounds):
+                for name, seconds in taken.items():
+                    times.setdefault(name, []).append(seconds)
+                    recorder.add(
+                        name, case, "step time", seconds, "s", sample=i, steps=racers.steps[name]
+                    )
+            out |= racers.failures
+        status.say("timing a matrix product and a copy")
+        peaks = machine_peaks(case, options.threads, options.seconds)
+        took = time.perf_counter() - start
+        recorder.add("machine", case, "foretold time", foretold, "s", kind="formula")
+        recorder.add("machine", case, "time", took, "s")
+        status.print(f"took {took / 60:.1f}")
     recorder.add("machine", case, "matrix product", peaks["flops"], "FLOP/s")
     recorder.add("machine", case, "copy", peaks["bytes"], "B/s")
     for name, why in out.items():
@@ -175,6 +187,40 @@ def race(options: Options, case: Case, names: Sequence[str], recorder: Recorder)
     for name, why in out.items():
         print(f"{name}: {why}")
     return red
+
+
+class Status:
+    """What is being done, on one line of a terminal; elsewhere a line now and then."""
+
+    def __init__(self) -> None:
+        shape = "{percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left: {desc}"
+        self._bar = tqdm(total=1, bar_format="{elapsed}: {desc}", file=sys.stderr, disable=None)
+        self._shape, self._said = shape, time.monotonic()
+
+    def __enter__(self) -> Status:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def say(self, doing: str) -> None:
+        self._bar.set_description_str(doing)
+        if self._bar.disable and time.monotonic() - self._said > QUIET:
+            self._said = time.monotonic()
+            print(doing, file=sys.stderr)
+
+    def print(self, line: str) -> None:
+        """On standard output, above the bar."""
+        self._bar.write(line, file=sys.stdout)
+
+    def count(self, seconds: float) -> None:
+        """From now on the bar is of so many seconds."""
+        self._bar.bar_format = self._shape
+        self._bar.reset(total=seconds)
+
+    def done(self, seconds: float) -> None:
+        """Of those that were counted on, whatever they took."""
+        self._bar.update(seconds)
 
 
 def print_race(

@@ -59,8 +59,17 @@ def disagreement(
     found: tuple[float, dict[str, Tensor]],
     dtype: str,
 ) -> Disagreement:
-    """Compare (loss, gradients by parameter name); a missing gradient is an error of 1."""
+    """Compare (loss, gradients by parameter name); a missing gradient is an error of 1.
+
+    Parameters of other names are compared in their names' order, where they have the same shapes
+    in it; providers.set_parameters draws them so too. A wrong match would not agree.
+    """
     (true_loss, true_gradients), (loss, gradients) = truth, found
+    names, others = sorted(true_gradients), sorted(gradients)
+    if names != others and [true_gradients[name].shape for name in names] == [
+        gradients[name].shape for name in others
+    ]:
+        gradients = {name: gradients[other] for name, other in zip(names, others, strict=True)}
     loss_error = abs(loss - true_loss) / max(abs(true_loss), 1e-12)
     norms = {name: gradient.norm().item() for name, gradient in true_gradients.items()}
     total = math.sqrt(sum(norm**2 for norm in norms.values()))

@@ -59,8 +59,9 @@ def memory(
         if needed > here:
             detail = f"needs {needed / 2**30:.1f} GiB by prediction, {limit}; not run"
             return Memory("does not fit", detail, predicted=needed)
-    # no recording sees into compiled code
-    live = live and not providers.find(provider)[0].compiled
+    # no recording sees into compiled code, and not everything goes on meta tensors
+    is_known = provider.partition(":")[0] in providers.PROVIDERS
+    live = live and is_known and not providers.find(provider)[0].compiled
     answer = in_fresh_process(
         child.training,
         threads,
@@ -102,12 +103,13 @@ def predicted_live(provider: str, case: Case) -> int:
     """Peak live tensor bytes of a step.
 
     Providers of plain torch operations run once on meta tensors, which hold no data, under
-    the same timeline that measures live bytes; compiled ones count as naive. effdense's are
-    its floor plus the temporaries below, an upper bound: searches over depth ask for
+    the same timeline that measures live bytes; compiled ones and anybody's own count as naive.
+    effdense's are its floor plus the temporaries below, an upper bound: searches over depth ask for
     networks of thousands of layers, and effdense.estimate would take minutes for each.
     """
     found, _ = providers.find(provider)
-    name = "naive" if found.compiled or provider == "effdense-all" else provider
+    is_known = provider.partition(":")[0] in providers.PROVIDERS
+    name = provider if is_known and not found.compiled and provider != "effdense-all" else "naive"
     if name.startswith("effdense"):
         floor = counts.floor(case)
         widest = max(block.positions * block.bottleneck for block in counts.blocks(case))

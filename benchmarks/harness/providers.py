@@ -7,6 +7,7 @@ the same parameters and the same input. Speed and memory are measured on the sam
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, get_args
@@ -121,7 +122,7 @@ def _effdense(save: Any) -> Callable[[Case, str], nn.Module]:
 
 
 def _compiled(case: Case, variant: str) -> nn.Module:
-    return torch.compile(_naive(case, ""))  # type: ignore[return-value]
+    return torch.compile(_naive(case, ""), mode=variant or None)  # type: ignore[return-value]
 
 
 def _compiled_within_budget(case: Case, variant: str) -> nn.Module:
@@ -142,10 +143,13 @@ PROVIDERS: dict[str, Provider] = {
         "torchvision.models.DenseNet(memory_efficient=True)", _torchvision(True), dims=(2,)
     ),
     "checkpoint": Provider("torch.utils.checkpoint over cat-BN-ReLU-Conv1x1", _checkpointed),
-    "compile": Provider("torch.compile of naive", _compiled, compiled=True),
+    "compile": Provider(
+        "torch.compile of naive", _compiled, variant="a mode of torch.compile", compiled=True
+    ),
     "compile-channels-last": Provider(
         "torch.compile of naive, channels last",
         _compiled,
+        variant="a mode of torch.compile",
         channels_last=True,
         dims=(2, 3),
         compiled=True,
@@ -169,15 +173,24 @@ PROVIDERS: dict[str, Provider] = {
 def find(name: str) -> tuple[Provider, str]:
     """The provider that ``NAME`` or ``NAME:VARIANT`` stands for, and its variant.
 
+    ``MODULE:CALLABLE`` is anybody's: see :func:`_anybody`.
+
     Raises:
         UserError: where there is none; names those there are.
     """
     base, _, variant = name.partition(":")
     provider = PROVIDERS.get(base)
+    if provider is None and variant:
+        return Provider(f"{variant} of {base}", _anybody(base, variant)), ""
     if provider is None:
-        raise UserError(f"no provider {base!r}; there are {', '.join(PROVIDERS)}")
+        raise UserError(
+            f"no provider {base!r}; there are {', '.join(PROVIDERS)}, and MODULE:CALLABLE for one "
+            "of your own"
+        )
     if variant and provider.variant is None:
         raise UserError(f"provider {base} has no variants, got {name!r}")
+    if variant and base in ("compile", "compile-channels-last") and variant not in _modes():
+        raise UserError(f"the mode is one of {', '.join(_modes())}, got {name!r}")
     if variant and base == "compile-budget":
         try:
             in_range = 0 <= float(variant) <= 1
@@ -190,10 +203,44 @@ def find(name: str) -> tuple[Provider, str]:
     return provider, variant
 
 
+def _modes() -> list[str]:
+    return list(torch._inductor.list_mode_options())
+
+
+def _anybody(module: str, name: str) -> Callable[[Case, str], nn.Module]:
+    """A network by somebody's function or class, with the arguments of effdense.DenseNet.
+
+    growth_rate, block_config, num_init_features, bn_size, num_classes, small_inputs,
+    compression; spatial_dims only where it is not 2. Its parameters are compared with the naive
+    network's by name or, where the names differ, in their names' order.
+
+    Raises:
+        UserError: where there is no such callable.
+    """
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"no module {error.name!r} for provider {module}:{name}; set PYTHONPATH, or name one "
+            f"of {', '.join(PROVIDERS)}"
+        ) from None
+    except AttributeError:
+        raise UserError(f"module {module} has no {name!r}") from None
+
+    def build(case: Case, variant: str) -> nn.Module:
+        network = case.network()
+        if network["spatial_dims"] == 2:
+            del network["spatial_dims"]
+        model: nn.Module = found(**network)
+        return model
+
+    return build
+
+
 def argument(default: Sequence[str]) -> Any:
     """Of the command lines' ``--providers``: the help text names those there are."""
     other = " ".join(name for name in PROVIDERS if name not in default)
-    hint = f"(default: {' '.join(default)}; there are also {other})"
+    hint = f"(default: {' '.join(default)}; there are also {other} MODULE:CALLABLE)"
     return tyro.conf.arg(metavar="NAME", help_behavior_hint=hint)
 
 

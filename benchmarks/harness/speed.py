@@ -8,7 +8,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,22 +87,45 @@ class WorkerProcess:
         self._log.close()
 
 
-class Race:
-    """Providers on one case. Use as a context manager; ``failures`` says who fell out and why."""
+_DOING = {
+    "setup": "building",
+    "gradients": "comparing",
+    "warm_up": "warming up",
+    "sample": "timing",
+}
 
-    def __init__(self, names: Sequence[str], case: Case, threads: int) -> None:
+
+class Race:
+    """Providers on one case. Use as a context manager; ``failures`` says who fell out and why.
+
+    ``told`` hears what is being done, such as "comparing naive".
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        case: Case,
+        threads: int,
+        told: Callable[[str], None] = lambda doing: None,
+    ) -> None:
         self.case, self.threads = case, threads
-        self.names = list(names)
+        self.names, self._told = list(names), told
         self.failures: dict[str, str] = {}
         self.steps: dict[str, int] = {}
+        self.expected: dict[str, float] = {}
+        """Seconds that a sample of each will take, with the untimed step before it."""
+        self.start_seconds = 0.0
+        """What a process took until its network was built, on the average."""
         self._workers: dict[str, WorkerProcess] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Race:
+        start = time.perf_counter()
         for name in self.names:
             self._workers[name] = self._stack.enter_context(WorkerProcess(self.threads))
         for name in list(self._workers):
             self._ask(name, "setup", provider=name, case=self.case.columns(), threads=self.threads)
+        self.start_seconds = (time.perf_counter() - start) / max(1, len(self.names))
         return self
 
     def __exit__(
@@ -119,6 +143,8 @@ class Race:
     def _ask(self, name: str, do: str, **arguments: Any) -> dict[str, Any] | None:
         if name in self.failures:
             return None
+        if do in _DOING:
+            self._told(f"{_DOING[do]} {name}")
         try:
             return self._workers[name].ask(do, **arguments)
         except WorkerError as error:
@@ -135,7 +161,7 @@ class Race:
         case = self.case
         if strict:
             case = dataclasses.replace(case, dtype="float64", batch_size=min(4, case.batch_size))
-            with Race(self.running, case, self.threads) as race:
+            with Race(self.running, case, self.threads, self._told) as race:
                 found = race.disagreements()
                 self.failures |= race.failures
             return found
@@ -174,21 +200,21 @@ class Race:
 
         Returns the seconds that a round will take.
         """
-        taken = 0.0
         for name in self.running:
             answer = self._ask(name, "warm_up", seconds=seconds)
             self._ask(name, "release")
             if answer is not None:
                 self.steps[name] = steps or answer["steps"]
-                # and the untimed one
-                taken += (self.steps[name] + 1) * answer["seconds"]
-        return taken
+                self.expected[name] = (self.steps[name] + 1) * answer["seconds"]
+        return sum(self.expected[name] for name in self.running)
 
-    def rounds(self, count: int) -> Iterator[dict[str, float]]:
+    def rounds(
+        self, count: int, done: Callable[[str], None] = lambda name: None
+    ) -> Iterator[dict[str, float]]:
         """Seconds per step of each provider, round by round; after :meth:`warm_up`.
 
         A provider that fails is missing from then on. Each round starts with another
-        provider, so that none always follows the same one.
+        provider, so that none always follows the same one. ``done`` hears of each sample.
         """
         for i in range(count):
             names = self.running
@@ -199,7 +225,14 @@ class Race:
                 self._ask(name, "release")
                 if answer is not None:
                     times[name] = answer["seconds"]
+                done(name)
             yield times
+
+
+def peaks_seconds(seconds: float, start: float) -> float:
+    """What :func:`machine_peaks` takes, where a process starts in ``start`` seconds."""
+    # a product and a copy, each of five samples, and the search for their length
+    return start + 2 * 7 * max(seconds, 0.1)
 
 
 def machine_peaks(case: Case, threads: int, seconds: float) -> dict[str, float]:

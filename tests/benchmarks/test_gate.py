@@ -67,6 +67,21 @@ def test_channels_last_of_volumes():
     assert setup("naive", case).x.is_contiguous()
 
 
+def test_anybody_s_network_is_a_provider():
+    truth = loss_and_gradients("naive")
+    loss, gradients = loss_and_gradients("effdense.reference:DenseNet")
+    assert not disagreement(truth, (loss, gradients), "float32").red
+    # of other names in the same order
+    renamed = {name.replace("norm5", "norm_final"): g for name, g in gradients.items()}
+    assert renamed.keys() != gradients.keys()
+    assert not disagreement(truth, (loss, renamed), "float32").red
+    # and in another order
+    swapped = dict(
+        zip(sorted(gradients), [gradients[n] for n in sorted(gradients)[::-1]], strict=True)
+    )
+    assert disagreement(truth, (loss, {f"own.{n}": g for n, g in swapped.items()}), "float32").red
+
+
 def freeze_a_weight(job):
     next(job.model.parameters()).requires_grad_(False)
 

@@ -109,6 +109,9 @@ def test_race_of_two_providers(tmp_path, capsys, options):
     assert "all compute what the naive net computes" in out
     assert "x naive" in out
     rows = results.read(output)
+    machine = {row["metric"]: float(row["value"]) for row in rows if row["provider"] == "machine"}
+    assert machine["foretold time"] > 0
+    assert machine["time"] > 0
     samples = [row for row in rows if row["metric"] == "step time"]
     assert len(samples) == 4
     assert all(float(row["value"]) > 0 and row["kind"] == "measured" for row in samples)
@@ -126,6 +129,31 @@ def test_an_untimed_step_goes_before_a_sample(monkeypatch):
     monkeypatch.setattr(worker, "timed", timed)
     assert own.sample(steps=3) == {"seconds": 2.0}
     assert steps == ["untimed", 3]
+
+
+def test_what_a_race_will_take_is_what_its_samples_take():
+    """Of a machine whose steps take what they took in the warm-up, exactly."""
+    seconds = {"naive": 3.0, "effdense-features": 0.4}
+    race, told, clock = Race(list(seconds), SMALL, 1, lambda doing: told.append(doing)), [], [0.0]
+
+    class Worker:
+        def __init__(self, name: str) -> None:
+            self.step = seconds[name]
+
+        def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+            if do == "sample":
+                # and an untimed one
+                clock[0] += (arguments["steps"] + 1) * self.step
+            return {"seconds": self.step, "steps": 2}
+
+    race._workers = {name: Worker(name) for name in seconds}  # type: ignore[misc]
+    foretold = 5 * race.warm_up(seconds=0.5)
+    samples: list[str] = []
+    assert len(list(race.rounds(5, samples.append))) == 5
+    assert foretold == pytest.approx(clock[0])
+    assert sum(race.expected[name] for name in samples) == pytest.approx(foretold)
+    assert told[0] == "warming up naive"
+    assert told[-1].startswith("timing ")
 
 
 @pytest.mark.slow

@@ -40,6 +40,9 @@ def fake_measurements(monkeypatch):
         (memory.main, ["--arch", "densenet121", "--sweep", "depth"], "DenseNet-BC"),
         (memory.main, ["--arch", "densenet121", "--growth-rate", "12"], "fixed"),
         (memory.main, ["--providers", "nobody"], "no provider 'nobody'"),
+        (memory.main, ["--providers", "nomodule:net"], "no module 'nomodule'"),
+        (memory.main, ["--providers", "effdense.reference:net"], "has no 'net'"),
+        (throughput.main, ["--providers", "compile:fastest"], "max-autotune"),
         (memory.main, ["--max-depth-for", "plenty"], "12GiB"),
         (memory.main, ["--sweep", "depth", "--points", "41"], "nearest valid depths"),
         (memory.main, ["--arch", "densenet12"], "densenet121"),
@@ -83,24 +86,22 @@ def test_a_sweep_states_its_exponents_and_draws(tmp_path, fake_measurements, cap
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("wide", [False, True])
-def test_rows_come_one_by_one_and_fit_a_hundred_columns(
-    tmp_path, monkeypatch, capsys, wide, device
-):
+def test_rows_come_one_by_one_and_fit_a_hundred_columns(tmp_path, monkeypatch, capsys, wide, kind):
     shown = []
 
     def measured(name, case, **options):
         shown.append(capsys.readouterr().out)
         live = dict.fromkeys(ROLES, 12345 << 20)
         found = Memory("measured", baseline=1, peak=98765 << 20, live=live | {"total": 7 << 30})
-        return found if device == "cpu" else dataclasses.replace(found, reserved=1, process=1)
+        return found if kind == "cpu" else dataclasses.replace(found, reserved=1, process=1)
 
     monkeypatch.setattr(memory, "memory", measured)
     monkeypatch.setattr("harness.case.objection", lambda case: None)
     monkeypatch.setattr("harness.results.environment", lambda *_: ENVIRONMENT)
     output = tmp_path / "memory.csv"
-    arguments = ["--device", device, "--output", str(output)] + ["--all"] * wide
+    arguments = ["--device", kind, "--output", str(output)] + ["--all"] * wide
     memory.main([*arguments, "--depth", "250"])
     text = "".join([*shown, capsys.readouterr().out])
     names = DEFAULT if wide else memory.QUICK
