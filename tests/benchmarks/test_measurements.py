@@ -131,10 +131,11 @@ def test_an_untimed_step_goes_before_a_sample(monkeypatch):
     assert steps == ["untimed", 3]
 
 
-def test_what_a_race_will_take_is_what_its_samples_take():
+def test_what_a_race_will_take_is_what_its_samples_take() -> None:
     """Of a machine whose steps take what they took in the warm-up, exactly."""
     seconds = {"naive": 3.0, "effdense-features": 0.4}
-    race, told, clock = Race(list(seconds), SMALL, 1, lambda doing: told.append(doing)), [], [0.0]
+    told: list[str] = []
+    race, clock = Race(list(seconds), SMALL, 1, told.append), [0.0]
 
     class Worker:
         def __init__(self, name: str) -> None:
