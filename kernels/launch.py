@@ -440,6 +440,8 @@ class Family(NamedTuple):
         lanes: threads of a warp.
         pipelined: loads of coming iterations wait in shared memory. AMD's compiler keeps them
             in registers, so its backward gets one stage.
+        blackwell: of that generation, whose own assembler spills exact float32 products in tiles
+            that others' holds.
     """
 
     product_rows: int = 16
@@ -447,18 +449,21 @@ class Family(NamedTuple):
     compact: bool = False
     lanes: int = 32
     pipelined: bool = True
+    blackwell: bool = False
 
 
 AMPERE = Family()
 COMPACT = Family(registers=255, compact=True)
 HOPPER = Family(product_rows=64)
-BLACKWELL = Family(product_rows=64, registers=255)
+BLACKWELL = Family(product_rows=64, registers=255, blackwell=True)
+COMPACT_BLACKWELL = Family(registers=255, compact=True, blackwell=True)
 CDNA = Family(lanes=64, pipelined=False)
 FAMILIES = {
     **dict.fromkeys((80, 87), AMPERE),
-    **dict.fromkeys((86, 89, 120, 121), COMPACT),
+    **dict.fromkeys((86, 89), COMPACT),
     90: HOPPER,
     **dict.fromkeys((100, 103), BLACKWELL),
+    **dict.fromkeys((120, 121), COMPACT_BLACKWELL),
 }
 
 # Elements of a tile. Pooling keeps several positions of each window in flight.
@@ -505,6 +510,10 @@ class LaunchTable:
             return self._elementwise(operation, rows, channels, wide, aligned)
         block_b = power_of_two(bottleneck, 16, 128)
         if operation == "product":
+            if wide and self.family.blackwell and channels % 4:
+                # addresses of a weight that is read less than 128 bits at a time leave no room for
+                # the products of 128 columns: four to six registers spilled (sm_121)
+                block_b = min(block_b, 64)
             return self._product(rows, block_b, cdiv(bottleneck, block_b), wide)
         if operation == "product_backward":
             return self._product_backward(bottleneck, block_b, wide, aligned)
@@ -563,8 +572,8 @@ class LaunchTable:
             warps = max(1, min(warps, block_p * block_c // per_lane))
         if tile == 64 * 64 and not hip and (wide or self.family == AMPERE):
             # left alone, the assembler spills two to six registers to fit one program more; exact
-            # products of float32 spill up to eight in four warps of consumers' Blackwell
-            registers, warps = 255, 8 if wide and self.family.compact else warps
+            # products of float32 spill up to eight in four warps of Blackwell
+            registers, warps = 255, 8 if wide and self.family.registers is not None else warps
         if wide or hip:
             return Launch(block_p, block_c, block_b, warps, 2, registers=registers)
         return Launch(block_p, 32, block_b, warps, 3, registers=registers)
@@ -573,14 +582,19 @@ class LaunchTable:
         programs = 2 * self.architecture.multiprocessors
         if not self.family.pipelined:
             return Launch(16 if wide else 64, 32, block_b, 4, 1, programs)
+        if wide and self.family == BLACKWELL:
+            # of 16 rows and 64 channels exact products spill up to 111 registers, TF32's two
+            return Launch(32, 32, block_b, 8, 1, programs, 255 if bottleneck > 128 else None)
         if wide:
             # half the channels would be half of a 128-bit store for each of so many threads; half
             # the threads spill 55 registers of TF32 products (sm_90). On compact devices the two
-            # launches of a bottleneck wider than a tile want the limit; on Ampere, where exact
-            # products of 128 columns spill 18 registers, it makes them 84.
+            # launches of a bottleneck wider than a tile want the limit; on Ampere it makes spills.
+            # There exact products of 128 columns behind a frozen norm spill 18 registers unless
+            # rows to come wait in shared memory.
             limited = self.family.compact and bottleneck > 128
             registers = self.family.registers if limited else None
-            return Launch(16, 64, block_b, 8, 1, programs, registers)
+            stages = 2 if self.family == AMPERE and block_b == 128 else 1
+            return Launch(16, 64, block_b, 8, stages, programs, registers)
         if aligned and self.family.product_rows == 64:
             if self.family.registers is not None:
                 # of 64 rows sm_100 spills 18 to 79 registers, in one mode of the kernel or another;
@@ -620,6 +634,10 @@ class LaunchTable:
             stages = 1 if wide or hip else 2
             # beside three accumulators, 64 rows are more than registers hold before Hopper
             block_p = 32 if wide or self.family.product_rows == 16 else 64
+            if wide and self.family.blackwell:
+                # of 32 rows exact products spill up to 59; in eight warps they would not, but then
+                # one program fits on a multiprocessor where now there are two
+                block_p = 16
             while block_p > 16 and 3 * cdiv(rows, block_p) < self.architecture.multiprocessors:
                 block_p //= 2
             warps = warps_of(block_p, block_b, 4)
