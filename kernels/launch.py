@@ -589,11 +589,11 @@ class LaunchTable:
             # half the channels would be half of a 128-bit store for each of so many threads; half
             # the threads spill 55 registers of TF32 products (sm_90). On compact devices the two
             # launches of a bottleneck wider than a tile want the limit; on Ampere it makes spills.
-            # There exact products of 128 columns behind a frozen norm spill 18 registers unless
-            # rows to come wait in shared memory.
+            # There exact products of a tile of 128 columns behind a frozen norm spill 18 registers
+            # unless rows to come wait in shared memory.
             limited = self.family.compact and bottleneck > 128
             registers = self.family.registers if limited else None
-            stages = 2 if self.family == AMPERE and block_b == 128 else 1
+            stages = 2 if self.family == AMPERE and 64 < bottleneck <= 128 else 1
             return Launch(16, 64, block_b, 8, stages, programs, registers)
         if aligned and self.family.product_rows == 64:
             if self.family.registers is not None:
