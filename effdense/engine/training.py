@@ -18,7 +18,6 @@ from ..backends.cpu_library import is_compiled
 from ..backends.precision import float32_products, tf32_convolutions
 from ..errors import TrainingError, UserError, first_line
 from ..weights import safetensors_bytes
-from . import plots
 from .checkpoint import Checkpoint, CheckpointStore, Position
 from .data.datasets import load, needs_preparation
 from .data.images import ImageData, Split
@@ -407,6 +406,8 @@ class _Records:
             memory_mib=round(speed.memory / 2**20, 1),
         )
         if time.monotonic() - self._drawn_at > _SECONDS_BETWEEN_CURVES:
+            from . import plots
+
             path = self._work_dir.path
             plots.draw([path], path, plots.SCORES, self.standings.best)
             self._drawn_at = time.monotonic()
@@ -418,6 +419,9 @@ class _Records:
         """The best epoch's weights, the last one's, and the run's page."""
         if self._work_dir is None or self.store is None:
             return
+        # matplotlib takes a fifth of a start, and one process draws
+        from . import plots
+
         folder, standings = self._work_dir.path, self.standings
         curves = plots.figures([folder], plots.ALL, standings.best)
         plots.save(curves, folder)

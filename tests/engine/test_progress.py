@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from effdense.engine import progress, training
+from effdense.engine import plots, progress, training
 from effdense.engine.distributed import World
 from effdense.engine.options import TrainConfig
 from effdense.engine.progress import Progress
@@ -91,7 +91,7 @@ def test_curves_are_drawn_when_some_time_has_passed_and_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
-    monkeypatch.setattr(training.plots, "draw", lambda *given: drawn.append(len(drawn)))
+    monkeypatch.setattr(plots, "draw", lambda *given: drawn.append(len(drawn)))
     for seconds, times in ((3600.0, 0), (0.0, 2)):
         monkeypatch.setattr(training, "_SECONDS_BETWEEN_CURVES", seconds)
         small: dict[str, Any] = {"data": "fake", "depth": 10, "growth_rate": 4, "image_size": 8}

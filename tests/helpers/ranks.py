@@ -32,7 +32,12 @@ RUN: list[object] = [
 """A run of a second, of two epochs of 10 steps, with everything random that there is."""
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["effdense.engine.training", "torchvision.transforms.v2", "sklearn.metrics"]
+    [
+        "effdense.engine.training",
+        "effdense.engine.plots",
+        "torchvision.transforms.v2",
+        "sklearn.metrics",
+    ]
 )
 
 
