@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from effdense.engine.checkpoint import MANIFEST, CheckpointStore, Position
 from effdense.engine.data import shards
-from effdense.engine.data.image_files import Folder
+from effdense.engine.data.image_files import Folder, Listed
 from effdense.engine.data.pixels import IMAGES, read_pixels
 from effdense.engine.data.shards import INDEX, Shards
-from effdense.engine.data.tables import read_table
+from effdense.engine.data.tables import Part, read_table
 from effdense.engine.options import TrainConfig
 from effdense.errors import UserError
 
@@ -50,8 +51,50 @@ def test_a_link_that_leads_back_is_named(tmp_path: Path) -> None:
     folder = Folder(tmp_path, read_pixels, IMAGES)
     assert folder.read(0).shape == (3, 4, 4)
     (tmp_path / "cats\nand dogs" / "back").symlink_to(tmp_path)
-    with pytest.raises(UserError, match="a link in it leads back to it"):
+    with pytest.raises(UserError, match="and dogs/back in it leads back to where it lies"):
         Folder(tmp_path, read_pixels, IMAGES)
+
+
+def test_two_links_around_each_other_are_named_at_once(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
+    (tmp_path / "cats" / "to").symlink_to(tmp_path / "dogs")
+    # the same folder twice is no circle
+    assert len(Folder(tmp_path, read_pixels, IMAGES)) == 3
+    (tmp_path / "dogs" / "to").symlink_to(tmp_path / "cats")
+    # each doubles the ways around, 40 deep
+    (tmp_path / "dogs" / "too").symlink_to(tmp_path / "cats")
+    with pytest.raises(UserError, match="leads back to where it lies"):
+        Folder(tmp_path, read_pixels, IMAGES)
+
+
+def _circle(path: Path) -> Path:
+    """A link to a link to it."""
+    other = path.with_name("other")
+    path.symlink_to(other)
+    other.symlink_to(path)
+    return path
+
+
+def test_links_to_each_other_are_no_file_and_no_folder(tmp_path: Path) -> None:
+    classes = tmp_path / "classes"
+    (classes / "cats").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(classes / "cats" / "a.png")
+    _circle(classes / "cats" / "b.png")
+    folder = Folder(classes, read_pixels, IMAGES)
+    assert [Path(folder.name(index)).name for index in range(len(folder))] == ["a.png", "b.png"]
+    with pytest.raises(OSError, match="symbolic links"):
+        folder.read(1)
+    with pytest.raises(UserError, match="is not a folder of images"):
+        Folder(_circle(tmp_path / "round"), read_pixels, IMAGES)
+    with pytest.raises(UserError, match="is not a folder of images"):
+        Folder(classes / "cats" / "a.png", read_pixels, IMAGES)
+    with pytest.raises(UserError, match=r"cannot read the table .*symbolic links"):
+        read_table(TrainConfig(data="csv", table=tmp_path / "round").resolved())
+    listed = Part(np.array([b"round"]), torch.zeros(1))
+    with pytest.raises(UserError, match="round is not there"):
+        Listed(tmp_path, listed, read_pixels)
 
 
 # ------------------------------------------------------------------------- shards

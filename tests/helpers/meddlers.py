@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import resource
 import signal
 import socket
@@ -75,6 +76,20 @@ def killed_before_step(rank: int, step: int) -> None:
         return began(self, *arguments, **options)
 
     Trainer.step = step_begins  # type: ignore[method-assign]
+
+
+def wrong_clocks(rank: int) -> None:
+    """Each rank's clock is an hour before the one's before it, and jumps to and fro by a day.
+
+    That is the clock of the day; what measures durations never goes back.
+    """
+    right, jumps = time.time, random.Random(rank)
+
+    def wrong() -> float:
+        return right() + 3600 * rank + jumps.uniform(-86400, 86400)
+
+    time.time = wrong
+    time.time_ns = lambda: int(wrong() * 1e9)
 
 
 def failing_collective(rank: int) -> None:

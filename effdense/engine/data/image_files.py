@@ -78,19 +78,16 @@ class Folder:
 
         self._read = read
         others = Counter[str]()
-        # links are followed, and by the system 40 times at most
-        deepest = str(root).count(os.sep) + 30
+        _see_no_circle(root)
 
         def is_image(path: str) -> bool:
-            if path.count(os.sep) > deepest:
-                raise UserError(f"{root}: a link in it leads back to it: {path[:200]}")
             found = path.lower().endswith(kinds)
             others[Path(path).suffix or "no suffix"] += not found
             return found
 
         try:
             self._folder = datasets.ImageFolder(str(root), is_valid_file=is_image, allow_empty=True)
-        except FileNotFoundError as error:
+        except OSError as error:
             raise UserError(
                 f"{root} is not a folder of images, one folder per class: {error}"
             ) from None
@@ -114,6 +111,29 @@ class Folder:
 
     def read(self, index: int) -> Tensor:
         return self._read(Path(self.name(index)))
+
+
+def _see_no_circle(root: Path) -> None:
+    """Raise a UserError where a link leads to a folder that it lies in.
+
+    Links are followed when images are listed, and by the system 40 times at most: two in one
+    folder are 2^40 ways around.
+    """
+    # folders that are left to be looked into, each with those it lies in
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(str(root), frozenset())]
+    while waiting:
+        path, around = waiting.pop()
+        try:
+            about = os.stat(path)
+            with os.scandir(path) as entries:
+                folders = [entry.path for entry in entries if entry.is_dir()]
+        # one that cannot be read is passed over when images are listed, or said
+        except OSError:
+            continue
+        itself = about.st_dev, about.st_ino
+        if itself in around:
+            raise UserError(f"{root}: the link {path[:200]} in it leads back to where it lies")
+        waiting += [(folder, around | {itself}) for folder in folders]
 
 
 class Listed:
