@@ -3,11 +3,12 @@
     python -m tests.helpers.golden [NAME ...]    # records this machine's bits
 
 Weights begin as exact fractions, and nothing is drawn that differs between processors, so that
-machines differ by rounding alone: by 7e-13 of the loss at most in float64, seen between our two
-backends. (Not so with neither AVX2 nor AVX-512, where torch resizes 8-bit images otherwise.) A record holds the bits of each machine it was made
-on, by backend: there every bit must be the same. Elsewhere the curve must be, to TOLERANCE. Where
-the curve itself is no longer what it was, recording drops the other machines' bits, and the commit
-says why it had to change.
+machines differ by rounding alone: of the losses by 7e-13 at most in float64, seen between our two
+backends, and between AVX-512 and AVX2; by 6 %, and of the test errors by 10 %, in bfloat16, which
+rounds to 8 bits. (With neither of those instructions torch resizes 8-bit images otherwise.) A
+record holds the bits of each machine it was made on, by backend: there every bit must be the same.
+Elsewhere the curve must be, to TOLERANCE. Where the curve itself is no longer what it was,
+recording drops the other machines' bits, and the commit says why it had to change.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from tests.helpers.pictures import write_folder, write_xrays
 Curve = dict[str, Any]
 RECORDS = Path(__file__).parents[1] / "engine" / "golden"
 STEPS = 50
-TOLERANCE = {torch.float64: 1e-10, torch.bfloat16: 0.05}
+TOLERANCE = {torch.float64: 1e-10, torch.bfloat16: 0.15}
 """Relative, of losses in what the products are in."""
 
 
