@@ -44,7 +44,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if marked("only_cpu"):
         others = []
     for name, here in (("device", ["cpu"]), ("each_place", ["cpu", "torch"])):
-        if name in metafunc.fixturenames:
+        # a module may have another of the name
+        if name in metafunc.fixturenames and not hasattr(metafunc.module, name):
             metafunc.parametrize(name, [*here, *others], indirect=True)
 
 

@@ -374,6 +374,15 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([values.double() for values in most]).isfinite().all()
 
 
+def everywhere(holds: Tensor) -> Tensor:
+    """Whether a flag () is set on all processes, by their devices: no host waits."""
+    if not dist.is_initialized():
+        return holds
+    broken = (~holds).to(torch.int32)
+    dist.all_reduce(broken, dist.ReduceOp.MAX)
+    return broken == 0
+
+
 def summed(values: Tensor) -> Tensor:
     """The sum over all processes; ``values`` is left as it is."""
     if not dist.is_initialized():

@@ -220,7 +220,7 @@ class OptimisationOptions:
     non_finite: Literal["stop", "skip"] = "stop"
     """What to do about a loss or gradient that is not finite. skip: leave out its step."""
     max_skipped: int = 10
-    """Stop after leaving out more steps than that."""
+    """Stop after leaving out more steps than that; looked at every 20 steps."""
     patience: int = 0
     """Stop after so many epochs without a better test; 0: never."""
     seed: int = 0

@@ -72,11 +72,17 @@ class Tally:
         self._task = task
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
-    def add(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> None:
-        """``loss`` is the mean over the samples of ``outputs`` (N, classes)."""
+    def add(
+        self, loss: Tensor, outputs: Tensor, labels: Tensor, held: Tensor | None = None
+    ) -> None:
+        """``loss`` is the mean over the samples of ``outputs`` (N, classes).
+
+        Where ``held`` () is false, nothing is added.
+        """
         wrong, judged = self._task.wrong(outputs, labels)
         count = torch.full_like(wrong, len(labels))
-        self._sums += torch.stack([loss.detach().double() * len(labels), wrong, judged, count])
+        found = torch.stack([loss.detach().double() * len(labels), wrong, judged, count])
+        self._sums += found if held is None else found.masked_fill(~held, 0.0)
 
     def state(self) -> Tensor:
         """This process's sums."""

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,20 @@ from .average import MovingAverage
 from .checkpoint import Position
 from .data.images import Batch, Split
 from .data.order import drawing, global_batches, random_key, share
-from .distributed import World, all_finite, average_running_statistics, data_parallel, largest
+from .distributed import (
+    World,
+    all_finite,
+    average_running_statistics,
+    data_parallel,
+    everywhere,
+    largest,
+)
 from .freezing import set_head_rate, set_training
 from .options import ResolvedConfig
 from .progress import Progress
 from .scores import Score, Tally, full_score
 from .tasks import Task, balanced
+from .undoing import Undo
 
 # Devices whose optimisers take a step in one launch, which GradScaler's doubts need not wait for.
 FUSED = ("cuda",)
@@ -39,6 +47,17 @@ MIXUP_ALPHA = 0.2
 
 # How often the processes add up their losses, which makes them wait for each other and the GPU.
 _STEPS_BETWEEN_CHECKS = 20
+
+
+class Step(NamedTuple):
+    """What a step of training leaves behind, besides its weights."""
+
+    loss: Tensor
+    """(): the mean over this process's share."""
+    logits: Tensor
+    """(N, classes) of the share."""
+    held: Tensor | None
+    """(): false where the step was left out; None where no step is."""
 
 
 def wants_graphs(config: ResolvedConfig, world: World) -> bool:
@@ -100,12 +119,15 @@ class Trainer:
         if config.step_in_backward:
             step_in_backward(network, self.optimizer)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
+        # its scale is made by the first number that it scales
+        self.scaler.scale(torch.zeros((), device=world.device))
+        self._begin_momenta()
         self.average = MovingAverage(network, config.ema) if config.ema else None
         self.position = Position(epoch=1, step=0)
         """What comes next."""
         self._tally = Tally(task, world.device)
-        self.skipped = 0
-        """Steps left out so far because something was not finite."""
+        self._left_out = torch.zeros(2, dtype=torch.int64, device=world.device)
+        """How many steps, and the last one's number in its epoch."""
         self.waited = 0.0
         """Seconds for which steps of this epoch have waited for their images."""
         self.mark: Callable[[str], None] = lambda doing: None
@@ -121,34 +143,79 @@ class Trainer:
         dtype = AUTOCAST_DTYPES.get(self.config.dtype)
         return autocast(self.world.device.type, dtype)
 
-    def step(
-        self, images: Tensor, labels: Tensor, batch_size: int, lr: float
-    ) -> tuple[Tensor, Tensor] | None:
+    @property
+    def skipped(self) -> int:
+        """Steps left out so far because something was not finite; waits for the device."""
+        return int(self._left_out[0])
+
+    def step(self, images: Tensor, labels: Tensor, batch_size: int, lr: float) -> Step:
         """Train on this process's share of a batch of ``batch_size`` samples over all processes.
 
-        Returns:
-            The mean loss over the share, and its logits; None for a step that was left out.
-
-        Raises:
-            TrainingError: on every process, when too many steps have been left out.
+        With ``--non-finite skip`` the device decides whether the step holds, and nobody waits
+        for it: all is computed, and put back where it does not.
         """
         skips = self.config.non_finite == "skip"
-        buffers = [buffer.clone() for buffer in self.network.buffers()] if skips else []
+        undo = Undo(self._moved()) if skips else None
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
         self.optimizer.zero_grad()
         loss, logits = self._backward(images, labels, batch_size)
-        if skips and not self._is_finite(loss):
-            self._leave_out(buffers)
-            return None
+        held = self._is_finite(loss) if skips else None
         if self.config.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self._step_scaled()
         if self.average is not None:
             self.average.update_parameters(self.network)
-        return loss, logits
+        if undo is not None and held is not None:
+            undo.unless(held, self._moved())
+            self._left_out[:1] += ~held
+            self._left_out[1:].masked_fill_(~held, self.position.step + 1)
+        return Step(loss, logits, held)
+
+    def _moved(self) -> list[Tensor]:
+        """All that a step changes, where the network is."""
+        found = [*self.network.parameters(), *self.network.buffers(), *self._moments()]
+        if self.scaler.is_enabled():
+            found += [self.scaler._scale, self.scaler._growth_tracker]  # type: ignore[list-item]
+        if self.average is not None:
+            found += [*self.average.module.parameters(), *self.average.module.buffers()]
+        # a count of steps in main memory is left as it is: only rmsprop has it, and reads it never
+        return [tensor for tensor in found if tensor.device == self._left_out.device]
+
+    def _moments(self) -> Iterator[Tensor]:
+        """What the optimiser keeps."""
+        for state in self.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    def _begin_momenta(self) -> None:
+        """Zeros, where a fused step may be left out by its scaler.
+
+        torch's fused SGD makes them of what lies in memory, for its first step to write; where
+        that one is left out, the second would go on with whatever they hold.
+        """
+        fused = self.world.device.type in FUSED and self.scaler.is_enabled()
+        if fused and self.config.optimizer == "sgd" and self.config.momentum:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                    self.optimizer.state[parameter]["momentum_buffer"] = zeros
+
+    def _step_scaled(self) -> None:
+        """The optimiser's step, unless a scaled gradient overflowed."""
+        waits = self.scaler.is_enabled() and self.config.optimizer == "rmsprop"
+        if not waits or self.world.device.type not in FUSED:
+            self.scaler.step(self.optimizer)
+        else:
+            # torch has no fused one, for which the scaler need not read its doubts
+            if not self.config.clip_grad:
+                self.scaler.unscale_(self.optimizer)
+            undo = Undo(self._moved())
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            held = all_finite(gradients)
+            self.optimizer.step()
+            undo.unless(held, self._moments())
+        self.scaler.update()
 
     def _backward(self, images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
         """Add up the gradient of the share, part by part; its mean loss and its logits.
@@ -216,25 +283,12 @@ class Trainer:
         with self.autocast():
             return str(cuda_graphs(self.network, images))
 
-    def _is_finite(self, loss: Tensor) -> bool:
-        """Whether the loss of every process, and the gradient, is finite; a collective."""
+    def _is_finite(self, loss: Tensor) -> Tensor:
+        """Whether the loss of every process, and the gradient, is finite, (); a collective."""
         tensors = [loss.detach()]
         if not self.scaler.is_enabled():  # which leaves out steps itself until its scale fits
             tensors += [p.grad for p in self.network.parameters() if p.grad is not None]
-        (broken,) = largest([not all_finite(tensors)])
-        return not broken
-
-    @torch.no_grad()
-    def _leave_out(self, buffers: Sequence[Tensor]) -> None:
-        for buffer, before in zip(self.network.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-        self.skipped += 1
-        if self.skipped > self.config.max_skipped:
-            raise TrainingError(
-                f"{self.skipped} steps had a loss or gradient that is not finite, the last of "
-                f"them step {self.position.step + 1} of epoch {self.position.epoch}: try a lower "
-                f"--lr, or let --max-skipped be larger"
-            )
+        return everywhere(all_finite(tensors))
 
     def settle_buckets(self, image_shape: Sequence[int]) -> None:
         """Have DDP group its buckets before the first step.
@@ -294,9 +348,8 @@ class Trainer:
             if mixes:
                 images, labels = self._mixed(images, labels)
             lr = config.lr_at((epoch - 1 + step / len(batches)) / config.epochs)
-            result = self.step(images, labels, config.batch_size, lr)
-            if result is not None:
-                self._tally.add(*result, labels)
+            loss, logits, held = self.step(images, labels, config.batch_size, lr)
+            self._tally.add(loss, logits, labels, held)
             self.position = Position(epoch, step + 1)
             if (step + 1) % _STEPS_BETWEEN_CHECKS == 0:
                 self.check()
@@ -338,8 +391,16 @@ class Trainer:
 
         Raises:
             TrainingError: on every process, if it, the weights or the running statistics of any
-                process are not finite.
+                process are not finite, or when too many steps have been left out.
         """
+        if self.config.non_finite == "skip":
+            skipped, last = self._left_out.tolist()
+            if skipped > self.config.max_skipped:
+                raise TrainingError(
+                    f"{skipped} steps had a loss or gradient that is not finite, the last of "
+                    f"them step {last} of epoch {self.position.epoch}: try a lower --lr, or let "
+                    f"--max-skipped be larger"
+                )
         score = self._tally.score()
         finite = all_finite([*self.network.parameters(), *self.network.buffers()])
         (broken,) = largest([not finite])
@@ -384,7 +445,7 @@ class Trainer:
             parameter.copy_(state["parameters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.skipped = state["skipped"]
+        self._left_out[0] = state["skipped"]
         if self.average is not None:
             for name, parameter in self.average.named_parameters():
                 parameter.copy_(state["average"][name])

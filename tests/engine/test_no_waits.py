@@ -75,9 +75,8 @@ def step(trained: Trainer, images: int = 6) -> None:
     device, size = trained.world.device, trained.config.image_size
     batch = torch.zeros(images, 3, size, size, device=device)
     labels = torch.zeros(images, dtype=torch.int64, device=device)
-    result = trained.step(batch, labels, images * trained.world.world_size, 0.1)
-    assert result is not None
-    trained._tally.add(*result, labels)
+    loss, logits, held = trained.step(batch, labels, images * trained.world.world_size, 0.1)
+    trained._tally.add(loss, logits, labels, held)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -95,6 +94,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"ema": 0.9},
     {"channels_last": True},
     {"dtype": "bfloat16"},
+    *({"non_finite": "skip", "optimizer": o} for o in ("sgd", "adam", "adamw", "rmsprop")),
+    {"non_finite": "skip", "ema": 0.9, "clip_grad": 1.0, "accumulate": 2},
 ]
 
 
@@ -122,7 +123,10 @@ def test_float16_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     # on a CPU, where optimisers are fused as on a GPU; meta has no such
     cpu = torch.device("cpu")
     monkeypatch.setattr(trainer_module, "FUSED", ("cpu",))
-    for options in ({}, {"clip_grad": 1.0}, {"optimizer": "adamw"}):
+    skips: dict[str, Any] = {"non_finite": "skip"}
+    every: list[dict[str, Any]] = [{}, {"clip_grad": 1.0}, {"optimizer": "adamw"}]
+    every += [{"optimizer": "rmsprop"}, {"optimizer": "rmsprop", "clip_grad": 1.0}]
+    for options in [*every, skips, {"optimizer": "rmsprop", **skips}]:
         trained = trainer(cpu, dtype="float16", backend="torch", **options)
         # CPU tensors of blocks are read for another reason: which channels are near zero
         block: Any

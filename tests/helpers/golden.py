@@ -37,7 +37,7 @@ from effdense import TrainConfig
 from effdense.backends.cpu_library import DTYPES as LOOP_DTYPES
 from effdense.backends.cpu_library import compilers
 from effdense.choices import BackendName
-from effdense.engine.trainer import Trainer
+from effdense.engine.trainer import Step, Trainer
 from effdense.machine.environment import processor
 from tests.helpers.pictures import write_folder, write_xrays
 
@@ -178,10 +178,9 @@ def _losses() -> Iterator[list[float]]:
     seen: list[float] = []
     step = Trainer.step
 
-    def watched(self: Trainer, *arguments: Any) -> tuple[Tensor, Tensor] | None:
+    def watched(self: Trainer, *arguments: Any) -> Step:
         result = step(self, *arguments)
-        assert result is not None
-        seen.append(float(result[0]))
+        seen.append(float(result.loss))
         return result
 
     with mock.patch.object(Trainer, "step", watched):

@@ -36,7 +36,7 @@ from effdense.engine.options import TrainConfig
 from effdense.engine.scores import Tally, full_score
 from effdense.engine.signals import StopSignals
 from effdense.engine.tasks import Classification, MultiLabel, Task
-from effdense.engine.trainer import Trainer
+from effdense.engine.trainer import Step, Trainer
 from effdense.errors import UserError, one_line_errors
 from effdense.verification.comparison import randomize_norms
 
@@ -219,7 +219,7 @@ def defect_on_rank_1(world: World) -> dict[str, Tensor]:
     """A process that fails in the second epoch, while the others wait for its gradients."""
     step = Trainer.step
 
-    def failing(self: Trainer, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor] | None:
+    def failing(self: Trainer, *arguments: Any, **options: Any) -> Step:
         if world.rank == 1 and self.optimizer.state:
             raise RuntimeError("a defect on rank 1")
         return step(self, *arguments, **options)
