@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +160,7 @@ class _SecondRun:
     ) -> None:
         self.run, self.notes, self.input_dtype = run, notes, input_dtype
         self.stops = [sum(widths[: i + 1]) for i in range(len(widths))]
+        self.comparisons: list[tuple[int, Tensor]] = []
         self.parameters: list[Sequence[Tensor]] = []
         first = 0
         for names in run.names:
@@ -182,6 +184,7 @@ class _SecondRun:
             if deeper or any(wanted):
                 own = self._layer_backward(index, buffer, d, wanted, deeper)
             grads[:0] = own
+        _judge(self.comparisons, self.run.layers)
         if not needs_x:
             return None, grads
         grad_x = dense_copy(d[:, self._channels(0, self.stops[0])], d)
@@ -213,19 +216,14 @@ class _SecondRun:
         return [by_id.get(id(parameter)) for parameter in parameters]
 
     def _see_equal(self, index: int, again: Tensor, before: Tensor) -> None:
-        """Raise where a layer, whose code nobody has followed, is no function."""
+        """Note whether a layer, whose code nobody has followed, is a function."""
         # a simulation has no values, and in a graph nobody may wait for them
         if again.is_meta or (again.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         # sums may round in another order, no more
         tolerance = torch.finfo(again.dtype).eps ** 0.5
-        before = before.to(again.dtype)
-        if not torch.allclose(again, before, tolerance, tolerance, equal_nan=True):
-            raise RuntimeError(
-                f"layer {index} of a dense block computed something else in backward than in "
-                "forward: layers are run twice, so they must depend on nothing but their input, "
-                'parameters, buffers and torch\'s random generators; or set save="all"'
-            )
+        close = torch.isclose(again, before.to(again.dtype), tolerance, tolerance, equal_nan=True)
+        self.comparisons.append((index, close.all()))
 
     def _call(self, index: int, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         """New features of layer ``index`` as in the first run."""
@@ -251,6 +249,52 @@ class _SecondRun:
 
     def _channels(self, start: int, stop: int) -> slice:
         return channels(start, stop, self.stops[-1], self.run.chain.newest_first)
+
+
+class _Comparisons:
+    """Of one backward pass: (layer, whether it computed the same again, on the device)."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, Tensor]] = []
+
+    def judge(self) -> None:
+        """Raise where a layer is no function; waits for the device, once for all."""
+        found, self.found = self.found, []
+        device = found[0][1].device
+        if bool(torch.stack([equal.to(device) for _, equal in found]).all()):
+            return
+        index = next(index for index, equal in found if not equal)
+        raise RuntimeError(
+            f"layer {index} of a dense block computed something else in backward than in "
+            "forward: layers are run twice, so they must depend on nothing but their input, "
+            'parameters, buffers and torch\'s random generators; or set save="all"'
+        )
+
+
+# by the number that autograd gives a pass, whose callback alone keeps them
+_of_pass: WeakValueDictionary[int, _Comparisons] = WeakValueDictionary()
+
+
+def _judge(found: list[tuple[int, Tensor]], layers: Sequence[nn.Module]) -> None:
+    """Judge a block's comparisons when the whole backward pass ends.
+
+    At once where parameters are stepped as soon as they have their gradients.
+    """
+    if not found:
+        return
+    parameters = [p for layer in layers for p in layer.parameters()]
+    number = torch._C._current_graph_task_id()
+    if number == -1 or any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
+        alone = _Comparisons()
+        alone.found = found
+        alone.judge()
+        return
+    comparisons = _of_pass.get(number)
+    if comparisons is None:
+        comparisons = _of_pass[number] = _Comparisons()
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(comparisons.judge)
+    comparisons.found += found
 
 
 def dense_copy(x: Tensor, like: Tensor) -> Tensor:
