@@ -32,6 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
         another_device.register()
 
 
+def _names(mark: pytest.Mark) -> list[str]:
+    """The arguments that a ``parametrize`` is of."""
+    names: str | list[str] = mark.args[0]
+    return [n.strip() for n in names.split(",")] if isinstance(names, str) else list(names)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test of ``device`` or ``each_place``, on every device; skipped by name without one."""
     absent = pytest.mark.skipif(
@@ -43,9 +49,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         others.append("another")
     if marked("only_cpu"):
         others = []
+    # a test may have devices of its own, such as the names of a compiler's targets
+    own = {n for mark in metafunc.definition.iter_markers("parametrize") for n in _names(mark)}
+    # and a module another fixture of the name
+    own |= vars(metafunc.module).keys()
     for name, here in (("device", ["cpu"]), ("each_place", ["cpu", "torch"])):
-        # a module may have another of the name
-        if name in metafunc.fixturenames and not hasattr(metafunc.module, name):
+        if name in metafunc.fixturenames and name not in own:
             metafunc.parametrize(name, [*here, *others], indirect=True)
 
 
