@@ -36,7 +36,7 @@ def run(file: str) -> subprocess.CompletedProcess[str]:
 def started(
     request: pytest.FixtureRequest,
 ) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """Every file that is asked for, one a core at a time: they are a quarter of all tests' time."""
+    """Every file that is asked for, one a core at a time: each takes half a minute or so."""
     items: list[Any] = [item for item in request.session.items if item.path == Path(__file__)]
     with ThreadPoolExecutor(usable_cores()) as pool:
         yield {
