@@ -12,6 +12,7 @@ import precision
 import pytest
 import report
 from harness import results
+from harness.case import Case
 
 from effdense.errors import UserError
 
@@ -107,6 +108,42 @@ def test_a_revision_that_changes_meanwhile_is_refused(
 def test_a_name_that_is_none_is_refused(two: Any) -> None:
     with pytest.raises(UserError, match="nothing is called 'third'"):
         bench.Options(only=("third",))
+
+
+def test_what_is_slower_than_promised_is_said_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    (tmp_path / "results" / "bench").mkdir(parents=True)
+    case = Case("densenet_bc", 100, 12, 64, 32)
+    for ours, is_kept in ((1.0, True), (2.0, False)):
+        path = tmp_path / "throughput-100.csv"
+        with results.Recorder(path, "throughput", "cpu", 1) as recorder:
+            for i, noise in enumerate((1.0, 3.0, 1.1)):
+                for name, seconds in (("naive-channels-last", 2.5), ("effdense-features", ours)):
+                    recorder.add(name, case, "step time", seconds * noise, "s", sample=i)
+        assert bench.reaches_its_floor("throughput-100", tmp_path) == is_kept
+        assert path.exists() == is_kept
+    assert "1.25 times as fast as naive channels-last, less than 1.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "floor"), bench.FLOORS.items())
+def test_the_newest_results_reach_the_floors(name: str, floor: float) -> None:
+    case = {"throughput-100": ("densenet_bc", 100, 12, 64, 32)}.get(
+        name, ("densenet121", 0, 0, 8, 224)
+    )
+    times = report.Kept.read().of("throughput", "step time", Case(*case)).rows  # type: ignore[arg-type]
+    samples = [row for row in times if not row["statistic"]]
+    if not samples:
+        (stated,) = [
+            row
+            for row in report.Kept.read().of("throughput", report.SHARE, Case(*case)).rows  # type: ignore[arg-type]
+            if row["provider"] == "effdense-features" and row["statistic"] == "0.5"
+        ]
+        assert float(stated["value"]) >= floor
+        return
+    newest = [row for row in samples if row["git_revision"] == samples[-1]["git_revision"]]
+    assert bench.times_as_fast(newest) >= floor
 
 
 def test_what_is_measured_makes_every_picture() -> None:
