@@ -2,7 +2,7 @@
 # make test    install the rest too and run the test suite, a worker for each core
 # make quick   one or two files of each subject, less what is slow: under three minutes
 # make oldest  the suite with the oldest versions that pyproject.toml claims, in .oldest
-# make check   lint, type-check and build the documentation; changes nothing
+# make check   lint, type-check, spell-check and build the documentation; changes nothing
 # make docs    build the documentation into site/
 # make dist    build wheel and source archive into dist/ and try both in clean environments
 # make audit   cross-compile every Triton kernel and inspect the machine code; no GPU needed;
@@ -57,6 +57,7 @@ oldest: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && \
 	  PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m mkdocs build --strict --site-dir "$$site"
