@@ -7,6 +7,8 @@
 # make dist    build wheel and source archive into dist/ and try both in clean environments
 # make audit   cross-compile every Triton kernel and inspect the machine code; no GPU needed;
 #              goes on where it was
+# make compilers  the compiled loops by gcc and clang for three kinds of x86-64, and for aarch64
+#              under qemu, against torch; names what is not installed
 # make chaos   kill runs at random, and of any two options together; each must end with the same bits
 # make soak    two hours of a run that is killed ten times: does it take more and more of anything?
 # make gpu     whether all is right, small and fast on a GPU: gpu-report/, ten minutes
@@ -22,7 +24,7 @@ BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 
-.PHONY: train test quick oldest check docs dist audit chaos soak gpu bench install clean
+.PHONY: train test quick oldest check docs dist audit compilers chaos soak gpu bench install clean
 
 install: $(STAMP)
 
@@ -70,6 +72,9 @@ dist: $(STAMP)
 
 audit: $(STAMP)
 	$(BIN)/python -m effdense.kernels.audit $(ARGS)
+
+compilers: $(STAMP)
+	$(BIN)/python -m pytest tests/kernels/compilers.py $(ARGS)
 
 # by whatever Python has torch, Triton and pytest, or by ours
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))

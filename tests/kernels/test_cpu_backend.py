@@ -267,12 +267,24 @@ def test_the_loops_for_lesser_processors(
     assert len(list((unloaded / "effdense" / "loops").iterdir())) == 1
 
 
-@pytest.mark.parametrize("fault", ["absent", "broken"])
+# as Apple's clang says it
+NO_OPENMP = """#!/bin/sh
+case "$*" in *-fopenmp*) echo "clang: error: unsupported option '-fopenmp'" >&2; exit 1;; esac
+exec cc "$@"
+"""
+
+
+@pytest.mark.parametrize("fault", ["absent", "broken", "without OpenMP"])
 def test_without_a_compiler_auto_is_torch_and_says_so_once(
     unloaded: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setenv("CC", "no-such-compiler" if fault == "absent" else "false")
-    with pytest.warns(RuntimeWarning, match="compiled loops.*torch operations are used instead"):
+    own = unloaded / "compiler"
+    own.write_text(NO_OPENMP)
+    own.chmod(0o755)
+    compilers = {"absent": "no-such-compiler", "broken": "false", "without OpenMP": str(own)}
+    monkeypatch.setenv("CC", compilers[fault])
+    says = "unsupported option '-fopenmp'" if fault == "without OpenMP" else ""
+    with pytest.warns(RuntimeWarning, match=f"compiled loops.*{says}.*torch operations are used"):
         assert select.get_backend("auto", CPU, torch.float32).name == "torch"
     assert select.get_backend("auto", CPU, torch.float32).name == "torch"
     with pytest.raises(ValueError, match='backend="cpu" needs a C compiler'):
