@@ -132,12 +132,12 @@ def test_the_newest_results_reach_the_floors(name: str, floor: float) -> None:
     case = {"throughput-100": ("densenet_bc", 100, 12, 64, 32)}.get(
         name, ("densenet121", 0, 0, 8, 224)
     )
-    times = report.Kept.read().of("throughput", "step time", Case(*case)).rows  # type: ignore[arg-type]
+    times = report.Kept.read().of("throughput", "step time", Case(*case)).rows
     samples = [row for row in times if not row["statistic"]]
     if not samples:
         (stated,) = [
             row
-            for row in report.Kept.read().of("throughput", report.SHARE, Case(*case)).rows  # type: ignore[arg-type]
+            for row in report.Kept.read().of("throughput", report.SHARE, Case(*case)).rows
             if row["provider"] == "effdense-features" and row["statistic"] == "0.5"
         ]
         assert float(stated["value"]) >= floor

@@ -6,6 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import bench
 import pytest
 from harness import roofline
 from harness.case import Case
@@ -138,6 +139,20 @@ def test_the_bytes_of_a_step_are_the_roofline_s(row: str, case: Case) -> None:
     for provider, gigabytes in list(zip(providers, said, strict=True))[skipped:]:
         counted = sum(operation.nbytes for operation in roofline.operations(provider, case))
         assert f"{counted / 1e9:.1f}" == gigabytes, provider
+
+
+def test_every_promise_is_held() -> None:
+    """By a test that is there, or by a command of the Makefile or of effdense."""
+    text = (ROOT / "docs" / "promises.md").read_text()
+    rows = re.findall(r"^\| (?!promise|---)(.*) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) > 8
+    for promise, holders in rows:
+        files = re.findall(r"`((?:tests|benchmarks)/\S+\.py)`", holders)
+        assert files, promise
+        assert all((ROOT / path).is_file() for path in files), holders
+    assert all((ROOT / path).is_file() for path in re.findall(r"`(tests/\S+\.py)`", text))
+    said = {float(number) for number in re.findall(r"at least\s(1\.\d+)\s+times", text)}
+    assert said == set(bench.FLOORS.values())
 
 
 def test_the_changelog_is_in_its_form() -> None:
