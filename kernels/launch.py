@@ -440,6 +440,7 @@ class Family(NamedTuple):
         lanes: threads of a warp.
         pipelined: loads of coming iterations wait in shared memory. AMD's compiler keeps them
             in registers, so its backward gets one stage.
+        float32_lanes: of a multiprocessor. Exact products spill in other tiles on 64 than on 128.
         blackwell: of that generation, whose own assembler spills exact float32 products in tiles
             that others' holds.
     """
@@ -449,17 +450,20 @@ class Family(NamedTuple):
     compact: bool = False
     lanes: int = 32
     pipelined: bool = True
+    float32_lanes: int = 128
     blackwell: bool = False
 
 
-AMPERE = Family()
+AMPERE = Family(float32_lanes=64)
+ORIN = Family()
 COMPACT = Family(registers=255, compact=True)
 HOPPER = Family(product_rows=64)
 BLACKWELL = Family(product_rows=64, registers=255, blackwell=True)
 COMPACT_BLACKWELL = Family(registers=255, compact=True, blackwell=True)
 CDNA = Family(lanes=64, pipelined=False)
 FAMILIES = {
-    **dict.fromkeys((80, 87), AMPERE),
+    80: AMPERE,
+    87: ORIN,
     **dict.fromkeys((86, 89), COMPACT),
     90: HOPPER,
     **dict.fromkeys((100, 103), BLACKWELL),
@@ -484,7 +488,7 @@ class LaunchTable:
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
-        self.family = FAMILIES.get(architecture.number, AMPERE)
+        self.family = FAMILIES.get(architecture.number, ORIN)
         if architecture.kind == "hip":
             self.family = CDNA
 
@@ -570,7 +574,7 @@ class LaunchTable:
             # 128 bits of X for each lane
             per_lane = (4 if wide else 8) * self.family.lanes
             warps = max(1, min(warps, block_p * block_c // per_lane))
-        if tile == 64 * 64 and not hip and (wide or self.family == AMPERE):
+        if tile == 64 * 64 and not hip and (wide or self.family in (AMPERE, ORIN)):
             # left alone, the assembler spills two to six registers to fit one program more; exact
             # products of float32 spill up to eight in four warps of Blackwell
             registers, warps = 255, 8 if wide and self.family.registers is not None else warps
@@ -587,13 +591,13 @@ class LaunchTable:
             return Launch(32, 32, block_b, 8, 1, programs, 255 if bottleneck > 128 else None)
         if wide:
             # half the channels would be half of a 128-bit store for each of so many threads; half
-            # the threads spill 55 registers of TF32 products (sm_90). On compact devices the two
-            # launches of a bottleneck wider than a tile want the limit; on Ampere it makes spills.
-            # There exact products of a tile of 128 columns behind a frozen norm spill 18 registers
-            # unless rows to come wait in shared memory.
-            limited = self.family.compact and bottleneck > 128
-            registers = self.family.registers if limited else None
-            stages = 2 if self.family == AMPERE and 64 < bottleneck <= 128 else 1
+            # the threads spill 55 registers of TF32 products (sm_90). The two launches of a
+            # bottleneck wider than a tile want the limit, which on sm_80 makes spills. There exact
+            # products of a tile of 128 columns behind a frozen norm spill 18 registers unless rows
+            # to come wait in shared memory, which on sm_87 makes them 103.
+            limited = bottleneck > 128 and self.family not in (AMPERE, HOPPER)
+            stages = 2 if 64 < bottleneck <= 128 and self.family == AMPERE else 1
+            registers = 255 if limited else None
             return Launch(16, 64, block_b, 8, stages, programs, registers)
         if aligned and self.family.product_rows == 64:
             if self.family.registers is not None:
