@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 from harness import child, packages
 from harness.case import Case
@@ -42,6 +42,10 @@ class Options(CommonOptions):
         int | None, arg(metavar="PIXELS", help_behavior_hint="(default: by model)")
     ] = None
     """Along each dimension."""
+    providers: tuple[Literal["original", "converted"], ...] = packages.PROVIDERS
+    """Whose memory is measured."""
+    timed: Literal["yes", "no"] = "yes"
+    """Take both's times too."""
     rounds: int = 5
     """Timed."""
 
@@ -59,7 +63,7 @@ def run(options: Options) -> None:
         print(headline(recorder.environment))
         for arch in options.models or packages.MODELS:
             case = packages.case(arch, options.batch_size, options.image_size)
-            rows.append(measure(case, options.rounds, options.threads, recorder))
+            rows.append(measure(case, options, recorder))
             print(f"{arch}: done", file=sys.stderr)
     header = ["model, input", "original", "converted", "ratio", "inference", "converted", "ratio"]
     header += ["s/step", "converted", "s/inference", "converted"]
@@ -68,7 +72,7 @@ def run(options: Options) -> None:
     print(f"\n{path}")
 
 
-def measure(case: Case, rounds: int, threads: int, recorder: Recorder) -> list[str]:
+def measure(case: Case, options: Options, recorder: Recorder) -> list[str]:
     """A row of the table; what can't be measured is blank and its reason a row of the CSV."""
     package = packages.MODELS[cast(packages.ModelName, case.arch)]
     name = f"`{package.line}`, {case.batch_size} x {case.size}"
@@ -79,8 +83,11 @@ def measure(case: Case, rounds: int, threads: int, recorder: Recorder) -> list[s
     for work, metric in ((child.training, "peak"), (child.inference, "inference peak")):
         peaks: list[float | None] = []
         for provider in packages.PROVIDERS:
+            if provider not in options.providers:
+                peaks.append(None)
+                continue
             answer = in_fresh_process(
-                work, threads, provider=provider, case=case.columns(), steps=2
+                work, options.threads, provider=provider, case=case.columns(), steps=2
             )
             peak = answer.get("peak")
             detail = answer.get("error", "")
@@ -90,7 +97,10 @@ def measure(case: Case, rounds: int, threads: int, recorder: Recorder) -> list[s
         known = [peak for peak in peaks if peak]
         ratio = f"1/{known[0] / known[1]:.1f}" if len(known) == 2 else ""
         cells += [*map(mebibytes, peaks), ratio]
-    answer = in_fresh_process(child.package_times, threads, case=case.columns(), rounds=rounds)
+    if options.timed == "no":
+        return [*cells, *[""] * 4]
+    timing = {"case": case.columns(), "rounds": options.rounds}
+    answer = in_fresh_process(child.package_times, options.threads, **timing)
     for phase in ("training", "inference"):
         for provider in packages.PROVIDERS:
             samples = answer.get(f"{phase} {provider}", [])

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Save = Literal["all", "bottlenecks", "features", "input"]
-"""What a dense block keeps for backward, from most memory to least."""
+Save = Literal["all", "bottlenecks", "features", "slabs", "input"]
+"""What a dense block keeps for backward, from most memory to least; "slabs" keeps what "features"
+does, and has smaller temporaries."""
 SAVE_MODES: tuple[Save, ...] = get_args(Save)
 
 BackendName = Literal["auto", "torch", "cpu", "triton"]

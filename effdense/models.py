@@ -61,7 +61,8 @@ class DenseNet(reference.DenseNet):
         init: "paper" (He normal over the fan-out) or "torchvision" (over the fan-in).
         save: what each layer keeps for backward: "features" (only its k features; least
             time for linear memory), "bottlenecks" (also its bottleneck: faster, about
-            1 + bn_size times the memory), "input" (only each block's input: least memory),
+            1 + bn_size times the memory), "slabs" (as "features", with smaller
+            temporaries and more time), "input" (only each block's input: least memory),
             "all" (plain autograd: quadratic memory).
         backend: "auto", "torch", "cpu" or "triton".
 

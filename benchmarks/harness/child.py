@@ -5,11 +5,18 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from effdense.machine.measurement import measure_training, peak_memory, timed
+from effdense.engine.distributed import leave_process_group
+from effdense.machine.measurement import fresh_process, measure_training, peak_memory, timed
 from effdense.machine.memory import limit_memory
 from effdense.memory import timeline
 
@@ -102,7 +109,42 @@ def package_times(case: dict[str, Any], rounds: int) -> dict[str, Any]:
 def configured(configuration: dict[str, Any], samples: int = 0) -> dict[str, Any]:
     """``peak`` bytes of a step, then ``samples`` of ``seconds``; without any, ``live`` bytes."""
     own = grid.from_request(configuration)
-    found = measure_training(own.training, own.tiny().training().step, samples=samples)
+    with ExitStack() as stack:
+        if own.ddp is not None:
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+            other = fresh_process(
+                second,
+                torch.get_num_threads(),
+                configuration=configuration,
+                store=str(folder / "store"),
+            )
+            process = stack.enter_context(
+                subprocess.Popen(other, env=os.environ, stdout=subprocess.DEVNULL)
+            )
+            stack.callback(process.wait)
+            stack.enter_context(_group_of_two(0, folder / "store"))
+        return _configured(own, samples)
+
+
+def second(configuration: dict[str, Any], store: str) -> dict[str, Any]:
+    """What the other of two processes does."""
+    with _group_of_two(1, Path(store)):
+        return _configured(grid.from_request(configuration), 0)
+
+
+@contextmanager
+def _group_of_two(rank: int, store: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        yield
+    finally:
+        leave_process_group()
+
+
+def _configured(own: grid.Configuration, samples: int) -> dict[str, Any]:
+    # buckets are laid out anew in the second step, and their memory is all in use from the third
+    steps = 1 if own.ddp is None else 3
+    found = measure_training(own.training, own.tiny().training().step, steps=steps, samples=samples)
     if not samples:
         gc.collect()
         found["live"] = timeline.record_step(own.training).total

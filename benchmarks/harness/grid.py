@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import effdense
 from effdense import reference
@@ -23,7 +24,8 @@ class Configuration:
 
     ``network`` are arguments of the constructor; ``save`` is one mode, several by "+", one
     per block, or "naive" for ``effdense.reference``. ``dtype`` is that of everything,
-    ``amp`` what autocast computes in.
+    ``amp`` what autocast computes in. ``ddp`` is of one of two processes that train together, with
+    gradients beside DistributedDataParallel's buckets, or as views of them.
     """
 
     family: str
@@ -33,6 +35,7 @@ class Configuration:
     dtype: str = "float32"
     amp: str | None = None
     optimizer: OptimizerName = "sgd"
+    ddp: Literal["beside buckets", "in buckets"] | None = None
 
     def model(self) -> nn.Module:
         """The network, float32 or ``dtype``, on the present default device."""
@@ -49,11 +52,20 @@ class Configuration:
         """By effdense.estimate, without the network."""
         with torch.device("meta"):
             model = self.model()
-        return effdense.estimate(model, self.shape, optimizer=self.optimizer, dtype=self._amp())
+        return effdense.estimate(
+            model,
+            self.shape,
+            optimizer=self.optimizer,
+            dtype=self._amp(),
+            ddp=self.ddp is not None,
+            gradient_as_bucket_view=self.ddp == "in buckets",
+        )
 
     def training(self) -> Training:
-        """A real step, ready to be taken."""
+        """A real step, ready to be taken; of DDP in a process of its group."""
         model = self.model()
+        if self.ddp is not None:
+            model = DistributedDataParallel(model, gradient_as_bucket_view=self.ddp == "in buckets")
         x = torch.randn(self.shape, dtype=getattr(torch, self.dtype))
         target = torch.zeros(self.shape[0], dtype=torch.int64)
         optimizer = make_optimizer(self.optimizer, model.parameters())
@@ -65,9 +77,7 @@ class Configuration:
         network = {**self.network, "growth_rate": 4, "num_init_features": 8, "num_classes": 10}
         network["block_config"] = (1,) * len(self.network["block_config"])
         shape = (2, 3, *[8 if self.network.get("small_inputs") else 32] * dims)
-        return Configuration(
-            self.family, network, self.save, shape, self.dtype, self.amp, self.optimizer
-        )
+        return replace(self, network=network, shape=shape)
 
     def _amp(self) -> torch.dtype | None:
         return None if self.amp is None else getattr(torch, self.amp)
@@ -76,7 +86,8 @@ class Configuration:
         size = "x".join(map(str, self.shape))
         kind = self.dtype if self.amp is None else f"{self.amp} autocast"
         optimizer = "" if self.optimizer == "sgd" else f", {self.optimizer}"
-        return f"{self.family}, {self.save}, {size}, {kind}{optimizer}"
+        ddp = "" if self.ddp is None else f", gradients {self.ddp}"
+        return f"{self.family}, {self.save}, {size}, {kind}{optimizer}{ddp}"
 
     def columns(self) -> dict[str, Any]:
         """As of :meth:`harness.case.Case.columns`."""
@@ -117,6 +128,12 @@ def _bc(
 
 def _imagenet(name: str, save: str, batch: int, size: int, **other: Any) -> Configuration:
     return Configuration(name, configuration(name, 0, 0), save, (batch, 3, size, size), **other)
+
+
+def _scan(save: str, batch: int, size: int, **other: Any) -> Configuration:
+    """densenet121 of volumes, with its stem."""
+    network = configuration("densenet121", 0, 0, spatial_dims=3)
+    return Configuration("densenet121 3-D", network, save, (batch, 3, *[size] * 3), **other)
 
 
 def _plain(save: str, batch: int) -> Configuration:
@@ -176,5 +193,11 @@ GRID: tuple[Configuration, ...] = (
     *(_volume(3, save, 4, 24) for save in ("features", "bottlenecks", "input", "naive")),
     _volume(3, "features", 2, 24, amp="bfloat16"),
     _volume(3, "features", 1, 64, small=False),
+    *(_scan(save, 2, 64) for save in ("features", "bottlenecks", "naive")),
+    *(_scan("features", 1, size) for size in (64, 80, 96, 128)),
+    *(_scan("slabs", 1, size) for size in (96, 128)),
+    _scan("features", 1, 96, amp="bfloat16"),
+    *(_bc(190, 40, "features", 2, 16, ddp=ddp) for ddp in ("beside buckets", "in buckets")),
+    *(_bc(250, 24, "features", 2, ddp=ddp) for ddp in ("beside buckets", "in buckets")),
     *(_volume(1, save, 16, 1024) for save in ("features", "bottlenecks", "naive")),
 )

@@ -18,7 +18,7 @@ from .case import Case
 from .fc_densenet import FCDenseNet
 from .providers import set_parameters
 
-PROVIDERS = ("original", "converted")
+PROVIDERS: tuple[Literal["original", "converted"], ...] = ("original", "converted")
 ModelName = Literal[
     "torchvision-densenet121",
     "timm-densenet121",

@@ -22,6 +22,7 @@ _COLOURS = {
     "effdense-all": "#56B4E9",
     "effdense-bottlenecks": "#009E73",
     "effdense-features": "#0072B2",
+    "effdense-slabs": "#882255",
     "effdense-input": "#56B4E9",
 }
 

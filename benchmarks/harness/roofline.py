@@ -132,6 +132,8 @@ def effdense_operations(save: str, case: Case) -> tuple[Operation, ...]:
             passes = [*traffic.FORWARD, *traffic.BACKWARD]
             passes += traffic.FORWARD if save == "input" else ()
             passes += () if save == "bottlenecks" else (traffic.REBUILD,)
+            # as where every layer is cut
+            passes += (traffic.REBUILD, traffic.BACKWARD[0]) if save == "slabs" else ()
             for row in passes:
                 product = 2 * p * layer.width * b * row.products
                 convolution = 2 * taps * p * b * k * row.convolutions

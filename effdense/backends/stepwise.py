@@ -171,7 +171,7 @@ class Stepwise(WholeWork):
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         from_product = need_weight and dz is not None and self.sums_from_products(source.dtype)
         channels = self.direct_channels(norm) if from_product else ALL_CHANNELS
-        total = _Total(norm.mean.dtype)
+        total = Total(norm.mean.dtype)
         for images, rows in _image_steps(self, source, shape):
             h = source.new_empty((rows.stop - rows.start, source.shape[1]))
             self.bn_relu(source[rows], norm, h)
@@ -226,7 +226,7 @@ class Stepwise(WholeWork):
         weight = weight.to(x.dtype)
         from_product = need_weight and self.sums_from_products(x.dtype)
         channels = self.direct_channels(norm) if from_product else ALL_CHANNELS
-        total = _Total(norm.mean.dtype)
+        total = Total(norm.mean.dtype)
         for rows, pooled_rows, part in _window_steps(self, x, shape):
             dpooled = torch.mm(dout[pooled_rows], weight, out=_room(self, x, pooled_rows))
             pooled = _room(self, x, pooled_rows) if need_weight else None
@@ -243,7 +243,7 @@ class Stepwise(WholeWork):
         return dw, s, t
 
 
-class _Total:
+class Total:
     """A weight gradient and S and T over steps, added up in place in what the first one made."""
 
     def __init__(self, dtype: torch.dtype) -> None:

@@ -54,6 +54,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -74,10 +75,12 @@ from ..backends.dropout import layer_keys
 from ..backends.layout import channels, channels_first, like_parameter, round_up
 from ..backends.layout import rows as rows_of
 from ..backends.sharing import as_base, copy_on_write
+from ..backends.stepwise import Total
 from ..choices import SAVE_MODES, Save
 from ..differentiation import Anchor, first_order
 from ..norms.buffers import NormSpec
 from ..norms.synchronization import Batch
+from .cuts import Cut, cuts
 from .stepping import Step
 
 
@@ -484,8 +487,12 @@ class _Stage:
         self._scratch: Tensor | None = None
         for index in self._each(reversed(range(first, len(self.layers))), leave_out):
             need = needs[own(index)]
+            slabs = self._cuts(index)
             if not self.bottleneck[index]:
                 found = self._plain_layer_backward(index, d, need)
+            elif len(slabs) > 1:
+                y = dz = None
+                found = self._bottleneck_layer_backward_by_slabs(index, d, slabs, need)
             else:
                 if kept:
                     y = self.bottlenecks[index]
@@ -599,6 +606,82 @@ class _Stage:
             gamma1=t1, beta1=s1, weight1=dw1, gamma2=t2, beta2=s2, weight2=dw2, bias=dbias
         )
         return found, y_before
+
+    def _cuts(self, index: int) -> list[Cut]:
+        """The slabs in which layer ``index`` is gone back through; none where it is not cut."""
+        if self.spec.save != "slabs" or not self.bottleneck[index]:
+            return []
+        line = math.prod(self.spatial[1:])
+        # Y and its gradient
+        nbytes = 2 * line * self.bottleneck[index] * self.x.element_size()
+        lines = self.images * self.spatial[0]
+        return list(cuts(self.shape, self.ops.images_per_step(lines, nbytes)))
+
+    def _bottleneck_layer_backward_by_slabs(
+        self, index: int, d: Tensor, slabs: Sequence[Cut], need: Sequence[bool]
+    ) -> LayerTensors:
+        """One layer back likewise; see cuts.py, NOTE [ bottlenecks by slabs ]."""
+        spec, read = self.spec.layers[index], self._read(index)
+        x, dx = _part(self.x, read), _part(d, read)
+        norm1, weight1 = self._norm1(index), self._weight1(index)
+        norm2, weight2 = self._norm2(index), _given(self.layers[index].weight2)
+        gradient = self._gradient(index)
+        dbias = self._bias_gradient(gradient, need)
+        largest = max(slab.rows for slab in slabs)
+        all_y, all_dz = x.new_empty((2, largest, self.bottleneck[index])).unbind()
+
+        def back(slab: Cut, alone: bool) -> tuple[Tensor, Tensor, Any]:
+            y, dz = all_y[: slab.rows], all_dz[: slab.rows]
+            self.ops.bn_relu_conv1x1(x[slab.around], norm1, weight1, y, None)
+            own = self._gradient_of(gradient, slab, alone)
+            need_weight = alone and need[_WEIGHT2]
+            sums = self.ops.bn_relu_conv3_backward(
+                y, norm2, weight2, own, slab.shape, need_weight, dz, None
+            )
+            return y[slab.inside], dz[slab.inside], sums
+
+        total = Total(self.sum_dtype)
+        for slab in self.ops.pieces(slabs):
+            total.add(*back(slab, alone=True)[2])
+        dw2, s2, t2 = total.result()
+        correction = None
+        if _given(spec.norm2).batch_statistics:
+            correction = (*self.spec.batch.sum(s2, t2), float(self.spec.batch.count))
+        total = Total(self.sum_dtype)
+        for slab in self.ops.pieces(slabs):
+            y, dz, _ = back(slab, alone=False)
+            sums = self.ops.bn_relu_conv1x1_backward(
+                x[slab.own],
+                norm1,
+                weight1,
+                dz,
+                dx[slab.own],
+                need[_WEIGHT1],
+                PendingNorm(y, norm2, correction),
+                None,
+                self._deferred(spec.norm1, read),
+            )
+            total.add(*sums)
+        dw1, s1, t1 = total.result()
+        return LayerTensors(
+            gamma1=t1, beta1=s1, weight1=dw1, gamma2=t2, beta2=s2, weight2=dw2, bias=dbias
+        )
+
+    def _gradient_of(self, gradient: Unfinished, slab: Cut, alone: bool) -> Unfinished:
+        """A slab's part; ``alone``: zero on the lines around it."""
+        rows, mask = slab.around, gradient.mask
+        part = None if mask is None else mask[rows]
+        if alone and slab.own != rows:
+            zero = gradient.d.new_zeros((slab.rows, self.k))
+            zero[slab.inside] = 1 if part is None else part[slab.inside]
+            part = zero
+        return replace(
+            gradient,
+            d=gradient.d[rows],
+            x=gradient.x[rows],
+            mask=part,
+            scratch=lambda: gradient.d.new_empty((slab.rows, self.k)),
+        )
 
     def _plain_layer_backward(self, index: int, d: Tensor, need: Sequence[bool]) -> LayerTensors:
         read = self._read(index)

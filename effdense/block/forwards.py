@@ -54,7 +54,7 @@ class BlockForward:
     """A dense block: (N, C0, *spatial) -> (N, C0 + L k, *spatial).
 
     ``save`` says what a layer keeps for backward: "all" (plain autograd), "bottlenecks",
-    "features" or "input"; ``backend`` is "auto", "torch", "cpu" or "triton". Both may be
+    "features", "slabs" or "input"; ``backend`` is "auto", "torch", "cpu" or "triton". Both may be
     changed between forwards. ``offload`` keeps it elsewhere: see :func:`effdense.offload`.
     """
 
@@ -203,7 +203,8 @@ class DenseBlock(BlockForward, reference.DenseBlock):
 
     Attributes:
         save: what a layer keeps for backward: "all" (plain autograd), "bottlenecks",
-            "features" or "input". Without fused layers "bottlenecks" is "features".
+            "features", "slabs" or "input". Without fused layers "bottlenecks" and "slabs" are
+            "features".
         backend: "auto", "torch", "cpu" or "triton", for fused layers.
 
     Both may be changed between forwards.

@@ -4,12 +4,13 @@ NOTE [ what the stem keeps ]
 The convolution's output is as large as the first block's features, and would be alive in
 that block's backward, the peak of a step. It is made from three channels, by a hundredth of
 a step's arithmetic. So where the first block would rather compute again than keep
-("features", "input") the stem keeps its images and convolves them again; else it keeps the
+("features", "slabs", "input") the stem keeps its images and convolves them again; else it keeps the
 convolution's output. There is no whole gradient of that output: batch norm's sums are over
 the maxima of the pooling, where alone its gradient isn't zero, so that each slab's gradient
 can be finished when it is made, and go through the convolution at once. In forward the output
 is pooled where it is made (slabs.py) and never is there as a whole; only backward, to which the
-dense blocks have given back their memory by then, makes all of it. A convolution that can't be
+dense blocks have given back their memory by then, makes all of it; with "slabs" not even that,
+and each slab is convolved twice there. A convolution that can't be
 run without calling it is called, and BN-ReLU-MaxPool keeps its output.
 """
 
@@ -135,10 +136,10 @@ def _conv_norm_relu_max_pool(
     dtype = _compute_dtype(image, conv.weight)
     assert dtype is not None
     ops = get_backend(backend, image.device, dtype)
-    again = save in ("features", "input") or not torch.is_grad_enabled()
+    again = save in ("features", "slabs", "input") or not torch.is_grad_enabled()
     shape = torch.Size((len(image), conv.out_channels, *_output_size(conv, image)))
     convolution = _Convolution(
-        conv.stride, conv.padding, conv.dilation, conv.groups, shape, dtype, again
+        conv.stride, conv.padding, conv.dilation, conv.groups, shape, dtype, again, save != "slabs"
     )
     like = image.new_empty(()).expand(shape)
     return _apply(ops, like, norm, pool, convolution, Anchor(image), None, image, conv.weight)
@@ -245,7 +246,9 @@ class _Stem(torch.autograd.Function):
             pooling = Pooling(ctx.ops, ctx.pool, ctx.shape, ctx.dtype)
             images, _, *spatial = ctx.shape
             if rows is None:
-                source = convolution.again_from(pooling, convolution.source(image, weight, sign))
+                source = convolution.source(image, weight, sign)
+                if convolution.whole:
+                    source = convolution.again_from(pooling, source)
             else:
                 x = channels_first(rows, images, spatial)
                 source = _Given(x, sign if convolution is None else None)
@@ -314,6 +317,8 @@ class _Convolution(NamedTuple):
     """It computes in."""
     again: bool
     """Instead of keeping its output."""
+    whole: bool
+    """And then all of it at once in backward."""
 
     def source(self, image: Tensor, weight: Tensor, sign: Tensor | None) -> _Convolved:
         signed = weight.to(self.dtype)
@@ -335,6 +340,11 @@ class _Convolution(NamedTuple):
                 x = part.new_empty((self.shape[0], *self.shape[2:], self.shape[1]))
             x[slab.images, slab.first : slab.last] = part
             del part  # before the next slab's is made
+        seen = sum(len(part) for part in images.values())
+        if images and seen < self.shape[0]:
+            # a simulation leaves images out
+            part = next(iter(images.values()))
+            images[-1] = part.new_empty((self.shape[0] - seen, *part.shape[1:]))
         return _Images(images) if x is None else _Given(x.movedim(-1, 1), None)
 
 

@@ -41,7 +41,7 @@ from ..recognition.reading import read_block
 from .estimation import Estimate, Rehearsal, as_estimate, block_names, estimate, shape_of
 from .timeline import Peak
 
-CANDIDATES: tuple[Save, ...] = ("bottlenecks", "features", "input")
+CANDIDATES: tuple[Save, ...] = ("bottlenecks", "features", "slabs", "input")
 
 # What "auto" leaves to the rest of the process: libraries' workspaces, the allocator's slack.
 _AUTO_SHARE = 0.9
@@ -344,7 +344,12 @@ def _work(block: Any, save: Save) -> int:
         again = {"all": 0, "input": 2 * products}.get(save, products)
     else:
         rebuilt = sum(x.conv1.weight.numel() for x in parts.layers if x.conv2 is not None)
-        again = {"features": rebuilt, "input": products + rebuilt}.get(save, 0)
+        convolved = sum(x.conv2.weight.numel() for x in parts.layers if x.conv2 is not None)
+        again = {
+            "features": rebuilt,
+            "slabs": 2 * rebuilt + convolved,
+            "input": products + rebuilt,
+        }.get(save, 0)
     return 3 * products + again
 
 

@@ -142,7 +142,7 @@ class Comparison:
 
     def _save_modes(self) -> Iterator[Row]:
         steps: dict[str, Step] = {}
-        for save in ("features", "bottlenecks", "input", "all"):
+        for save in ("features", "bottlenecks", "slabs", "input", "all"):
             ours = copy.deepcopy(self._twins.ours)
             convert(ours, save)
             steps[save] = _step(ours, self._input(0), training_loss)
@@ -153,7 +153,7 @@ class Comparison:
             pairs += [(found.buffers[name], b) for name, b in base.buffers.items()]
             largest = max((_both(a, e) for a, e in pairs), key=with_nan_last)
             claim = f'save="{save}" is save="features"'
-            if save == "all":
+            if save in ("slabs", "all"):
                 yield judged(claim, f"float64, {len(pairs)} tensors", largest, TOLERANCE)
             else:
                 same = all(_identical(a, e) for a, e in pairs)
