@@ -48,6 +48,8 @@ class Options:
     """Gradients are views of --ddp's buckets, as in train_ddp.py."""
     step_in_backward: bool = False
     """Count no gradients but those of a layer: see effdense.step_in_backward."""
+    cuda_graphs: bool = False
+    """Count what effdense.cuda_graphs keeps for good; with --device cuda."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Whose temporaries are counted."""
 
@@ -69,6 +71,7 @@ def run(options: Options) -> None:
                 ddp=options.ddp,
                 gradient_as_bucket_view=options.gradient_as_bucket_view,
                 step_in_backward=options.step_in_backward,
+                cuda_graphs=options.cuda_graphs,
                 device=options.device,
             )
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..autocast import AUTOCAST_DTYPES
 from ..backends.layout import round_up
+from ..block.captured import Run, recorder
 from ..block.forwards import BlockForward, dense_blocks, set_offload, set_save
 from ..block.stepping import StepInBackward, step_in_backward
 from ..choices import OptimizerName
@@ -51,7 +52,7 @@ class Estimate:
     peak: int
     parts: dict[str, int]
     """Of the peak: parameters (with buffers), gradients, optimizer, input, features, bottlenecks,
-    gradient buffer, temporaries, and "ddp buckets" where there are."""
+    gradient buffer, temporaries, and "ddp buckets" and "CUDA graphs" where there are."""
     moment: str
     """When the peak is."""
     blocks: tuple[BlockEstimate, ...]
@@ -95,6 +96,7 @@ def estimate(
     ddp: bool = False,
     gradient_as_bucket_view: bool = False,
     step_in_backward: bool = False,
+    cuda_graphs: bool = False,
     device: DeviceType = "cpu",
 ) -> Estimate:
     """Predict the peak memory of a training step; allocates none of it.
@@ -115,6 +117,8 @@ def estimate(
         gradient_as_bucket_view: whether gradients are views of its buckets, as with that option
             of DistributedDataParallel and in ``train_ddp.py``: there from the beginning, and once.
         step_in_backward: whether :func:`effdense.step_in_backward` is used.
+        cuda_graphs: whether :func:`effdense.cuda_graphs` is, on "cuda" only: what the graphs keep
+            for good comes on top. A prediction that was never measured.
         device: "cpu" or "cuda": which backend's temporaries are counted.
 
     Raises:
@@ -128,6 +132,7 @@ def estimate(
         ddp=ddp,
         gradient_as_bucket_view=gradient_as_bucket_view,
         step_in_backward=step_in_backward,
+        cuda_graphs=cuda_graphs,
         device=device,
     )
     found = rehearse(input_shape)
@@ -152,11 +157,14 @@ class Rehearsal:
         ddp: bool = False,
         gradient_as_bucket_view: bool = False,
         step_in_backward: bool = False,
+        cuda_graphs: bool = False,
         device: DeviceType = "cpu",
     ) -> None:
         check_optimizer(optimizer)
         if device not in ("cpu", "cuda"):
             raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
+        if cuda_graphs and device != "cuda":
+            raise ValueError(f'CUDA graphs need device="cuda", got {device!r}')
         if dtype not in (None, torch.float64, torch.float32, *AUTOCAST_DTYPES.values()):
             raise ValueError(
                 "dtype must be torch.float64, torch.float32, torch.bfloat16, torch.float16 or "
@@ -167,7 +175,7 @@ class Rehearsal:
             model = model.module
         self._gradients_stay = ddp and gradient_as_bucket_view
         self._optimizer, self._momentum, self._device = optimizer, momentum, device
-        self._step_in_backward = step_in_backward
+        self._step_in_backward, self._cuda_graphs = step_in_backward, cuda_graphs
         self._steps: StepInBackward | None = None
         own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self._amp = dtype if dtype in AUTOCAST_DTYPES.values() and dtype != own else None
@@ -192,6 +200,8 @@ class Rehearsal:
         every_shape = self._device == "cpu" and is_compiled_for(computes_in)
         try:
             with simulation(self._device, every_shape):
+                if self._cuda_graphs:
+                    return self._by_graphs(shape)
                 return record_step(lambda: self._training(shape), places=places)
         except (RuntimeError, IndexError, NotImplementedError) as error:
             line = first_line(error)
@@ -199,6 +209,29 @@ class Rehearsal:
         finally:
             if self._steps is not None:
                 self._steps.remove()
+
+    def _by_graphs(self, shape: tuple[int, ...]) -> Peak:
+        """Their pool keeps a step's peak, while all gradients come to be outside of it."""
+        graphs = _Graphs()
+        token = recorder.set(graphs)
+        try:
+            found = record_step(lambda: self._training(shape), places=places)
+        finally:
+            recorder.reset(token)
+        parts = found.parts | {"CUDA graphs": graphs.nbytes}
+        missing = 0
+        if not self._step_in_backward:
+            missing = max(0, bucket_bytes(self._twin) - parts["gradients"])
+        parts["gradients"] += missing
+        more = graphs.nbytes + missing
+        return replace(
+            found,
+            parts=parts,
+            total=found.total + more,
+            sizes=(*found.sizes, graphs.nbytes, missing),
+            highs={moment: high + more for moment, high in found.highs.items()},
+            resident=found.resident + more,
+        )
 
     def _training(self, shape: tuple[int, ...]) -> Training:
         optimizer = make_optimizer(
@@ -232,6 +265,29 @@ def shape_of(batch: Sequence[int] | Tensor) -> tuple[int, ...]:
             f"input_shape must be (N, channels, *spatial) of positive integers, got {given!r}"
         )
     return shape
+
+
+class _Graphs:
+    """Runs stages as ever, and adds up what graphs of them would keep between steps.
+
+    A stage's input and output and their gradients, in the graphs' own copies, and its parameters'
+    gradients beside those that leave the graph: see captured.py, ``Stage``.
+    """
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def stage(self, owners: Sequence[nn.Module], x: Tensor, run: Run) -> Tensor | None:
+        token = recorder.set(None)
+        try:
+            y = run(x)
+        finally:
+            recorder.reset(token)
+        if y is not None and y.requires_grad:
+            parameters = [p for owner in owners for p in owner.parameters() if p.requires_grad]
+            kept = [x, y, y, *([x] if x.requires_grad else []), *parameters]
+            self.nbytes += sum(t.numel() * t.itemsize for t in kept)
+        return y
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from effdense.memory.planning import CANDIDATES, BudgetError
 from effdense.memory.timeline import Peak, Training, record_step
 from effdense.verification.comparison import near_prediction
 from tests.helpers.measure_memory import measure
+from tests.helpers.replaying import replaying
 
 TINY: dict[str, Any] = {
     "growth_rate": 6,
@@ -296,6 +297,23 @@ def test_kernels_keep_no_copy_of_a_bottleneck(
     expected = 1 if dtype == torch.bfloat16 else 3
     temporaries = found.parts["temporaries"] + found.parts["gradient buffer"]
     assert wide * expected <= temporaries < wide * (expected + 0.9)
+
+
+def test_what_cuda_graphs_keep_is_predicted() -> None:
+    """As many bytes as a recording holds between steps."""
+    model, shape = effdense.DenseNet(**TINY), (4, 3, 8, 8)
+    plain = effdense.estimate(model, shape, device="cuda")
+    found = effdense.estimate(model, shape, device="cuda", cuda_graphs=True)
+    with replaying():
+        recording: Any = effdense.cuda_graphs(model, torch.randn(shape))._recording
+    kept = [(s.x, s.y, s.dy, s.dx, s.gradients) for s in recording.stages]
+    nbytes = sum(t.numel() * t.itemsize for own in kept for t in own if t is not None)
+    assert found.parts["CUDA graphs"] == nbytes > 0
+    gradients = 4 * sum(p.numel() for p in model.parameters())
+    assert found.parts["gradients"] == gradients
+    assert found.peak == plain.peak - plain.parts["gradients"] + gradients + nbytes
+    with pytest.raises(ValueError, match="cuda"):
+        effdense.estimate(model, shape, cuda_graphs=True)
 
 
 def test_reserved_memory_follows_the_caching_allocator_s_rules() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import effdense
 from effdense.backends.triton_backend import TritonBackend
+from effdense.block import cuts
 
 Tensor = torch.Tensor
 
@@ -104,6 +105,15 @@ def test_one_step_of_other_networks(arguments: dict[str, Any], size: tuple[int, 
     options = {"small_inputs": True} | arguments
     model = effdense.DenseNet(5, (2, 2), 7, num_classes=10, **options)
     assert_same_training(model, batches(1, *size))
+
+
+def test_bottlenecks_by_slabs_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3 lines, and of 2 that are left."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(cuts, "_LEAST_LINES", 3)
+    monkeypatch.setattr(TritonBackend, "images_per_step", lambda *_: 1)
+    model = effdense.DenseNet(5, (2,), 7, num_classes=10, small_inputs=True, save="slabs")
+    assert_same_training(model, batches(1, 5, 4))
 
 
 def test_frozen_norms() -> None:
