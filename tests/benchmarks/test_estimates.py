@@ -48,6 +48,7 @@ def test_the_plans_that_are_measured_beat_each_other():
         Choice(("features", "bottlenecks"), 55, 1.1),
         Choice(("bottlenecks", "features"), 40, 1.1),
         Choice(("features", "features"), 45, 1.2),
+        Choice(("slabs", "slabs"), 42, 1.3),
         Choice(("input", "input"), 30, 1.5),
     ]
     assert pareto.chosen(found) == [
@@ -55,6 +56,7 @@ def test_the_plans_that_are_measured_beat_each_other():
         "bottlenecks+features",
         "input+input",
         "features+features",
+        "slabs+slabs",
     ]
 
 
@@ -64,7 +66,7 @@ def test_plans_are_measured_and_drawn(tmp_path, capsys):
     path = tmp_path / "pareto.csv"
     pareto.main([*arguments, "--steps", "1", "--threads", "1", "--output", str(path)])
     rows = results.read(path)
-    assert len({row["provider"] for row in rows if row["metric"] == "predicted peak"}) == 27 + 1
+    assert len({row["provider"] for row in rows if row["metric"] == "predicted peak"}) == 64 + 1
     timed = {row["provider"] for row in rows if row["metric"] == "step time" and row["value"]}
     assert "naive" in timed
     assert len(timed) >= 4
