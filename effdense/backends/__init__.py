@@ -12,6 +12,7 @@ __all__ = [
     "select",
     "self_check",
     "sharing",
+    "stepwise",
     "told",
     "torch_backend",
     "triton_backend",

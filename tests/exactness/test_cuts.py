@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -48,20 +49,20 @@ def slabs(monkeypatch: pytest.MonkeyPatch) -> list[list[cuts.Cut]]:
 @pytest.mark.parametrize("shape", [(3, 10, 7), (2, 3), (4, 5, 6, 7), (1, 9), (7, 1, 1)], ids=str)
 @pytest.mark.parametrize("step", [1, 3, 4, 9, 11, 20, 1000])
 def test_every_row_is_in_one_slab_with_its_neighbours(shape: tuple[int, ...], step: int) -> None:
-    rows = torch.arange(torch.Size(shape).numel()).view(shape)
+    rows = torch.arange(math.prod(shape))
+    per_line = math.prod(shape[2:])
+    lines = rows // per_line % shape[1]
+    of_images = rows // (per_line * shape[1])
     seen = []
     for slab in cuts.cuts(shape, step):
-        around = rows.flatten()[slab.around]
-        assert around.numel() == slab.rows == torch.Size(slab.shape).numel()
-        own = around[slab.inside]
-        assert torch.equal(own, rows.flatten()[slab.own])
+        own, around = rows[slab.own], rows[slab.around]
+        assert torch.equal(around[slab.inside], own)
+        assert len(around) == slab.rows == math.prod(slab.shape)
+        same = (of_images >= of_images[own].min()) & (of_images <= of_images[own].max())
+        near = (lines >= lines[own].min() - 1) & (lines <= lines[own].max() + 1)
+        assert torch.equal(around, rows[same & near])
         seen.append(own)
-        lines = around.view(slab.shape)[..., 0].flatten(2)[..., 0] if len(shape) > 2 else around
-        image, line = int(own[0]) // rows[0].numel(), own // rows[0, 0].numel() % shape[1]
-        assert image == int(around[0]) // rows[0].numel()
-        wanted = range(max(0, int(line.min()) - 1), min(shape[1], int(line.max()) + 2))
-        assert lines.flatten()[: len(wanted)].numel() == len(wanted)
-    assert torch.equal(torch.cat(seen), rows.flatten())
+    assert torch.equal(torch.cat(seen), rows)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -73,7 +74,7 @@ def test_every_row_is_in_one_slab_with_its_neighbours(shape: tuple[int, ...], st
         ({"small_inputs": False}, (5, 3, 61, 45)),
         ({"spatial_dims": 3}, (2, 3, 11, 5, 7)),
         ({"spatial_dims": 3, "small_inputs": False}, (1, 3, 45, 21, 29)),
-        ({"drop_rate": 0.3}, (2, 3, 15, 13)),
+        ({"drop_rate": 0.3, "block_config": (2, 1, 3)}, (2, 3, 29, 13)),
     ],
     ids=["1-D", "2-D", "stem", "3-D", "3-D, stem", "dropout"],
 )
@@ -126,7 +127,7 @@ def test_a_block_called_alone(slabs: list[list[cuts.Cut]]) -> None:
 
 
 def test_neither_bottleneck_nor_its_gradient_exists_as_a_whole() -> None:
-    """Of one that is wide: two of them less, and a slab."""
+    """Of one that is wide: the peak is forward's then, with one of them."""
     model = effdense.DenseNet(4, (2,), 8, 32, small_inputs=True)
     shape = (16, 3, 64, 64)
     wide = 16 * 64 * 64 * 128 * 4
@@ -134,7 +135,7 @@ def test_neither_bottleneck_nor_its_gradient_exists_as_a_whole() -> None:
     for save in ("features", "slabs"):
         model.save = save
         peaks[save] = effdense.estimate(model, shape).peak
-    assert 1.4 * wide < peaks["features"] - peaks["slabs"] < 2 * wide
+    assert wide < peaks["features"] - peaks["slabs"] < 2 * wide
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -301,7 +301,7 @@ def test_kernels_keep_no_copy_of_a_bottleneck(
 
 def test_what_cuda_graphs_keep_is_predicted() -> None:
     """As many bytes as a recording holds between steps."""
-    model, shape = effdense.DenseNet(**TINY), (4, 3, 8, 8)
+    model, shape = effdense.DenseNet(**TINY, backend="torch"), (4, 3, 8, 8)
     plain = effdense.estimate(model, shape, device="cuda")
     found = effdense.estimate(model, shape, device="cuda", cuda_graphs=True)
     with replaying():
