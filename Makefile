@@ -11,6 +11,7 @@
 #              under qemu, against torch; names what is not installed
 # make chaos   kill runs at random, and of any two options together; each must end with the same bits
 # make soak    two hours of a run that is killed ten times: does it take more and more of anything?
+# make mutants the code changed in random places, one at a time: do its quick tests see it?
 # make gpu     whether all is right, small and fast on a GPU: gpu-report/, ten minutes
 # make bench   all that the documentation shows measured at this revision, kept in
 #              benchmarks/results/, its tables and pictures made of it; hours, resumable
@@ -24,7 +25,8 @@ BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 
-.PHONY: train test quick oldest check docs dist audit compilers chaos soak gpu bench install clean
+.PHONY: train test quick oldest check docs dist audit compilers chaos soak mutants gpu bench install
+.PHONY: clean
 
 install: $(STAMP)
 

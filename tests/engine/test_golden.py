@@ -22,7 +22,7 @@ RUNS = [(name, backend) for name, family in FAMILIES.items() for backend in fami
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "backend"), RUNS, ids="-".join)
+@pytest.mark.parametrize(("name", "backend"), RUNS, ids=["-".join(run) for run in RUNS])
 def test_a_curve_is_the_one_on_record(name: str, backend: BackendName, tmp_path: Path) -> None:
     found, record = curve(name, backend, tmp_path), expected(name)
     assert len(found["losses"]) == STEPS

@@ -219,7 +219,7 @@ def test_options_in_the_text_exist(
     known = set(re.findall(r"--[a-z][\w-]*", get_args_parser().format_help()))
     programs = [["train_ddp.py"], ["tests/project/release.py"]]
     programs += [["-m", "effdense.kernels.audit"], ["-m", "tests.helpers.chaos"]]
-    programs += [["-m", "tests.helpers.soak"]]
+    programs += [["-m", "tests.helpers.soak"], ["-m", "tests.helpers.mutants"]]
     programs += [["-m", "benchmarks.gpu"]]
     programs += [[str(path.relative_to(ROOT))] for path in sorted(ROOT.glob("benchmarks/*.py"))]
     # not each file there is a command

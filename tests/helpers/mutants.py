@@ -1,0 +1,325 @@
+"""Changed in one place, does the code still pass its tests? Then no test can see that place.
+
+    python -m tests.helpers.mutants [--count 60] [--seed 0] [--only block/stem.py]
+        [--like TEXT] [--slow]
+
+Draws places of ``block/``, ``memory/`` and ``engine/`` at random and changes one at a time, in a
+copy of the repository: a number, a comparison, an operator, a condition, a statement left out. The
+quick tests that ``TESTS`` names for the module are run, and a change that they pass is a survivor,
+which is told. Survivors that were looked at and excused stand in ``mutants.txt``, and are not told
+again.
+
+mutmut and cosmic-ray were tried for: the first puts its own calls around every function, but what
+is read here is functions' code; the second starts Python, and torch, anew for every change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("block", "memory", "engine")
+EXCUSED = Path(__file__).with_suffix(".txt")
+SECONDS = 180
+"""Of a core, after which a change that makes the tests go on for ever is found; where
+they wait, of ten times as long."""
+
+# by the beginning of a module's path in the package; the longest that fits. SUBJECT/NAME stands for
+# tests/SUBJECT/test_NAME.py.
+TESTS = {
+    "block/": "exactness/parity",
+    "block/captured": "exactness/cuda_graphs engine/engine_graphs",
+    "block/cuda_graphs": "exactness/cuda_graphs engine/engine_graphs",
+    "block/forwards": "exactness/models exactness/parity",
+    "block/offloading": "memory/offloading",
+    "block/recomputation": "memory/recomputation exactness/parity",
+    "block/recording": "memory/recomputation memory/estimation",
+    "block/slabs": "exactness/stem exactness/parity",
+    "block/stem": "exactness/stem",
+    "block/stepping": "exactness/stepping",
+    "block/traced": "exactness/hazards exactness/models",
+    "memory/": "memory/estimation",
+    "memory/graphs": "memory/graphs",
+    "memory/planning": "memory/estimation",
+    "memory/timeline": "memory/timeline",
+    "engine/": "engine/training engine/config engine/records",
+    "engine/average": "engine/arithmetic engine/training",
+    "engine/checkpoint": "engine/checkpoint engine/formats",
+    "engine/distributed": "engine/placement engine/meeting engine/collectives",
+    "engine/export": "engine/export engine/start",
+    "engine/freezing": "engine/start",
+    "engine/lock": "engine/checkpoint engine/records",
+    "engine/networks": "engine/start engine/training_in_python",
+    "engine/normalization": "engine/pixels engine/data",
+    "engine/options": "engine/config engine/start engine/continuation",
+    "engine/plots": "engine/records engine/best",
+    "engine/progress": "engine/progress engine/records",
+    "engine/records": "engine/records engine/formats engine/continuation",
+    "engine/rehearsal": "engine/rehearsal",
+    "engine/mistakes": "engine/tasks engine/export",
+    "engine/report": "engine/records engine/best engine/export",
+    "engine/resumption": "engine/checkpoint engine/continuation engine/resume",
+    "engine/scores": "engine/tasks engine/best",
+    "engine/signals": "engine/faults engine/resume",
+    "engine/standings": "engine/best",
+    "engine/start": "engine/start",
+    "engine/tasks": "engine/tasks",
+    "engine/telemetry": "engine/telemetry",
+    "engine/trainer": "engine/arithmetic engine/training engine/golden",
+    "engine/training": "engine/training engine/training_in_python engine/best",
+    "engine/watchdog": "engine/faults engine/collectives",
+    "engine/data/": "engine/data",
+    "engine/data/own": "engine/training_in_python",
+    "engine/data/image_files": "engine/data engine/pixels engine/hostile_data",
+    "engine/data/pixels": "engine/pixels",
+    "engine/data/shards": "engine/shards",
+    "engine/data/tables": "engine/tables engine/hostile_data",
+    "engine/data/volumes": "engine/volumes",
+}
+
+COMPARISONS: dict[type[ast.cmpop], str] = {
+    **{ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"},
+    **{ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not", ast.IsNot: "is"},
+    **{ast.In: "not in", ast.NotIn: "in"},
+}
+OPERATORS: dict[type[ast.operator], str] = {
+    **{ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.Div: "*", ast.FloorDiv: "*"},
+    **{ast.Mod: "+", ast.Pow: "*"},
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one module."""
+
+    module: str
+    """Below ``effdense/``."""
+    start: int
+    end: int
+    """Bytes of the source that are replaced."""
+    new: str
+    line: int
+    before: str
+    """The line as it is."""
+
+    def apply(self, source: bytes) -> bytes:
+        return source[: self.start] + self.new.encode() + source[self.end :]
+
+    def key(self, source: bytes) -> str:
+        """How it is told, and excused: without its line's number, which moves."""
+        old = " ".join(source[self.start : self.end].decode().split())
+        short = old if len(old) <= 60 else old[:57] + "..."
+        return f"{self.module}: {self.before.strip()} [{short} -> {self.new}]"
+
+
+def mutants(module: str, source: bytes) -> list[Mutant]:
+    """Every change of a module's source."""
+    offsets = [0]
+    for line in source.splitlines(keepends=True):
+        offsets.append(offsets[-1] + len(line))
+    lines = source.decode().splitlines()
+
+    def at(node: ast.expr | ast.stmt) -> tuple[int, int]:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        return (
+            offsets[node.lineno - 1] + node.col_offset,
+            offsets[node.end_lineno - 1] + node.end_col_offset,
+        )
+
+    def text(node: ast.expr | ast.stmt) -> str:
+        start, end = at(node)
+        return source[start:end].decode()
+
+    return [
+        Mutant(module, *at(node), new, node.lineno, lines[node.lineno - 1])
+        for node in _code(ast.parse(source))
+        for new in _changes(node, text)
+    ]
+
+
+def _code(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
+    """What runs: no annotations, decorators, docstrings, messages, or names for others."""
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list", "type_params"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST):
+                continue
+            # what an error says is read by people
+            if isinstance(child, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom):
+                continue
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+                continue
+            if isinstance(child, ast.Assert):
+                continue
+            if isinstance(child, ast.expr | ast.stmt):
+                yield child
+            yield from _code(child)
+
+
+def _changes(node: ast.expr | ast.stmt, text: object) -> Iterator[str]:
+    """What may stand in a node's place."""
+    assert callable(text)
+    match node:
+        case ast.Constant(value=bool() as value):
+            yield str(not value)
+        case ast.Constant(value=int() | float() as value):
+            yield repr(value + 1)
+        case ast.Compare(left=left, ops=[operator], comparators=[right]):
+            yield f"{text(left)} {COMPARISONS[type(operator)]} {text(right)}"
+        case ast.BinOp(left=left, op=operator, right=right) if type(operator) in OPERATORS:
+            yield f"({text(left)}) {OPERATORS[type(operator)]} ({text(right)})"
+        case ast.BoolOp(op=operator, values=values):
+            word = " or " if isinstance(operator, ast.And) else " and "
+            yield f"({word.join(f'({text(value)})' for value in values)})"
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            yield f"({text(operand)})"
+        case ast.IfExp(test=test, body=body, orelse=orelse):
+            yield f"({text(orelse)} if {text(test)} else {text(body)})"
+        case ast.Expr(value=ast.Call()) | ast.AugAssign():
+            yield "pass"
+
+
+def excuses() -> dict[str, str]:
+    """Changes that may survive, by :meth:`Mutant.key`, and why."""
+    found, why = {}, ""
+    for line in EXCUSED.read_text().splitlines():
+        if line.startswith("# "):
+            why = line[2:]
+        elif line:
+            found[line] = why
+    return found
+
+
+def tests_of(module: str) -> list[str]:
+    """The test files that should see changes of a module."""
+    _, names = max((len(p), names) for p, names in TESTS.items() if module.startswith(p))
+    return [f"tests/{room}/test_{name}.py" for room, name in map(_split, names.split())]
+
+
+def _split(name: str) -> list[str]:
+    return name.split("/")
+
+
+def survives(copy: Path, mutant: Mutant, slow: bool) -> bool:
+    """Whether the tests of a changed copy pass."""
+    path = copy / "effdense" / mutant.module
+    source = path.read_bytes()
+    path.write_bytes(mutant.apply(source))
+    try:
+        return passes(copy, mutant.module, slow)
+    finally:
+        path.write_bytes(source)
+
+
+def passes(copy: Path, module: str, slow: bool) -> bool:
+    """Whether a module's tests pass, in time."""
+    process = os.fork()
+    if process == 0:
+        _test(copy, tests_of(module), slow)
+    return _status(process) == 0
+
+
+def _status(process: int) -> int | None:
+    """Of a process group's leader; None where it had to be killed."""
+    end = time.monotonic() + 10 * SECONDS
+    status = None
+    while status is None and time.monotonic() < end:
+        ended, code = os.waitpid(process, os.WNOHANG)
+        if ended:
+            status = code
+        else:
+            time.sleep(0.05)
+    with suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+    if status is None:
+        os.waitpid(process, 0)
+    return status
+
+
+def _test(copy: Path, files: Sequence[str], slow: bool) -> None:
+    """In a process of its own, which has torch but nothing of ours yet."""
+    import pytest
+
+    os.setpgid(0, 0)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    os.chdir(copy)
+    sys.path.insert(0, str(copy))
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    os._exit(pytest.main([*files, *options, *([] if slow else ["-m", "not slow"])]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=60, help="how many places (default 60)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
+    parser.add_argument("--only", default="", help="modules whose path begins so: block/stem.py")
+    parser.add_argument("--like", default="", help="changes in whose telling this stands")
+    parser.add_argument("--slow", action="store_true", help="let the slow tests look too")
+    options = parser.parse_args()
+    # imported once, for all the processes that are forked from this one
+    import pytest  # noqa: F401
+    import sklearn.metrics  # noqa: F401
+    import torch  # noqa: F401
+    import torchvision.transforms.v2  # noqa: F401
+
+    package = ROOT / "effdense"
+    sources = {
+        str(path.relative_to(package)): path.read_bytes()
+        for room in ROOMS
+        for path in sorted((package / room).rglob("*.py"))
+        if path.is_relative_to(package)
+    }
+    known = excuses()
+    every = [
+        mutant
+        for module, source in sources.items()
+        if module.startswith(options.only)
+        for mutant in mutants(module, source)
+        if options.like in mutant.key(source)
+    ]
+    chosen = random.Random(options.seed).sample(every, min(options.count, len(every)))
+    print(f"{len(every):,} places, {len(chosen)} of them", flush=True)
+    right: set[tuple[str, ...]] = set()
+    counts = {"killed": 0, "excused": 0, "survived": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy")
+        ignored = shutil.ignore_patterns(".*", "site", "build", "dist", "results", "shared")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        for number, mutant in enumerate(chosen):
+            key, files = mutant.key(sources[mutant.module]), tuple(tests_of(mutant.module))
+            if key not in known and files not in right:
+                assert passes(copy, mutant.module, options.slow), f"{files} fail unchanged"
+                right.add(files)
+            if key in known:
+                what = "excused"
+            elif survives(copy, mutant, options.slow):
+                what = "survived"
+            else:
+                what = "killed"
+            counts[what] += 1
+            if what == "survived":
+                print(f"{number}, line {mutant.line}: {key}", flush=True)
+    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+    sys.exit(bool(counts["survived"]))
+
+
+if __name__ == "__main__":
+    main()
