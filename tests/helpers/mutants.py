@@ -78,7 +78,7 @@ TESTS = {
     "engine/start": "engine/start",
     "engine/tasks": "engine/tasks",
     "engine/telemetry": "engine/telemetry",
-    "engine/trainer": "engine/arithmetic engine/training engine/golden",
+    "engine/trainer": "engine/trainer engine/arithmetic engine/training",
     "engine/training": "engine/training engine/training_in_python engine/best",
     "engine/watchdog": "engine/faults engine/collectives",
     "engine/data/": "engine/data",
@@ -205,7 +205,7 @@ def excuses() -> dict[str, str]:
     return found
 
 
-def tests_of(module: str) -> list[str]:
+def files_for(module: str) -> list[str]:
     """The test files that should see changes of a module."""
     _, names = max((len(p), names) for p, names in TESTS.items() if module.startswith(p))
     return [f"tests/{room}/test_{name}.py" for room, name in map(_split, names.split())]
@@ -230,7 +230,7 @@ def passes(copy: Path, module: str, slow: bool) -> bool:
     """Whether a module's tests pass, in time."""
     process = os.fork()
     if process == 0:
-        _test(copy, tests_of(module), slow)
+        _test(copy, files_for(module), slow)
     return _status(process) == 0
 
 
@@ -304,7 +304,7 @@ def main() -> None:
         ignored = shutil.ignore_patterns(".*", "site", "build", "dist", "results", "shared")
         shutil.copytree(ROOT, copy, ignore=ignored)
         for number, mutant in enumerate(chosen):
-            key, files = mutant.key(sources[mutant.module]), tuple(tests_of(mutant.module))
+            key, files = mutant.key(sources[mutant.module]), tuple(files_for(mutant.module))
             if key not in known and files not in right:
                 assert passes(copy, mutant.module, options.slow), f"{files} fail unchanged"
                 right.add(files)

@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from tests.helpers.mutants import ROOMS, ROOT, TESTS, excuses, mutants, tests_of
+from tests.helpers.mutants import ROOMS, ROOT, TESTS, excuses, files_for, mutants
 
 SOURCE = b'''
 """Of the module: 1 + 1."""
@@ -57,7 +57,7 @@ def test_every_module_has_its_tests_and_every_excuse_its_place() -> None:
     for room in ROOMS:
         for path in sorted((package / room).rglob("*.py")):
             module, source = path.relative_to(package).as_posix(), path.read_bytes()
-            for file in tests_of(module):
+            for file in files_for(module):
                 assert (ROOT / file).is_file(), f"{module}: {file}"
             told |= {mutant.key(source) for mutant in mutants(module, source)}
     assert set(excuses()) <= told
@@ -69,4 +69,4 @@ def test_every_module_has_its_tests_and_every_excuse_its_place() -> None:
 def test_an_excuse_has_its_reason() -> None:
     assert all(excuses().values())
     with pytest.raises(ValueError, match="max"):
-        tests_of("machine/memory.py")
+        files_for("machine/memory.py")
