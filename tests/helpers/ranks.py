@@ -35,6 +35,8 @@ _context.set_forkserver_preload(
     [
         "effdense.engine.training",
         "effdense.engine.plots",
+        "monai.transforms",
+        "nibabel",
         "torchvision.transforms.v2",
         "sklearn.metrics",
     ]
@@ -56,6 +58,7 @@ def _main(
     meddle: Callable[[int], None] | None,
 ) -> None:
     from effdense.commands.front_end import parse
+    from effdense.engine import plots
     from effdense.engine.options import TrainConfig
     from effdense.engine.training import run
     from effdense.errors import one_line_errors
@@ -77,6 +80,8 @@ def _main(
     if "cuda" not in arguments:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
+    # half of such a run's time; test_training.py and test_export.py see what is drawn
+    plots.figures = lambda *given: {}
     # for one that stands still; its loader processes, which are forks, inherit it
     faulthandler.register(signal.SIGUSR2)
     if meddle is not None:
