@@ -231,10 +231,23 @@ def test_bn_relu_conv1x1(case: Case, dtype: torch.dtype) -> None:
     assert torch.equal(again, out)
 
 
-@each_case
-@each_dtype
-@pytest.mark.parametrize("need_weight", [True, False])
-@pytest.mark.parametrize("frozen", [False, True])
+# every mode in every type where rows, channels and bottleneck are ragged; elsewhere each once
+MODES = [(True, False), (True, True), (False, False), (False, True)]
+BACKWARD = [(CASES[2], dtype, *mode) for dtype in DTYPES for mode in MODES]
+BACKWARD += [
+    (case, DTYPES[(i + j) % 3], *mode)
+    for i, case in enumerate(c for c in CASES if c is not CASES[2])
+    for j, mode in enumerate(MODES)
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "need_weight", "frozen"),
+    BACKWARD,
+    ids=lambda v: (
+        "x".join(map(str, v[:4])) if isinstance(v, Case) else str(v).removeprefix("torch.")
+    ),
+)
 def test_bn_relu_conv1x1_backward(
     case: Case, dtype: torch.dtype, need_weight: bool, frozen: bool
 ) -> None:
