@@ -5,19 +5,21 @@
 
 Builds the source archive from the tracked files, the wheel from the source archive, and looks
 into the wheel. Then each of the two is installed into a fresh virtual environment, where
-smoke.py runs. By default the environment finds torch and the like where this interpreter does,
-which takes seconds; with --full it installs every dependency, for any interpreter.
+smoke.py runs, with the C compiler that there is and without any. By default the environment finds
+torch and the like where this interpreter does, which takes seconds; with --full it installs every
+dependency, for any interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,15 +107,30 @@ def tried(archive: Path, python: str, full: bool = False) -> str:
             # the environment has no pip: this interpreter's acts on it
             run([sys.executable, "-m", "pip", "--python", str(own), *install])
         # isolated: neither the script's folder nor PYTHONPATH leads to the clone
-        said = run([str(own), "-I", str(ROOT / "tests" / "project" / "smoke.py")], folder)
+        smoke = [str(own), "-I", str(ROOT / "tests" / "project" / "smoke.py")]
+        said = run(smoke, folder)
+        nothing = {"CC": str(Path(folder) / "no-compiler"), "XDG_CACHE_HOME": folder}
+        without = run(smoke, folder, nothing)
+    if 'backend "torch"' not in without:
+        raise SystemExit(f"without a C compiler torch's operations were not used: {without}")
     if not said.strip().endswith("effdense/__init__.py") or folder not in said:
         raise SystemExit(f"not the installed package was tried: {said}")
-    return said.partition(folder)[0].rstrip(", \n")
+    return said.partition(folder)[0].rstrip(", \n") + '; without a C compiler backend "torch"'
 
 
-def run(command: Sequence[str], folder: str | None = None) -> str:
-    """What a command prints; where it fails, this program ends with what it said."""
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+def run(
+    command: Sequence[str], folder: str | None = None, variables: Mapping[str, str] | None = None
+) -> str:
+    """What a command prints; where it fails, this program ends with what it said.
+
+    Args:
+        command: its words.
+        folder: where it runs; here by default.
+        variables: of its environment, beside ours.
+    """
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env={**os.environ, **(variables or {})}
+    )
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     return done.stdout
