@@ -86,14 +86,15 @@ def run(options: Options) -> None:
 
 
 def thinned(moments: Sequence[Moment], points: int) -> list[Moment]:
-    """The highest moment of each of so many equal stretches of time that has any."""
+    """The highest moment of each phase in each of so many equal stretches of time that has any."""
     end = moments[-1].seconds
-    highest: dict[int, Moment] = {}
+    highest: dict[tuple[int, str], Moment] = {}
     for moment in moments:
         stretch = min(points - 1, int(points * moment.seconds / end)) if end > 0 else 0
-        if stretch not in highest or moment.total > highest[stretch].total:
-            highest[stretch] = moment
-    return [highest[stretch] for stretch in sorted(highest)]
+        place = stretch, moment.phase
+        if place not in highest or moment.total > highest[place].total:
+            highest[place] = moment
+    return sorted(highest.values(), key=lambda moment: moment.seconds)
 
 
 _ROLE_COLOURS = {

@@ -258,7 +258,8 @@ def test_a_timeline_is_recorded_and_drawn(tmp_path, capsys):
         shares = [float(row["value"]) for row in own if row["metric"] == "moment"]
         assert shares == sorted(shares)
         assert 0 <= shares[0] < 50 < shares[-1] <= 100
-        assert len(shares) <= 50
+        # two stretches hold the end of a phase and the beginning of the next
+        assert len(shares) <= 50 + 2
         assert {row["detail"] for row in own} == {"forward", "backward", "update"}
         per_moment = [row["metric"] for row in own if row["sample"] == "0"]
         assert per_moment == ["moment", *(f"live {role}" for role in ROLES)]

@@ -146,7 +146,7 @@ class Ranks:
         for process in self.processes:
             process.join()
 
-    def wait(self, timeout: float = 120) -> list[int | None]:
+    def wait(self, timeout: float = 240) -> list[int | None]:
         """Every process's exit status, in the order of ranks; None for one that goes on.
 
         Where one does, what all ranks have said is printed, and where each of their threads is.
@@ -168,7 +168,7 @@ class Ranks:
         for rank in range(len(self.processes)):
             print(f"rank {rank}:", self.said(rank), sep="\n")
 
-    def first_status(self, rank: int = 0, timeout: float = 60) -> int | None:
+    def first_status(self, rank: int = 0, timeout: float = 120) -> int | None:
         """How one process ended; the others, which would wait for it to be heard, are killed."""
         self.processes[rank].join(timeout)
         status = self.processes[rank].exitcode
@@ -193,7 +193,7 @@ def by_ranks(name: str, processes: int, folder: Path) -> dict[str, torch.Tensor]
     return found
 
 
-def wait_for(what: Callable[[], object], timeout: float = 60) -> None:
+def wait_for(what: Callable[[], object], timeout: float = 120) -> None:
     """Return when ``what()`` is true."""
     end = time.monotonic() + timeout
     while not what():
