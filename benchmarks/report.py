@@ -618,14 +618,11 @@ def soak(kept: Kept) -> str:
     cells = []
     for name in names:
         rows = {what: run.of("soak", f"{name} {what}").newest()[0] for what in SOAKED}
-        size = mebibytes if rows["mean"]["unit"] == "B" else "{:,.1f}".format
-        mean, least, most, slope, error = (float(row["value"]) for row in rows.values())
-        title = f"{name}, MiB" if rows["mean"]["unit"] == "B" else name
-        scale = 2**20 if rows["mean"]["unit"] == "B" else 1
-        change = f"{slope / scale:+.2f} ± {error / scale:.2f}"
-        cells.append(
-            [title, size(mean), f"{size(least)} to {size(most)}", change, rows["mean"]["status"]]
-        )
+        title, scale = (f"{name}, MiB", 2**20) if rows["mean"]["unit"] == "B" else (name, 1)
+        mean, least, most, slope, error = (float(row["value"]) / scale for row in rows.values())
+        change = f"{slope:+,.2f} ± {error:.2f}"
+        ends = f"{least:,.1f} to {most:,.1f}"
+        cells.append([title, f"{mean:,.1f}", ends, change, rows["mean"]["status"]])
     title = f"{float(about['minutes']):.0f} minutes, {float(about['kills']):.0f} kills"
     header = [title, "mean", "range", "slope an hour, ± standard error", ""]
     return _with_sources(header, cells, found)

@@ -28,6 +28,7 @@ def test_an_epoch_counts_its_steps_down_and_goes_on_from_any(alone: World) -> No
     images = torch.randn(14, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     split = InMemory(images, torch.arange(14) % 3, Normalization((0.0,) * 3, (1.0,) * 3))
     first, second = trainer(alone, seed=0), trainer(alone, seed=1)
+    began = copy.deepcopy(first.shared_state()["average"])
     left: list[int] = []
     kept: list[Any] = []
 
@@ -41,10 +42,14 @@ def test_an_epoch_counts_its_steps_down_and_goes_on_from_any(alone: World) -> No
     score = first.train_epoch(split, progress, after_step)
     assert left == [2, 1, 0]
     assert first.position == Position(1, 3)
+    moved = first.shared_state()["average"]
+    assert not any(torch.equal(moved[name], value) for name, value in began.items())
     position, shared, own = kept
     assert position == Position(1, 2)
     second.restore(position, shared)
     second.restore_own(own)
+    for name, buffer in second.own_state()["average"].items():
+        assert torch.equal(buffer, own["average"][name]), name
     assert second.train_epoch(split, progress, left.append) == score
     assert left == [2, 1, 0, 0]
     for one, other in ((first.network, second.network), (first.average, second.average)):
