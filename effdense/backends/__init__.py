@@ -8,6 +8,7 @@ __all__ = [
     "dry_run",
     "empty",
     "layout",
+    "norm_sums",
     "precision",
     "select",
     "self_check",

@@ -42,6 +42,7 @@ from ..backends.base import (
 )
 from ..backends.cpu_backend import CpuBackend
 from ..backends.cpu_library import DTYPES as LOOP_DTYPES
+from ..backends.norm_sums import ALL_CHANNELS, Channels
 from ..backends.precision import tf32_convolutions
 from ..backends.select import fault, on_meta
 from ..backends.torch_backend import TorchBackend
@@ -157,6 +158,39 @@ class _Kernels(_Sampled):
 
     def sums_from_products(self, dtype: torch.dtype) -> bool:
         return False
+
+    def bn_relu_backward_reduce(
+        self,
+        x: Tensor,
+        norm: Normalization,
+        dz: Tensor,
+        z: Tensor | None = None,
+        out: Tensor | None = None,
+        channels: Channels = ALL_CHANNELS,
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(norm.mean), torch.empty_like(norm.mean)
+
+    def bn_relu_backward_accumulate(
+        self, x: Tensor, norm: Normalization, dz: Tensor, d: Tensor, z: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(norm.mean), torch.empty_like(norm.mean)
+
+    def bn_relu_avg_pool(
+        self, x: Tensor, norm: Normalization, shape: tuple[int, ...], out: Tensor
+    ) -> None:
+        pass
+
+    def bn_relu_avg_pool_backward(
+        self,
+        x: Tensor,
+        norm: Normalization,
+        shape: tuple[int, ...],
+        dpooled: Tensor,
+        d: Tensor,
+        pooled: Tensor | None,
+        channels: Channels = ALL_CHANNELS,
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(norm.mean), torch.empty_like(norm.mean)
 
     def bn_relu_conv3(
         self,

@@ -45,6 +45,28 @@ ratios = {save: launches.median_ratio(seconds[save], seconds["naive"]) for save 
 print(json.dumps(ratios))
 """
 
+MEMORY = """
+import json, sys
+sys.path.insert(0, "benchmarks")
+import torch
+torch.set_num_threads(1)
+import effdense
+from harness.launches import CountingDriver
+from effdense.memory.optimizers import make_optimizer
+from effdense.memory.timeline import Training, record_step
+model = effdense.DenseNet(
+    12, (4, 3), 24, num_classes=10, small_inputs=True, backend="triton", save=sys.argv[1]
+)
+shape = (16, 3, 32, 32)
+found = effdense.estimate(model, shape, device="cuda", dtype=torch.bfloat16)
+def build():
+    optimizer = make_optimizer("sgd", model.parameters(), momentum=0.9)
+    target = torch.zeros(16, dtype=torch.int64)
+    return Training(model, optimizer, torch.randn(shape), target, torch.bfloat16)
+with CountingDriver().active():
+    print(json.dumps([found.peak, record_step(build).total]))
+"""
+
 
 def run(code: str, *arguments: str) -> Any:
     # a process of its own: here Triton may have been imported as an interpreter
@@ -75,3 +97,10 @@ def test_host_time_beside_the_naive_network() -> None:
     ratios = run(TIME, json.dumps(CASES["k12"]), "features", "bottlenecks")
     assert ratios["features"] <= 0.8
     assert ratios["bottlenecks"] <= 0.75
+
+
+@pytest.mark.parametrize("save", ["features", "bottlenecks"])
+def test_predictions_for_a_gpu_are_what_the_kernels_host_code_allocates(save: str) -> None:
+    """But for partial sums; a bottleneck too many or too few would be 1.5 MiB, D 2.5."""
+    predicted, real = run(MEMORY, save)
+    assert 0 <= real - predicted < 3 << 20
