@@ -47,6 +47,7 @@ from effdense.kernels.launch import (
     Architecture,
     Launcher,
     LaunchTable,
+    alignment,
     cdiv,
     interpreted,
 )
@@ -89,7 +90,8 @@ class Shape(NamedTuple):
     """A layer of a block: rows, prefix width, buffer width, growth rate, bottleneck width.
 
     ``name`` is the network's, ``block`` which of its blocks; ``strict`` where every access must
-    be of 128 bits and every grid fill the device: the networks of the README.
+    be of 128 bits and every grid fill the device: the networks of the README. ``side`` is an
+    image's, in positions, where that is known.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Shape(NamedTuple):
     k: int
     bottleneck: int
     strict: bool = True
+    side: int = 0
 
 
 def _layers(
@@ -108,13 +111,18 @@ def _layers(
     images: int,
     size: int,
 ) -> Iterator[Shape]:
-    """The first and the last layer of each block of a network on ``images`` of ``size``^2."""
+    """The layers of a network on ``images`` of ``size``^2 that are like no other of their block.
+
+    Launches depend on the alignment of a layer's prefix and, through tiles, on its magnitude:
+    ``tests/kernels/test_audited.py`` holds that no other variants are met by the whole network.
+    """
     c, k = config["num_init_features"], config["growth_rate"]
     for block, layers in enumerate(config["block_config"], 1):
-        width = c + layers * k
-        for prefix in (c, width - k):
-            rows = images * size * size
-            yield Shape(name, block, rows, prefix, width, k, config.get("bn_size", 4) * k)
+        width, rows = c + layers * k, images * size * size
+        kinds = {(alignment(p), p.bit_length()): p for p in range(width - k, c - 1, -k)}
+        for prefix in sorted({c, width - k, *kinds.values()}):
+            bottleneck = config.get("bn_size", 4) * k
+            yield Shape(name, block, rows, prefix, width, k, bottleneck, side=size)
         c, size = width // 2, size // 2
 
 
@@ -227,7 +235,7 @@ def _operations() -> list[Operation]:
 
     def image(s: Shape, dims: int) -> tuple[int, ...]:
         # even sizes as the networks have them, and odd ones
-        n = 8 if s.rows % 64 == 0 else 7
+        n = s.side or (8 if s.rows % 64 == 0 else 7)
         images = s.rows // n**2
         return {1: (images, n * n), 2: (images, n, n), 3: (images, n, n, 1)}[dims]
 
@@ -363,7 +371,7 @@ def _operations() -> list[Operation]:
 
     tiles = {dims: 1 / 2**dims for dims in (1, 2, 3)}
     found = [
-        Operation("statistics of a prefix", lambda s, e: e, lambda s: 6, stats, tail=True),
+        Operation("statistics of a prefix", lambda s, e: e, lambda s: 6, stats),
         Operation("BN-ReLU", lambda s, e: 2 * e, lambda s: 3, forward),
         Operation(
             *("BN-ReLU sums", lambda s, e: 2 * e, lambda s: 8),
@@ -381,7 +389,7 @@ def _operations() -> list[Operation]:
             for name, correct, cost in (("", True, 9), (", frozen", False, 4))
         ),
         Operation("dropout's mask", lambda s, e: e * s.k / s.c, lambda s: 14 * s.k / s.c, mask),
-        Operation("finish gradient", lambda s, e: 3 * e, lambda s: 6, finish, tail=True),
+        Operation("finish gradient", lambda s, e: 3 * e, lambda s: 6, finish),
         *(
             Operation(
                 *(f"BN-ReLU-Conv1x1{name}", lambda s, e: e * (1 + per(s))),

@@ -357,7 +357,9 @@ class Launcher:
             if name in kernel.arg_names:
                 constants.setdefault(name, size)
         if "DOT" in kernel.arg_names:
-            constants["PRECISION"] = self.precision
+            # one variant of narrow operands, whatever float32 ones are rounded to
+            exact = constants["DOT"] != triton.language.float32
+            constants["PRECISION"] = "ieee" if exact else self.precision
         constants |= launch.options()
         self._kernels.append((kernel.__name__, str(sorted(constants.items(), key=_name))))
         return self.start(kernel, grid, passed, constants)

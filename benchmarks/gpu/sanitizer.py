@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,7 +31,8 @@ def run(sheet: Sheet, device: torch.device, tiny: bool) -> None:
 def _watch(sheet: Sheet, path: str, tool: str, device: torch.device) -> None:
     with TemporaryDirectory() as folder:
         watched = [sys.executable, "-m", "benchmarks.gpu", "--section", "operations"]
-        options = ["--device", str(device), "--output", str(Path(folder)), "--seconds", "600"]
+        options = ["--device", str(device), "--output", str(Path(folder))]
+        options += ["--until", str(time.time() + 600)]
         command = [path, "--tool", tool, "--error-exitcode", "99", *watched, *options]
         try:
             done = subprocess.run(

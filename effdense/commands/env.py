@@ -124,7 +124,8 @@ def _checked(device: torch.device, dtype: torch.dtype) -> str:
 
 
 # Whose kernels are checked, as the README trains them: name, depth, growth rate, images' shape.
-_NETWORKS = (
+NETWORKS = (
+    ("densenet_bc", 100, 12, (64, 3, 32, 32)),
     ("densenet_bc", 250, 24, (64, 3, 32, 32)),
     ("densenet121", 0, 0, (32, 3, 224, 224)),
 )
@@ -152,7 +153,7 @@ def checked_variants(device: torch.device, dtype: torch.dtype, dry: DryRun) -> s
     from ..backends.variants import Refused
 
     with dry.on_meta(), computing_in(None if dtype == torch.float32 else dtype):
-        for name, depth, growth_rate, shape in _NETWORKS:
+        for name, depth, growth_rate, shape in NETWORKS:
             with torch.device("meta"):
                 network = DenseNet(**configuration(name, depth, growth_rate, backend="triton"))
                 network(torch.empty(shape)).sum().backward()

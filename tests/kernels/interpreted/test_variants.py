@@ -119,7 +119,7 @@ def test_a_capture_that_meets_a_new_kernel_says_what_to_do(
 @pytest.mark.slow
 def test_what_env_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that densenet121 runs on an H100, in its tiles, in the interpreter."""
-    monkeypatch.setattr(env, "_NETWORKS", env._NETWORKS[1:])
+    monkeypatch.setattr(env, "NETWORKS", env.NETWORKS[-1:])
     dry = DryRun(Architecture("cuda", 90, 132), tf32=True)
     said = env.checked_variants(CPU, torch.bfloat16, dry)
     assert len(dry.met) >= 20
