@@ -548,6 +548,8 @@ class LaunchTable:
         # left alone, the assembler spills four registers of pooling's backward to fit one program
         # more
         limited = operation == "pool_backward" and self.family.pipelined
+        # and Hopper's two, of sums in narrow accesses
+        limited |= operation == "reduce" and wide and not aligned and self.family == HOPPER
         # a range's loop is serial: hide latency with programs
         programs = 4 * self.architecture.multiprocessors
         return Launch(block_p, block_c, 16, warps, 1, programs, 255 if limited else None)
