@@ -28,6 +28,8 @@ def test_an_epoch_counts_its_steps_down_and_goes_on_from_any(alone: World) -> No
     images = torch.randn(14, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     split = InMemory(images, torch.arange(14) % 3, Normalization((0.0,) * 3, (1.0,) * 3))
     first, second = trainer(alone, seed=0), trainer(alone, seed=1)
+    average = first.average
+    assert average is not None
     began = copy.deepcopy(first.shared_state()["average"])
     left: list[int] = []
     kept: list[Any] = []
@@ -35,6 +37,9 @@ def test_an_epoch_counts_its_steps_down_and_goes_on_from_any(alone: World) -> No
     def after_step(steps: int) -> None:
         left.append(steps)
         if steps == 1:
+            # as a test of the averaged network would have left them
+            for number, buffer in enumerate(average.buffers(), 1):
+                buffer.fill_(number)
             kept.extend([first.position, first.shared_state(), first.own_state()])
             kept[:] = copy.deepcopy(kept)
 
@@ -52,8 +57,7 @@ def test_an_epoch_counts_its_steps_down_and_goes_on_from_any(alone: World) -> No
         assert torch.equal(buffer, own["average"][name]), name
     assert second.train_epoch(split, progress, left.append) == score
     assert left == [2, 1, 0, 0]
-    for one, other in ((first.network, second.network), (first.average, second.average)):
-        assert one is not None
+    for one, other in ((first.network, second.network), (average, second.average)):
         assert other is not None
         there = other.state_dict()
         assert all(torch.equal(value, there[name]) for name, value in one.state_dict().items())
