@@ -101,7 +101,6 @@ def test_live_bytes_are_predicted_within_a_hundredth(
         (lambda: _volumes(), (1, 1, 96, 80, 96)),
         (lambda: _volumes(save="bottlenecks"), (2, 1, 64, 64, 64)),
     ],
-    ids=str,
 )
 def test_live_bytes_of_larger_networks(model: Any, shape: tuple[int, ...]) -> None:
     network = model()
