@@ -145,9 +145,16 @@ MEASUREMENTS = (
         15,
     ),
     Measurement("timeline", "benchmarks/timeline.py", 2),
+    Measurement(
+        "timeline-volume",
+        "benchmarks/timeline.py --arch densenet121 --spatial-dims 3 --image-size 128 "
+        "--batch-size 1 --providers naive effdense-features effdense-slabs",
+        3,
+    ),
     Measurement("convergence", "benchmarks/convergence.py", 30),
     Measurement("precision", "benchmarks/precision.py", 2),
     Measurement("installation", "benchmarks/installation.py", 6),
+    Measurement("waiting", "benchmarks/waiting.py", 3),
     Measurement("chaos", "-m tests.helpers.chaos", 20),
     Measurement("soak", "-m tests.helpers.soak", 125),
 )

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Annotated
 
 from harness import counts, results
@@ -31,6 +31,7 @@ from harness.pictures import picture
 from harness.results import Row, mebibytes, quantiles
 from installation import STEPS
 from tyro.conf import arg
+from waiting import PLACES, SETTINGS
 
 from effdense.commands import front_end
 from effdense.errors import UserError
@@ -60,6 +61,7 @@ PICTURES = {
     "memory-depth": ("memory-depth",),
     "throughput": ("throughput-100", "throughput-250", "throughput-121"),
     "timeline": ("timeline",),
+    "timeline-volume": ("timeline-volume",),
     "convergence": ("convergence",),
     "precision": ("precision",),
     "estimates": ("estimates",),
@@ -601,6 +603,19 @@ def installation(kept: Kept) -> str:
     return _with_sources(["in a fresh clone", "s", "`.venv` then, GiB"], cells, sources)
 
 
+def waiting(kept: Kept) -> str:
+    """Of each way to wait, the median of its processes."""
+    settings = [setting or "default" for setting in SETTINGS]
+    run = Kept(kept.of("waiting", "throughput").newest())
+    cells = []
+    for place in PLACES:
+        rows = [run.newest(provider=setting, detail=place) for setting in settings]
+        speeds = (median(float(row["value"]) for row in own) for own in rows)
+        cells.append([place, *(f"{speed:,.0f}" for speed in speeds)])
+    header = ["images/s, two threads on two cores", *(f"`{name}`" for name in settings)]
+    return _with_sources(header, cells, run.rows)
+
+
 def kills(kept: Kept) -> str:
     """Of `make chaos`: a run that did not end with the bits of the undisturbed one has no row."""
     found = {metric: kept.of("chaos", metric).newest() for metric in ("kills", "runs")}
@@ -644,6 +659,7 @@ TABLES: dict[str, Callable[[Kept], str]] = {
     "sync-bytes": sync_bytes,
     "precision": precision,
     "installation": installation,
+    "waiting": waiting,
     "kills": kills,
     "soak": soak,
 }

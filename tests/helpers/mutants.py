@@ -9,8 +9,8 @@ quick tests that ``TESTS`` names for the module are run, and a change that they 
 which is told. Survivors that were looked at and excused stand in ``mutants.txt``, and are not told
 again.
 
-mutmut and cosmic-ray were tried for: the first puts its own calls around every function, but what
-is read here is functions' code; the second starts Python, and torch, anew for every change.
+Not mutmut, which puts its own calls around every function, where what is read here is functions'
+code; nor cosmic-ray, which starts Python, and torch, anew for every change.
 """
 
 from __future__ import annotations

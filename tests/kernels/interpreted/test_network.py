@@ -116,6 +116,22 @@ def test_bottlenecks_by_slabs_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_training(model, batches(1, 5, 4))
 
 
+@pytest.mark.parametrize("save", ["features", "bottlenecks"])
+def test_what_a_block_returns_may_be_changed_in_place(save: effdense.Save) -> None:
+    torch.manual_seed(0)
+    model: Any = effdense.DenseNet(5, (2,), 7, num_classes=10, small_inputs=True, save=save)
+    ((images, _),) = batches(1, 5, 4)
+
+    def gradients(network: Any) -> list[Tensor]:
+        features = F.relu(network.features[:-1](images), inplace=True)
+        features += 1
+        reached = [p for n, p in network.named_parameters() if "conv" in n or "layer" in n]
+        return list(torch.autograd.grad(features.square().mean(), reached))
+
+    found, expected = (gradients(with_backend(model, name)) for name in ("triton", "torch"))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_frozen_norms() -> None:
     torch.manual_seed(0)
     model = effdense.DenseNet(5, (2, 2), 7, num_classes=10, small_inputs=True)
