@@ -154,7 +154,7 @@ def test_what_is_measured_makes_every_picture() -> None:
     assert pictures == set(report.PICTURES)
     for page in (report.ROOT / "README.md", *(report.ROOT / "docs").glob("*.md")):
         assert page.read_text().count("benchmarks/figures/") == sum(
-            page.read_text().count(f"figures/{name}") for name in {*pictures, "graph"}
+            page.read_text().count(f"figures/{name}.") for name in {*pictures, "graph"}
         )
 
 
