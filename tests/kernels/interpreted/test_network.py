@@ -123,8 +123,9 @@ def test_what_a_block_returns_may_be_changed_in_place(save: effdense.Save) -> No
     ((images, _),) = batches(1, 5, 4)
 
     def gradients(network: Any) -> list[Tensor]:
-        features = F.relu(network.features[:-1](images), inplace=True)
+        features = network.features[:-1](images)
         features += 1
+        features = F.relu(features, inplace=True)
         reached = [p for n, p in network.named_parameters() if "conv" in n or "layer" in n]
         return list(torch.autograd.grad(features.square().mean(), reached))
 
