@@ -203,7 +203,7 @@ def test_mixed_save_modes_give_the_same_output() -> None:
         ({"compression": 0.01}, "leaves none of 14 channels"),
         ({"spatial_dims": 4}, "spatial_dims must be 1, 2 or 3"),
         ({"init": "zeros"}, "init must be"),
-        ({"save": "some"}, "save must be one of 'all', 'bottlenecks', 'features', 'slabs', 'input'"),
+        ({"save": "some"}, "one of 'all', 'bottlenecks', 'features', 'slabs', 'input', got 'some'"),
         ({"backend": "cuda"}, "backend must be"),
     ],
     ids=str,

@@ -226,7 +226,8 @@ def test_options_in_the_text_exist(
     files = sorted(ROOT.glob("effdense/commands/*.py"))
     programs += [["-m", "effdense", path.stem.replace("_", "-")] for path in files]
     # pytest's own are its affair
-    known |= set(re.findall(r'addoption\(\s*"(--[\w-]+)"', (ROOT / "tests/conftest.py").read_text()))
+    conftest = (ROOT / "tests" / "conftest.py").read_text()
+    known |= set(re.findall(r'addoption\(\s*"(--[\w-]+)"', conftest))
     understood = 0
     for program in programs:
         understood += reads([*program, "--help"], monkeypatch)
