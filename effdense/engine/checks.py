@@ -169,8 +169,9 @@ def check(config: Any, world_size: int) -> None:
         _check_data(config, require)
 
 
-# Of what only image files have.
+# What only image files may have otherwise.
 _USUAL = {"channels": 3, "window": None, "normalization": "imagenet"}
+# What data from Python may have of a kind of its own.
 _OF_FILES = ("image_size", "channels", "crop")
 
 
@@ -209,11 +210,7 @@ def _check_data(config: Any, require: Callable[[bool, str, str], None]) -> None:
                 option,
                 f"left out: {config.data} is no set of image files",
             )
-            for option, default in (
-                ("channels", 3),
-                ("window", None),
-                ("normalization", "imagenet"),
-            )
+            for option, default in _USUAL.items()
         ),
         (
             config.normalization == "measured" or config.channels == 3,

@@ -211,8 +211,7 @@ class Trainer:
             if not self.config.clip_grad:
                 self.scaler.unscale_(self.optimizer)
             undo = Undo(self._moved())
-            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-            held = all_finite(gradients)
+            held = all_finite(self._gradients())
             self.optimizer.step()
             undo.unless(held, self._moments())
         self.scaler.update()
@@ -287,8 +286,11 @@ class Trainer:
         """Whether the loss of every process, and the gradient, is finite, (); a collective."""
         tensors = [loss.detach()]
         if not self.scaler.is_enabled():  # which leaves out steps itself until its scale fits
-            tensors += [p.grad for p in self.network.parameters() if p.grad is not None]
+            tensors += self._gradients()
         return everywhere(all_finite(tensors))
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.network.parameters() if p.grad is not None]
 
     def settle_buckets(self, image_shape: Sequence[int]) -> None:
         """Have DDP group its buckets before the first step.

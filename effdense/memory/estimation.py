@@ -286,7 +286,7 @@ class _Graphs:
         if y is not None and y.requires_grad:
             parameters = [p for owner in owners for p in owner.parameters() if p.requires_grad]
             kept = [x, y, y, *([x] if x.requires_grad else []), *parameters]
-            self.nbytes += sum(t.numel() * t.itemsize for t in kept)
+            self.nbytes += sum(t.nbytes for t in kept)
         return y
 
 
@@ -348,7 +348,7 @@ def as_estimate(
 
 def bucket_bytes(model: nn.Module) -> int:
     """DDP's buckets, which hold every gradient a second time."""
-    return sum(p.numel() * p.itemsize for p in model.parameters() if p.requires_grad)
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 def reserved_bytes(sizes: Sequence[int]) -> int:

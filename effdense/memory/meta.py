@@ -168,12 +168,12 @@ class _Kernels(_Sampled):
         out: Tensor | None = None,
         channels: Channels = ALL_CHANNELS,
     ) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(norm.mean), torch.empty_like(norm.mean)
+        return _sums(norm)
 
     def bn_relu_backward_accumulate(
         self, x: Tensor, norm: Normalization, dz: Tensor, d: Tensor, z: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(norm.mean), torch.empty_like(norm.mean)
+        return _sums(norm)
 
     def bn_relu_avg_pool(
         self, x: Tensor, norm: Normalization, shape: tuple[int, ...], out: Tensor
@@ -190,7 +190,7 @@ class _Kernels(_Sampled):
         pooled: Tensor | None,
         channels: Channels = ALL_CHANNELS,
     ) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(norm.mean), torch.empty_like(norm.mean)
+        return _sums(norm)
 
     def bn_relu_conv3(
         self,
@@ -220,7 +220,12 @@ class _Kernels(_Sampled):
             given = source, norm, weight, gradient, shape, need_weight, dz, d
             return super().bn_relu_conv3_backward(*given)
         dw = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
-        return dw, torch.empty_like(norm.mean), torch.empty_like(norm.mean)
+        return dw, *_sums(norm)
+
+
+def _sums(norm: Normalization) -> tuple[Tensor, Tensor]:
+    """S and T, which a kernel makes and returns."""
+    return torch.empty_like(norm.mean), torch.empty_like(norm.mean)
 
 
 def _is_exact(matrix: Tensor) -> bool:

@@ -101,8 +101,10 @@ def _copy_sharded(module: nn.Module, memo: dict[int, Any]) -> None:
     state under keys of its own, and does the rest by hooks. Copies have nothing of that.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
     for each in reversed(list(module.modules())):
-        if fsdp is not None and isinstance(each, fsdp.FSDPModule):
+        if isinstance(each, fsdp.FSDPModule):
             own: Any = type(each).__mro__[2]
             twin = own.__new__(own)
             memo[id(each)] = twin
