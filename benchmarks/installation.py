@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.case import CIFAR_FAMILY, Case
+from harness.kept import ROOT
 from harness.results import Recorder
 
 from effdense.commands import front_end
@@ -27,7 +28,6 @@ from effdense.errors import UserError
 from effdense.machine.environment import headline
 from effdense.machine.tables import table
 
-ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = 4
 # what `make train` trains
 DIGITS = Case(CIFAR_FAMILY, 22, 12, 64, 8)

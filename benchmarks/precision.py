@@ -19,6 +19,7 @@ from typing import Any
 
 from harness.case import CIFAR_FAMILY, Case
 from harness.case import Options as CommonOptions
+from harness.kept import ROOT
 from harness.pictures import picture
 from harness.results import Recorder, Row
 
@@ -29,7 +30,6 @@ from effdense.errors import UserError
 from effdense.machine.environment import headline
 from effdense.machine.tables import table
 
-ROOT = Path(__file__).resolve().parents[1]
 OPTIONS: dict[DtypeName, list[str]] = {"float32": [], "bfloat16": ["--dtype", "bfloat16"]}
 DEPTH, GROWTH_RATE, BATCH_SIZE = 22, 12, 64
 
