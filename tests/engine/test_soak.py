@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 import os
 import random
 import sys
@@ -48,10 +50,13 @@ def test_what_a_process_takes_is_counted(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     here, temporary = tmp_path.resolve(), tmp_path / "temporary"
     known: set[int] = set()
+    gc.collect()
     before = usage(here, temporary, known)
     assert known == {os.getpid()}
     assert before["processes"] == 1
-    ballast = bytearray(b"x" * 2**25)
+    # a map of its own: what is allocated may lie in pages that this process held already
+    ballast = mmap.mmap(-1, 2**26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    ballast.write(b"x" * len(ballast))
     (tmp_path / "run").mkdir()
     temporary.mkdir()
     (temporary / "left").touch()

@@ -6,7 +6,9 @@ Its tensors hold a CPU's, and torch takes it for a device of its own, in autogra
 
 from __future__ import annotations
 
+import atexit
 import functools
+import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -121,3 +123,5 @@ def register() -> None:
     # kept for good: a library's operations go when it does
     register.library = library = torch.library.Library("_", "IMPL")  # type: ignore[attr-defined]
     library.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
+    # autograd's thread may still be letting go of a backward's tensors, which needs Python
+    atexit.register(time.sleep, 0.5)
