@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 
 from packaging.requirements import Requirement
@@ -22,21 +22,30 @@ from packaging.specifiers import SpecifierSet
 
 from tests.project.release import ROOT, run
 
+PROJECT = "effdense"
 FOLDER = ROOT / ".oldest"
 EXTRAS = ("test", "packages", "volumes")
 
 
-def oldest(requirements: Iterable[str], extras: Sequence[str] = ()) -> list[str]:
-    """``name==lower bound`` of each requirement that holds here.
+def oldest(requirements: Sequence[str], extras: Sequence[str] = ()) -> list[str]:
+    """``name==lower bound`` of each requirement that holds here; of extras of ours, theirs.
 
     Raises:
         ValueError: for a requirement without a lower bound, which claims what nobody can try.
     """
-    return [
-        f"{requirement.name}=={lower_bound(requirement)}"
+    holding = [
+        requirement
         for requirement in map(Requirement, requirements)
         if requirement.marker is None
         or any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+    ]
+    further = {name for each in holding if each.name == PROJECT for name in each.extras}
+    if not further <= set(extras):
+        return oldest(requirements, [*extras, *sorted(further - set(extras))])
+    return [
+        f"{requirement.name}=={lower_bound(requirement)}"
+        for requirement in holding
+        if requirement.name != PROJECT
     ]
 
 
@@ -55,8 +64,8 @@ def oldest_python(claimed: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    package = metadata.metadata("effdense")
-    pins = oldest(metadata.requires("effdense") or [], EXTRAS)
+    package = metadata.metadata(PROJECT)
+    pins = oldest(metadata.requires(PROJECT) or [], EXTRAS)
     interpreter = shutil.which(oldest_python(package["Requires-Python"]))
     if interpreter is None:
         named = oldest_python(package["Requires-Python"])

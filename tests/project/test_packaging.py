@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,13 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
     assert oldest.oldest_python(">=3.10") == "python3.10"
     with pytest.raises(ValueError, match="tqdm has no lower bound"):
         oldest.oldest(["tqdm"])
+
+
+def test_every_requirement_of_this_project_has_an_oldest_version() -> None:
+    pins = oldest.oldest(metadata.requires("effdense") or [], oldest.EXTRAS)
+    # those of the extra onnx too, which packages asks for
+    assert {"torch", "pytest", "timm", "nibabel", "onnx"} <= {pin.split("==")[0] for pin in pins}
+    assert not any(pin.startswith("effdense") for pin in pins)
 
 
 def test_the_wheel_holds_the_license(wheel_names: list[str]) -> None:
