@@ -21,6 +21,7 @@ from .providers import set_parameters
 PROVIDERS: tuple[Literal["original", "converted"], ...] = ("original", "converted")
 ModelName = Literal[
     "torchvision-densenet121",
+    "torchvision-densenet121-frozen",
     "timm-densenet121",
     "torchxrayvision-densenet121",
     "monai-densenet121-3d",
@@ -51,6 +52,16 @@ def _torchvision() -> nn.Module:
     return densenet121()
 
 
+def _frozen() -> nn.Module:
+    """Fine-tuned as in docs/xrays.md, with --freeze 2."""
+    model = _torchvision()
+    for name, parameter in model.named_parameters():
+        if name.startswith("features.denseblock3."):
+            break
+        parameter.requires_grad_(False)
+    return model
+
+
 def _timm() -> nn.Module:
     import timm
 
@@ -78,6 +89,9 @@ def _smp() -> nn.Module:
 MODELS: dict[ModelName, PackageModel] = {
     "torchvision-densenet121": PackageModel(
         "torchvision", "torchvision.models.densenet121()", _torchvision, 3, 2, 1000, False, 8, 224
+    ),
+    "torchvision-densenet121-frozen": PackageModel(
+        "torchvision", "densenet121(), two blocks frozen", _frozen, 3, 2, 1000, False, 8, 224
     ),
     "timm-densenet121": PackageModel(
         "timm", 'timm.create_model("densenet121")', _timm, 3, 2, 1000, False, 8, 224
