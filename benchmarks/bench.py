@@ -65,13 +65,34 @@ MEASUREMENTS = (
     Measurement(
         "memory-1000",
         "benchmarks/memory.py --depth 1000 --growth-rate 12 --batch-size 8 --memory-limit 8GiB "
-        "--providers naive effdense-features effdense-input",
-        4,
+        "--providers naive effdense-features effdense-input effdense-step-in-backward",
+        5,
     ),
     Measurement(
         "memory-190", "benchmarks/memory.py --depth 190 --growth-rate 40 --batch-size 16 --all", 8
     ),
-    Measurement("memory-121", "benchmarks/memory.py --arch densenet121 --batch-size 16 --all", 2),
+    Measurement(
+        "memory-121",
+        "benchmarks/memory.py --arch densenet121 --batch-size 16 --threads 1 --all",
+        3,
+    ),
+    Measurement(
+        "memory-volume",
+        "benchmarks/memory.py --arch densenet121 --spatial-dims 3 --image-size 256",
+        4,
+    ),
+    Measurement(
+        "memory-512",
+        "benchmarks/memory.py --arch densenet121 --spatial-dims 3 --image-size 512 "
+        "--dtype bfloat16 --device cuda --predict",
+        1,
+    ),
+    Measurement(
+        "memory-121-256",
+        "benchmarks/memory.py --arch densenet121 --batch-size 256 --dtype float16 --device cuda "
+        "--predict --providers naive effdense-bottlenecks effdense-features effdense-slabs",
+        1,
+    ),
     Measurement(
         "memory-depth",
         "benchmarks/memory.py --sweep depth --growth-rate 12 --batch-size 8 --providers naive "
@@ -135,8 +156,21 @@ MEASUREMENTS = (
     ),
     Measurement(
         "conversion-128",
-        "benchmarks/conversion.py --models monai-densenet121-3d --image-size 128 --batch-size 1",
-        6,
+        "benchmarks/conversion.py --models monai-densenet121-3d --image-size 128 --batch-size 1 "
+        "--providers original converted converted-slabs",
+        4,
+    ),
+    Measurement(
+        "conversion-128-2",
+        "benchmarks/conversion.py --models monai-densenet121-3d --image-size 128 --batch-size 2 "
+        "--providers original converted converted-slabs --timed no",
+        2,
+    ),
+    Measurement(
+        "conversion-256",
+        "benchmarks/conversion.py --models monai-densenet121-3d --image-size 256 --batch-size 1 "
+        "--providers original converted converted-slabs --timed no",
+        5,
     ),
     Measurement("estimates", "benchmarks/estimates.py --threads 1", 12),
     Measurement(

@@ -5,8 +5,8 @@
 
 Peaks are resident sizes over the process's size before the model was built, each in a process
 of its own, of a training step (forward, cross-entropy, backward, SGD with momentum) and of
-inference (eval mode, no gradients). Seconds are of one step of each, the original and the
-converted model in turn in a process, the median of several rounds.
+inference (eval mode, no gradients). Seconds are of one step of each, the models in turn in a
+process, the median of several rounds.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Options(CommonOptions):
         int | None, arg(metavar="PIXELS", help_behavior_hint="(default: by model)")
     ] = None
     """Along each dimension."""
-    providers: tuple[Literal["original", "converted"], ...] = packages.PROVIDERS
-    """Whose memory is measured."""
+    providers: tuple[packages.ProviderName, ...] = ("original", "converted")
+    """What is compared; converted-slabs is converted with save="slabs"."""
     timed: Literal["yes", "no"] = "yes"
-    """Take both's times too."""
+    """Take their times too."""
     rounds: int = 5
     """Timed."""
 
@@ -63,29 +63,24 @@ def run(options: Options) -> None:
         print(headline(recorder.environment))
         for arch in options.models or packages.MODELS:
             case = packages.case(arch, options.batch_size, options.image_size)
-            rows.append(measure(case, options, recorder))
+            rows += measure(case, options, recorder)
             print(f"{arch}: done", file=sys.stderr)
-    header = ["model, input", "original", "converted", "ratio", "inference", "converted", "ratio"]
-    header += ["s/step", "converted", "s/inference", "converted"]
-    print("\nPeak MiB of a training step and of inference; seconds, medians\n")
+    header = ["model, input", "", "training, MiB", "inference, MiB", "s/step", "s/inference"]
+    print("\nPeaks of a training step and of inference; seconds: median [20 %, 80 %]\n")
     print(table(header, rows))
     print(f"\n{path}")
 
 
-def measure(case: Case, options: Options, recorder: Recorder) -> list[str]:
-    """A row of the table; what can't be measured is blank and its reason a row of the CSV."""
+def measure(case: Case, options: Options, recorder: Recorder) -> list[list[str]]:
+    """A row of the table for each provider; what can't be measured is blank, and why in the CSV."""
     package = packages.MODELS[cast(packages.ModelName, case.arch)]
     name = f"`{package.line}`, {case.batch_size} x {case.size}"
     if importlib.util.find_spec(package.module) is None:
         recorder.add("original", case, "peak", None, "B", status="not installed")
-        return [f"{name}: {package.module} is not installed", *[""] * 10]
-    cells = [name]
-    for work, metric in ((child.training, "peak"), (child.inference, "inference peak")):
-        peaks: list[float | None] = []
-        for provider in packages.PROVIDERS:
-            if provider not in options.providers:
-                peaks.append(None)
-                continue
+        return [[name, f"{package.module} is not installed", *[""] * 4]]
+    cells = {provider: [name, provider] for provider in options.providers}
+    for provider, row in cells.items():
+        for work, metric in ((child.training, "peak"), (child.inference, "inference peak")):
             answer = in_fresh_process(
                 work, options.threads, provider=provider, case=case.columns(), steps=2
             )
@@ -93,23 +88,18 @@ def measure(case: Case, options: Options, recorder: Recorder) -> list[str]:
             detail = answer.get("error", "")
             status = "measured" if peak is not None else "failed"
             recorder.add(provider, case, metric, peak, "B", steps=2, status=status, detail=detail)
-            peaks.append(peak)
-        known = [peak for peak in peaks if peak]
-        ratio = f"1/{known[0] / known[1]:.1f}" if len(known) == 2 else ""
-        cells += [*map(mebibytes, peaks), ratio]
-    if options.timed == "no":
-        return [*cells, *[""] * 4]
-    timing = {"case": case.columns(), "rounds": options.rounds}
-    answer = in_fresh_process(child.package_times, options.threads, **timing)
-    for phase in ("training", "inference"):
-        for provider in packages.PROVIDERS:
-            samples = answer.get(f"{phase} {provider}", [])
-            for i, seconds in enumerate(samples):
+            row.append(mebibytes(peak) if peak is not None else detail)
+    samples = {}
+    if options.timed == "yes":
+        timing = {"case": case.columns(), "names": options.providers, "rounds": options.rounds}
+        samples = in_fresh_process(child.package_times, options.threads, **timing)
+    for provider, row in cells.items():
+        for phase in ("training", "inference"):
+            own = samples.get(f"{phase} {provider}", [])
+            for i, seconds in enumerate(own):
                 recorder.add(provider, case, f"{phase} seconds", seconds, "s", sample=i)
-            cells.append(
-                "{1:.2f} [{0:.2f}, {2:.2f}]".format(*quantiles(samples)) if samples else ""
-            )
-    return cells
+            row.append("{1:.2f} [{0:.2f}, {2:.2f}]".format(*quantiles(own)) if own else "")
+    return list(cells.values())
 
 
 if __name__ == "__main__":

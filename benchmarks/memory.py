@@ -4,7 +4,8 @@
     python benchmarks/memory.py --depth 250 --all   # every alternative
     python benchmarks/memory.py --sweep depth --growth-rate 12 --batch-size 8
     python benchmarks/memory.py --max-depth-for 12GiB --growth-rate 12 --batch-size 64
-    python benchmarks/memory.py --depth 40 --spatial-dims 3 --batch-size 2
+    python benchmarks/memory.py --arch densenet121 --spatial-dims 3 --image-size 256
+    python benchmarks/memory.py --arch densenet121 --batch-size 256 --device cuda --predict
 
 Each figure comes from a process of its own. On a CPU "peak" is the largest resident size
 over the process's size before the model was built, on a GPU what torch's allocator gave
@@ -25,7 +26,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from harness import counts, providers, results
 from harness.case import Case, CaseOptions, objection
-from harness.measure import Memory, memory, predicted_peak
+from harness.measure import Memory, estimated, memory, predicted_peak
 from harness.pictures import FLOOR_COLOUR, colour, describe, picture, plain_numbers
 from harness.results import Kind, Recorder, Row, mebibytes
 from tqdm import tqdm
@@ -46,6 +47,8 @@ QUICK = (
     "checkpoint",
 )
 """Of providers.DEFAULT, what says most in two minutes, the quickest first."""
+VOLUMES = ("effdense-features", "effdense-slabs", *QUICK[1:])
+"""Likewise in 3-D, where a layer's bottleneck is what is large."""
 
 STATE = ("parameters", "gradients", "optimizer", "input")
 SAVED = ("features", "bottlenecks")
@@ -94,6 +97,8 @@ class Options(CaseOptions):
         str | None, arg(metavar="SIZE", help_behavior_hint="(default: none)")
     ] = None
     """Let a measurement take no more than this, as on a smaller machine (Linux, CPU)."""
+    predict: bool = False
+    """Say what effdense.estimate says, of any device, and run nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +114,14 @@ class Options(CaseOptions):
             raise UserError("--points belongs to --sweep")
         if self.sweep and self.max_depth_for:
             raise UserError("--sweep and --max-depth-for are two benchmarks; choose one")
+        if self.predict and (self.sweep or self.max_depth_for or self.memory_limit):
+            raise UserError(
+                "--predict is of one case, and runs nothing; leave out --sweep, --max-depth-for "
+                "and --memory-limit"
+            )
+        for name in self.names if self.predict else ():
+            if providers.find(name)[0].compiled:
+                raise UserError(f"what a compiler will keep can't be predicted, got {name}")
         for option, size in (
             ("--max-depth-for", self.max_depth_for),
             ("--memory-limit", self.memory_limit),
@@ -120,8 +133,13 @@ class Options(CaseOptions):
 
     @property
     def names(self) -> list[str]:
-        default = providers.DEFAULT if self.all else QUICK
+        quick: Sequence[str] = VOLUMES if self.spatial_dims == 3 else QUICK
+        default = providers.DEFAULT if self.all else quick
         return providers.selected(self.providers, default, self.case)
+
+    @property
+    def runs_nothing(self) -> bool:
+        return self.predict
 
     @property
     def cases(self) -> list[Case]:
@@ -150,9 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: Options) -> None:
     case, names, cases = options.case, options.names, options.cases
     path = options.output or Path("results") / f"{result_name(options, case)}.csv"
-    with Recorder(path, "memory", case.device, options.threads) as recorder:
+    here = "cpu" if options.predict else case.device
+    with Recorder(path, "memory", here, options.threads) as recorder:
         print(headline(recorder.environment))
-        if options.max_depth_for:
+        if options.predict:
+            predict(case, names, recorder)
+        elif options.max_depth_for:
             deepest(options, case, names, recorder)
         elif options.sweep:
             run_sweep(options, cases, names, recorder)
@@ -171,7 +192,24 @@ def result_name(options: Options, case: Case) -> str:
         name += f"-sweep-{options.sweep}"
     if options.max_depth_for:
         name += f"-max-depth-{options.max_depth_for.replace(' ', '')}"
-    return name
+    return name + "-predicted" * options.predict
+
+
+def predict(case: Case, names: Sequence[str], recorder: Recorder) -> None:
+    """What effdense.estimate says of each provider."""
+    floor = record_floor(recorder, case)
+    header = ["", "needed", "times\nfloor", "all\ntensors", "when"]
+    shown = Growing(header, ["floor (formula)", *names])
+    print(f"\n{case.describe()}: PREDICTION of a training step's peak memory, MiB; nothing was run")
+    total = mebibytes(floor.total)
+    print(f"\n{shown.header()}\n{shown.row(['floor (formula)', total, '1.00', total, ''])}")
+    for name in names:
+        found = estimated(name, case)
+        for metric, value in (("estimate", found.needed), ("estimated live", found.peak)):
+            recorder.add(name, case, metric, value, "B", kind="formula", detail=found.moment)
+        times = f"{found.needed / floor.total:.2f}"
+        cells = [name, mebibytes(found.needed), times, mebibytes(found.peak), found.moment]
+        print(shown.row(cells), flush=True)
 
 
 def run_case(options: Options, case: Case, names: Sequence[str], recorder: Recorder) -> None:

@@ -52,6 +52,8 @@ NAMES = {
     "effdense-bottlenecks": 'effdense, `save="bottlenecks"`',
     "effdense-features": 'effdense, `save="features"`',
     "effdense-input": 'effdense, `save="input"`',
+    "effdense-slabs": 'effdense, `save="slabs"`',
+    "effdense-step-in-backward": 'effdense, `save="features"`, steps in backward',
 }
 SHARE = "speed, of naive-channels-last's"
 DEEP = Case("densenet_bc", 250, 24, 32, 32)
@@ -321,12 +323,59 @@ def other_peaks(kept: Kept) -> str:
         if case in (DEEP, THOUSAND, FRONT):
             continue
         row = [_network(case), mebibytes(counts.floor(case).total)]
-        for name in ("effdense-features", "effdense-input", "effdense-bottlenecks"):
+        for name in ("features", "slabs", "input", "bottlenecks"):
+            own = kept.of("memory", "peak", case).newest(provider=f"effdense-{name}")
+            row.append(mebibytes(_quantiles(own)[0]) if own else "")
+            sources += own
+        cells.append(row)
+    header = ["peak, MiB", "floor", '`"features"`', '`"slabs"`', '`"input"`', '`"bottlenecks"`']
+    return _with_sources(header, cells, sources)
+
+
+def steps_in_backward(kept: Kept) -> str:
+    """Peaks with and without steps in backward, of the networks that were measured with them."""
+    found, cells, sources = kept.of("memory", "peak"), [], []
+    names = ("effdense-features", "effdense-step-in-backward")
+    for case in dict.fromkeys(_case(r) for r in found.rows if r["provider"] == names[1]):
+        row = [_network(case), mebibytes(counts.floor(case).total)]
+        for name in names:
             own = kept.of("memory", "peak", case).newest(provider=name)
             row.append(mebibytes(_quantiles(own)[0]) if own else "")
             sources += own
         cells.append(row)
-    header = ["peak, MiB", "floor", '`"features"`', '`"input"`', '`"bottlenecks"`']
+    header = ["peak, MiB", "floor", "gradients kept", "steps in backward"]
+    return _with_sources(header, cells, sources)
+
+
+def volumes(kept: Kept) -> str:
+    """Peaks of MONAI's network at large volumes."""
+    found, cells, sources = kept.of("conversion", "peak", spatial_dims="3"), [], []
+    cases = dict.fromkeys(_case(row) for row in found.rows)
+    for case in sorted(cases, key=lambda case: (case.image_size, case.batch_size)):
+        names = ("original", "converted", "converted-slabs")
+        runs = [kept.of("conversion", "peak", case).newest(provider=name) for name in names]
+        if runs[-1]:
+            peaks = [mebibytes(_quantiles(own)[0]) if own else "" for own in runs]
+            cells.append([f"{case.size}, batch {case.batch_size}", *peaks])
+            sources += [row for own in runs for row in own]
+    header = ["MONAI's DenseNet121, MiB", "as it comes", "converted", 'and `save="slabs"`']
+    return _with_sources(header, cells, sources)
+
+
+def predictions(kept: Kept) -> str:
+    """What effdense.estimate said of steps that no machine here has taken."""
+    found, cells, sources = kept.of("memory", "estimate"), [], []
+    names = ("naive", "effdense-bottlenecks", "effdense-features", "effdense-slabs")
+    for case in dict.fromkeys(_case(row) for row in found.rows):
+        about = f"{_network(case)}, {case.dtype}, {case.device}"
+        row = [about, mebibytes(counts.floor(case).total)]
+        for name in names:
+            own = kept.of("memory", "estimate", case).newest(provider=name)
+            row.append(mebibytes(_quantiles(own)[0]) if own else "")
+            sources += own
+        cells.append(row)
+    header = ["predicted, not measured, MiB", "floor", "naive"]
+    header += ['`"bottlenecks"`', '`"features"`', '`"slabs"`']
     return _with_sources(header, cells, sources)
 
 
@@ -648,6 +697,9 @@ TABLES: dict[str, Callable[[Kept], str]] = {
     "memory": peaks(DEEP),
     "memory-thousand": peaks(THOUSAND),
     "memory-others": other_peaks,
+    "steps-in-backward": steps_in_backward,
+    "volumes": volumes,
+    "predictions": predictions,
     "growth": growth,
     "speed": speed,
     "ratios": ratios,

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from tyro.conf import arg
 
 from effdense.commands import front_end
+from effdense.errors import UserError
 from effdense.machine.environment import headline
 from effdense.machine.memory import available_bytes
 from effdense.machine.tables import table
@@ -80,6 +81,9 @@ class Options(CaseOptions):
         super().__post_init__()
         for name in self.baselines:
             providers.find(name)
+        for name in self.names:
+            if providers.find(name)[0].step_in_backward:
+                raise UserError(f"{name} leaves no gradients to compare; use benchmarks/memory.py")
         if self.on is not None:
             DEVICES[self.on].rate(self.dtype)
 

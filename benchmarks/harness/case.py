@@ -124,13 +124,16 @@ class CaseOptions(Options):
         int | None,
         arg(
             metavar="IMAGES",
-            help_behavior_hint="(default: the benchmark's own; densenet121 ...: 8)",
+            help_behavior_hint="(default: the benchmark's own; densenet121 ...: 8, volumes 1)",
         ),
     ] = None
     """At once."""
     image_size: Annotated[
         int | None,
-        arg(metavar="PIXELS", help_behavior_hint="(default: 32 for densenet_bc, else 224)"),
+        arg(
+            metavar="PIXELS",
+            help_behavior_hint="(default: 32 for densenet_bc, else 224, of volumes 128)",
+        ),
     ] = None
     """Along each dimension."""
     spatial_dims: Literal[1, 2, 3] = 2
@@ -149,19 +152,26 @@ class CaseOptions(Options):
             if self.arch != CIFAR_FAMILY and getattr(self, name) != defaults[name]:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option} belongs to densenet_bc; {self.arch} has a fixed one")
-        problem = objection(self.case)
+        # what isn't run needs no device
+        case = dataclasses.replace(self.case, device="cpu") if self.runs_nothing else self.case
+        problem = objection(case)
         if problem:
             raise UserError(problem)
 
     @property
+    def runs_nothing(self) -> bool:
+        return False
+
+    @property
     def case(self) -> Case:
         is_cifar = self.arch == CIFAR_FAMILY
+        images = 8 if self.spatial_dims < 3 else 1
         return Case(
             arch=self.arch,
             depth=self.depth if is_cifar else 0,
             growth_rate=self.growth_rate if is_cifar else 0,
-            batch_size=self.batch_size or (self.CIFAR_BATCH if is_cifar else 8),
-            image_size=self.image_size or (32 if is_cifar else 224),
+            batch_size=self.batch_size or (self.CIFAR_BATCH if is_cifar else images),
+            image_size=self.image_size or (32 if is_cifar else 224 if images > 1 else 128),
             dtype=self.dtype,
             device=self.device,
             spatial_dims=self.spatial_dims,

@@ -88,10 +88,10 @@ def inference(provider: str, case: dict[str, Any], steps: int) -> dict[str, Any]
     return peak_memory(infer, lambda: _warm_up(provider, own))._asdict()
 
 
-def package_times(case: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Seconds of training steps and of inference, original and converted in turn."""
+def package_times(case: dict[str, Any], names: list[str], rounds: int) -> dict[str, Any]:
+    """Seconds of training steps and of inference, of several providers in turn."""
     own = Case(**case)
-    jobs = {provider: packages.setup(provider, own) for provider in packages.PROVIDERS}
+    jobs = {provider: packages.setup(provider, own) for provider in names}
     samples: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
         for provider, job in jobs.items():

@@ -119,12 +119,14 @@ def floor(case: Case) -> Floor:
 
     Parameters, gradients, momentum, and the worst moment of backward: in block b the
     features of blocks 1..b are alive and one gradient buffer of block b's size. With an
-    ImageNet stem also conv0's output, from which its pooling is rebuilt.
+    ImageNet stem also what it is computed again from: the images, or conv0's output where
+    that is less.
     """
     state = parameter_count(case) * case.parameter_size
     kept = 0
     if not case.is_cifar:
-        kept = stem_positions(case) * case.network()["num_init_features"] * case.element_size
+        conv0 = stem_positions(case) * case.network()["num_init_features"] * case.element_size
+        kept = min(conv0, math.prod(case.shape) * case.parameter_size)
     worst = (0, 0)
     for block in blocks(case):
         own = block.positions * block.width * case.element_size

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
+import torch
+
+import effdense
+from effdense import Estimate
 from effdense.machine.measurement import in_fresh_process
 from effdense.machine.memory import available_bytes
 from effdense.memory.timeline import Peak, record_step
@@ -120,6 +124,20 @@ def predicted_live(provider: str, case: Case) -> int:
         # save="input" keeps less than "features" does, but rebuilds the largest block.
         return total
     return simulated(name, case).total
+
+
+def estimated(provider: str, case: Case) -> Estimate:
+    """What effdense.estimate says, of any device."""
+    found, variant = providers.find(provider)
+    with torch.device("meta"):
+        model = found.build(case, variant)
+    return effdense.estimate(
+        model,
+        case.shape,
+        dtype=getattr(torch, case.dtype),
+        device="cpu" if case.device == "cpu" else "cuda",
+        step_in_backward=found.step_in_backward,
+    )
 
 
 @lru_cache(maxsize=4096)

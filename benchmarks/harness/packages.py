@@ -18,7 +18,7 @@ from .case import Case
 from .fc_densenet import FCDenseNet
 from .providers import set_parameters
 
-PROVIDERS: tuple[Literal["original", "converted"], ...] = ("original", "converted")
+ProviderName = Literal["original", "converted", "converted-slabs"]
 ModelName = Literal[
     "torchvision-densenet121",
     "torchvision-densenet121-frozen",
@@ -124,13 +124,13 @@ def case(
 
 
 def setup(provider: str, case: Case) -> Training:
-    """The original or the converted model, ready to train; the same parameters and input."""
+    """A package's model, ready to train; every provider has the same parameters and input."""
     package = MODELS[cast(ModelName, case.arch)]
     with torch.device(case.device):
         model = package.build()
     set_parameters(model)
-    if provider == "converted":
-        effdense.convert(model)
+    if provider != "original":
+        effdense.convert(model, save="slabs" if provider == "converted-slabs" else "features")
     generator = torch.Generator().manual_seed(1)
     spatial = case.shape[2:]
     x = torch.randn((case.batch_size, package.channels, *spatial), generator=generator)

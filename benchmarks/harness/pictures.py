@@ -24,6 +24,7 @@ _COLOURS = {
     "effdense-features": "#0072B2",
     "effdense-slabs": "#882255",
     "effdense-input": "#56B4E9",
+    "effdense-step-in-backward": "#332288",
 }
 
 # None of the providers': the floor belongs to nobody.

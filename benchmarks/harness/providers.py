@@ -37,6 +37,7 @@ DEFAULT = (
     "effdense-bottlenecks",
     "effdense-features",
     "effdense-input",
+    "effdense-step-in-backward",
 )
 
 
@@ -52,6 +53,8 @@ class Provider(NamedTuple):
     """The spatial_dims that it has networks of."""
     compiled: bool = False
     """torch.compile runs under no dispatch mode, so neither live bytes nor meta runs."""
+    step_in_backward: bool = False
+    """Parameters are stepped in backward, and no gradients are left to compare."""
 
 
 def _naive(case: Case, variant: str) -> nn.Module:
@@ -132,42 +135,53 @@ def _compiled_within_budget(case: Case, variant: str) -> nn.Module:
     return _compiled(case, "")
 
 
-PROVIDERS: dict[str, Provider] = {
-    "naive": Provider("effdense.reference, NCHW", _naive),
-    # torch has no such layout in 1-D
-    "naive-channels-last": Provider(
-        "effdense.reference, channels last", _naive, channels_last=True, dims=(2, 3)
-    ),
-    "torchvision": Provider("torchvision.models.DenseNet", _torchvision(False), dims=(2,)),
-    "torchvision-memory-efficient": Provider(
-        "torchvision.models.DenseNet(memory_efficient=True)", _torchvision(True), dims=(2,)
-    ),
-    "checkpoint": Provider("torch.utils.checkpoint over cat-BN-ReLU-Conv1x1", _checkpointed),
-    "compile": Provider(
-        "torch.compile of naive", _compiled, variant="a mode of torch.compile", compiled=True
-    ),
-    "compile-channels-last": Provider(
-        "torch.compile of naive, channels last",
-        _compiled,
-        variant="a mode of torch.compile",
-        channels_last=True,
-        dims=(2, 3),
-        compiled=True,
-    ),
-    "compile-budget": Provider(
-        "torch.compile of naive within an activation memory budget",
-        _compiled_within_budget,
-        variant="the budget as a fraction (default 0.5)",
-        compiled=True,
-    ),
-} | {
-    f"effdense-{save}": Provider(
-        f'effdense, save="{save}"',
-        _effdense(save),
-        variant=f"the backend, one of {', '.join(BACKENDS)} (default auto)",
-    )
-    for save in effdense.SAVE_MODES
-}
+PROVIDERS: dict[str, Provider] = (
+    {
+        "naive": Provider("effdense.reference, NCHW", _naive),
+        # torch has no such layout in 1-D
+        "naive-channels-last": Provider(
+            "effdense.reference, channels last", _naive, channels_last=True, dims=(2, 3)
+        ),
+        "torchvision": Provider("torchvision.models.DenseNet", _torchvision(False), dims=(2,)),
+        "torchvision-memory-efficient": Provider(
+            "torchvision.models.DenseNet(memory_efficient=True)", _torchvision(True), dims=(2,)
+        ),
+        "checkpoint": Provider("torch.utils.checkpoint over cat-BN-ReLU-Conv1x1", _checkpointed),
+        "compile": Provider(
+            "torch.compile of naive", _compiled, variant="a mode of torch.compile", compiled=True
+        ),
+        "compile-channels-last": Provider(
+            "torch.compile of naive, channels last",
+            _compiled,
+            variant="a mode of torch.compile",
+            channels_last=True,
+            dims=(2, 3),
+            compiled=True,
+        ),
+        "compile-budget": Provider(
+            "torch.compile of naive within an activation memory budget",
+            _compiled_within_budget,
+            variant="the budget as a fraction (default 0.5)",
+            compiled=True,
+        ),
+    }
+    | {
+        f"effdense-{save}": Provider(
+            f'effdense, save="{save}"',
+            _effdense(save),
+            variant=f"the backend, one of {', '.join(BACKENDS)} (default auto)",
+        )
+        for save in effdense.SAVE_MODES
+    }
+    | {
+        "effdense-step-in-backward": Provider(
+            'effdense, save="features" and steps in backward',
+            _effdense("features"),
+            variant=f"the backend, one of {', '.join(BACKENDS)} (default auto)",
+            step_in_backward=True,
+        )
+    }
+)
 
 
 def find(name: str) -> tuple[Provider, str]:
@@ -282,6 +296,8 @@ def setup(name: str, case: Case) -> Training:
         x = x.to(memory_format=layout)
     # Small enough that no number of timed steps leads anywhere.
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    if provider.step_in_backward:
+        effdense.step_in_backward(model, optimizer)
     amp = getattr(torch, case.dtype) if case.autocast else None
     return Training(model, optimizer, x, target, amp)
 

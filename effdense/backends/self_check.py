@@ -77,8 +77,9 @@ def operation_errors(
     allowed = tolerance(dtype, device.type == "cuda" and tf32_convolutions())
     exact = TorchBackend("cpu")
     found: list[tuple[str, float | Exception, float]] = []
-    # A caller's mode, such as one that counts memory, has no business with the check.
-    with torch.no_grad(), _disable_current_modes():
+    # A caller's mode, such as one that counts memory, has no business with the check, nor a device
+    # that new tensors are on.
+    with torch.no_grad(), _disable_current_modes(), torch.device("cpu"):
         for operation, run in _cases(dtype):
             expected = run(exact, torch.device("cpu"), torch.float64)
             try:

@@ -227,19 +227,20 @@ class Stepwise(WholeWork):
         from_product = need_weight and self.sums_from_products(x.dtype)
         channels = self.direct_channels(norm) if from_product else ALL_CHANNELS
         total = Total(norm.mean.dtype)
+        dw: Tensor | None = None
         for rows, pooled_rows, part in _window_steps(self, x, shape):
             dpooled = torch.mm(dout[pooled_rows], weight, out=_room(self, x, pooled_rows))
             pooled = _room(self, x, pooled_rows) if need_weight else None
             sums = self.bn_relu_avg_pool_backward(
                 x[rows], norm, part, dpooled, d[rows], pooled, channels
             )
-            dw = None if pooled is None else dout[pooled_rows].t() @ pooled
+            total.add(None, *sums)
+            if pooled is not None:
+                dw = _with_product(dw, dout[pooled_rows].t(), pooled, norm.mean.dtype)
             del dpooled, pooled  # before the next step's are made
-            total.add(dw, *sums)
-            del dw
-        dw, s, t = total.result()
+        _, s, t = total.result()
         if from_product and dw is not None:
-            t = second_sum(norm, (weight * dw).sum(0), s, t, channels)
+            t = second_sum(norm, _sum_of_products(weight, dw), s, t, channels)
         return dw, s, t
 
 
@@ -263,6 +264,22 @@ class Total:
         assert s is not None
         assert t is not None
         return dw, s, t
+
+
+def _with_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a @ b in ``dtype``, in place: without a second matrix of that size where possible."""
+    if total is None:
+        return (a @ b).to(dtype)
+    return total.addmm_(a, b) if b.dtype == dtype else total.add_(a @ b)
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """(columns,), over the rows of a * b, of which no more than a MiB is made at once."""
+    step = max(1, (1 << 18) // max(1, a.shape[1]))
+    total = (a[:step] * b[:step]).sum(0)
+    for first in range(step, a.shape[0], step):
+        total += (a[first : first + step] * b[first : first + step]).sum(0)
+    return total
 
 
 def _room(backend: Backend, x: Tensor, rows: slice) -> Tensor:

@@ -477,9 +477,12 @@ class _Stage:
             return slice(index * _LAYER, (index + 1) * _LAYER)
 
         def leave_out(index: int) -> None:
-            like = zip(self.layers[index], needs[own(index)], strict=True)
+            steps = self.spec.steps or [None] * len(needs)
+            like = zip(self.layers[index], needs[own(index)], steps[own(index)], strict=True)
+            # a step would have used them up
             grads[own(index)] = [
-                torch.empty_like(p) if p is not None and n else None for p, n in like
+                torch.empty_like(p) if p is not None and n and step is None else None
+                for p, n, step in like
             ]
 
         kept = self.spec.save == "bottlenecks"

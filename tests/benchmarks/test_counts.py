@@ -40,13 +40,16 @@ def test_floor_gives_the_designs_figures():
     )
 
 
-def test_floor_of_an_imagenet_net_keeps_the_first_convolutions_output():
+def test_floor_of_an_imagenet_net_keeps_what_its_stem_is_computed_again_from():
     floor = counts.floor(IMAGENET)
-    conv0 = 2 * 32 * 32 * 64
+    images = 2 * 3 * 64 * 64
     block1, block2 = 2 * 16 * 16 * (64 + 6 * 32), 2 * 8 * 8 * (128 + 12 * 32)
-    assert floor.features == 4 * (conv0 + block1)
+    assert floor.features == 4 * (images + block1)
     assert floor.gradient_buffer == 4 * block1 > 4 * block2
     assert floor.parameters == 4 * 7_978_856
+    # autocast's images are float32
+    narrow = counts.floor(dataclasses.replace(IMAGENET, dtype="float16"))
+    assert narrow.features == 4 * images + 2 * block1
 
 
 def test_floor_of_a_volume():

@@ -11,7 +11,7 @@ from torch import nn
 from effdense.backends import cpu_backend, norm_sums
 from effdense.backends.base import Normalization, PendingNorm
 from effdense.backends.select import get_backend
-from effdense.backends.stepwise import Stepwise
+from effdense.backends.stepwise import Stepwise, _sum_of_products
 from tests.helpers.compare import assert_same_step, images, norms_of, step, twins
 
 WAYS = {"none": type(None), "few": torch.Tensor, "all": slice}
@@ -80,3 +80,11 @@ def test_the_compiled_loops_take_the_same_channels(wide: bool) -> None:
     torch.testing.assert_close(second_sums(1.0), by_definition, rtol=1e-10, atol=1e-10)
     assert by_definition.isfinite().all()
     assert second_sums(float("inf")).isfinite().logical_not().nonzero().flatten().tolist() == [2, 7]
+
+
+@pytest.mark.parametrize("rows", [1, 255, 1024, 1025])
+def test_sums_of_products_are_those_of_the_whole(rows: int) -> None:
+    """Made of 256 rows at a time here."""
+    a, b = torch.randn(2, rows, 1024, dtype=torch.float64)
+    found = _sum_of_products(a, b)
+    torch.testing.assert_close(found, (a * b).sum(0), rtol=1e-12, atol=1e-12)

@@ -216,3 +216,9 @@ def test_products_follow_a_later_change_of_precision(monkeypatch: pytest.MonkeyP
         backend: Any = get_backend("auto", GPU, torch.float32)
         found.append(backend._precision)
     assert found == ["tf32", "ieee", "tf32"]
+
+
+def test_the_check_does_not_care_on_what_device_new_tensors_are() -> None:
+    """As around a model that is built on meta, and estimated there."""
+    with torch.device("meta"):
+        assert self_check(TorchBackend("cpu"), torch.device("cpu"), torch.float32) is None

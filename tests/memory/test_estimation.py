@@ -217,6 +217,16 @@ def test_an_estimate_of_a_deep_network_is_quick() -> None:
     assert asked < 16_000
 
 
+def test_short_cuts_know_of_steps_in_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that is left out leaves no gradients behind either."""
+    with torch.device("meta"):
+        model = effdense.DenseNet(12, (40,), 24, small_inputs=True)
+    short = effdense.estimate(model, (1, 3, 8, 8), step_in_backward=True).peak
+    monkeypatch.setattr(meta, "_stands_by_itself", lambda *_: True)
+    whole = effdense.estimate(model, (1, 3, 8, 8), step_in_backward=True).peak
+    assert short == pytest.approx(whole, rel=0.005)
+
+
 @pytest.mark.slow
 def test_resident_memory_is_predicted() -> None:
     found = effdense.estimate(effdense.densenet_bc(100, 12), (64, 3, 32, 32))
