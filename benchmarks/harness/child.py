@@ -7,7 +7,7 @@ import gc
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -66,12 +66,33 @@ def training(
 
         found["reserved"] = torch.cuda.max_memory_reserved()
         # the caching allocator gives nothing back, so the end is the peak
-        found["process"] = Gpu.of(torch.device(own.device)).bytes_of_process(os.getpid())
+        found["process"] = bytes_of_process(Gpu.of(torch.device(own.device)), os.getpid())
     if live:
         gc.collect()
         peak = timeline.record_step(lambda: _setup(provider, own))
         found["live"] = peak.parts | {"total": peak.total}
     return found
+
+
+def bytes_of_process(gpu: Any, pid: int) -> int | None:
+    """What a process takes of a GPU; None where the driver won't say.
+
+    Inside a container the driver may know a process by another number; then the figure is only
+    taken if a single process uses the GPU.
+
+    Args:
+        gpu: an :class:`effdense.engine.telemetry.Gpu`.
+        pid: of the process.
+    """
+    if gpu.nvml is None:
+        return None
+    with suppress(Exception):
+        running = gpu.nvml.nvmlDeviceGetComputeRunningProcesses(gpu.handle)
+        own = [process for process in running if process.pid == pid]
+        if not own and len(running) == 1:
+            own = running
+        return int(own[0].usedGpuMemory) if own and own[0].usedGpuMemory else None
+    return None
 
 
 def inference(provider: str, case: dict[str, Any], steps: int) -> dict[str, Any]:

@@ -267,6 +267,20 @@ def all_or_none() -> Iterator[None]:
             raise UserError(message)
 
 
+def in_turns(turn: int, make: Callable[[], T]) -> T:
+    """What ``make`` returns, called by processes of turn 0 first, then of 1 and of 2; a collective.
+
+    Raises:
+        UserError: on every process, where it is raised on any.
+    """
+    made: list[T] = []
+    for now in range(3):
+        with all_or_none():
+            if now == turn:
+                made.append(make())
+    return made[0]
+
+
 @contextmanager
 def lost_processes(world: World, doing: Callable[[], str]) -> Iterator[None]:
     """Say in words where an exchange with the other processes fails within the body.
@@ -299,15 +313,6 @@ def gathered(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def gathered_tensor(values: Tensor) -> list[Tensor]:
-    """The tensors of all processes, of one shape, in the order of their ranks."""
-    if not dist.is_initialized():
-        return [values]
-    all_values = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_values, values)
-    return all_values
 
 
 def gathered_on_main(value: T) -> list[T]:

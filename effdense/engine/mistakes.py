@@ -70,15 +70,14 @@ def pictures(split: Split, indices: Sequence[int], device: torch.device) -> list
 
 def _picture(image: Tensor) -> str:
     """From its darkest to its brightest value; of a volume the middle slice."""
-    from PIL import Image
+    from torchvision.transforms.v2.functional import to_pil_image
 
     if image.dim() == 4:
         image = image[..., image.shape[-1] // 2].mT.flip(1)
     image = image[: 3 if len(image) >= 3 else 1]
     low, high = image.aminmax()
     scaled = (image - low) * (255 / (high - low).clamp_min(1e-30))
-    pixels = scaled.to(torch.uint8).permute(1, 2, 0).numpy()
-    shown = Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels)
+    shown = to_pil_image(scaled.to(torch.uint8))
     content = io.BytesIO()
     shown.thumbnail((SIDE, SIDE))
     shown.save(content, format="PNG")

@@ -41,7 +41,7 @@ def _measured(data: ImageData, world: World) -> Normalization:
     count, channels = len(data.train), data.in_channels
     chosen = torch.linspace(0, count - 1, min(count, MEASURED), dtype=torch.float64).long()
     mine = share(chosen, world.rank, world.world_size)
-    data.normalize_by(Normalization((0.0,) * channels, (1.0,) * channels))
+    data.normalize_by(Normalization.none(channels))
     moments = [torch.empty(0, 2 * channels, dtype=torch.float64)]
     with all_or_none():
         for images, _ in data.train.batches(mine.split(8), None, torch.device("cpu")):

@@ -80,7 +80,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` write a file beside ``path``, then put it in place: whole or not at all.
 
     Raises:
@@ -110,8 +110,8 @@ class CsvLog:
 
     def __init__(self, path: Path, columns: Sequence[str], text: str = "") -> None:
         self._path, self._columns = path, tuple(columns)
-        start = text or _csv_line(self._columns)
-        write_atomically(path, lambda partial: _write_text(partial, start))
+        start = (text or _csv_line(self._columns)).encode()
+        write_atomically(path, lambda partial: partial.write_bytes(start))
 
     def add(self, **row: float | None) -> None:
         """Append one row and see it on disk; ``row`` names every column, None leaves it empty."""
@@ -131,6 +131,11 @@ def _csv_line(cells: Sequence[object]) -> str:
     line = io.StringIO()
     csv.writer(line).writerow(cells)
     return line.getvalue()
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    """Those of a CSV file, by its header; none of an empty text."""
+    return list(csv.DictReader(io.StringIO(text)))
 
 
 def number(cell: str) -> float:
@@ -323,12 +328,12 @@ class WorkDir:
 
     def _write_yaml(self, content: Mapping[str, Any]) -> None:
         text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
-        write_atomically(self.path / "config.yaml", lambda partial: _write_text(partial, text))
+        self.write_file("config.yaml", text.encode())
 
     def write_file(self, name: str, content: bytes) -> Path:
         """Put a file in place, whole or not at all."""
         path = self.path / name
-        write_atomically(path, lambda partial: _write_bytes(partial, content))
+        write_atomically(path, lambda partial: partial.write_bytes(content))
         return path
 
 
@@ -389,14 +394,6 @@ def saved(state: object) -> bytes:
     content = io.BytesIO()
     torch.save(state, content)
     return content.getvalue()
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="")
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def _device_name(device: torch.device) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from .options import TrainConfig
 from .progress import duration
-from .records import number, read_config
+from .records import number, read_config, rows
 from .standings import Standings
 
 if TYPE_CHECKING:
@@ -158,7 +157,4 @@ def _svg(figure: Figure) -> str:
 
 def _rows(path: Path) -> list[dict[str, str]]:
     """Those of a CSV file; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return rows(path.read_text("utf-8")) if path.exists() else []

@@ -5,12 +5,10 @@ Both follow from the rows of the CSV files, which a run that goes on has back as
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping
 
-from .records import number
+from .records import number, rows
 from .scores import METRICS, Score
 
 
@@ -27,8 +25,8 @@ class Standings:
         self.tests: dict[int, Score] = {}
         """By epoch; of those before this process began no more than test.csv says."""
         self._badness: dict[int, float] = {}
-        others = {row["epoch"]: row for row in _rows(texts, "scores.csv")}
-        for row in _rows(texts, "test.csv"):
+        others = {row["epoch"]: row for row in rows(texts.get("scores.csv", ""))}
+        for row in rows(texts.get("test.csv", "")):
             found = row if metric in row else others.get(row["epoch"], {})
             value = number(found.get(metric, ""))
             loss, error = number(row["loss"]), number(row["error"])
@@ -57,7 +55,3 @@ def _badness(metric: str, value: float) -> float:
     if math.isnan(value):
         return math.inf
     return -value if METRICS[metric] else value
-
-
-def _rows(texts: Mapping[str, str], name: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(texts.get(name, ""))))

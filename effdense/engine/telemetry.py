@@ -7,16 +7,14 @@ Nothing here stops a run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..machine.memory import peak_resident_bytes, resident_bytes
-from .distributed import World, gathered_tensor
+from .distributed import World, gathered_on_main
 from .records import LOG_COLUMNS, CsvLog
 
 # Bytes but for the last three; "peak" is since the process began.
@@ -48,19 +46,10 @@ class Telemetry:
         """
         if not self._interval or not (last or step % self._interval == 0):
             return
-        figures = [self._figures().get(name, math.nan) for name in SYSTEM_COLUMNS[3:]]
-        # doubles hold bytes exactly up to 2^53
-        mine = torch.tensor(figures, dtype=torch.float64, device=self._world.device)
-        for rank, row in enumerate(gathered_tensor(mine)):
-            self._write(epoch, step, rank, row)
-
-    def _write(self, epoch: int, step: int, rank: int, row: Tensor) -> None:
-        if self._log is not None:
-            cells = {
-                name: None if math.isnan(value) else int(value) if value.is_integer() else value
-                for name, value in zip(SYSTEM_COLUMNS[3:], row.tolist(), strict=True)
-            }
-            self._log.add(epoch=epoch, step=step, rank=rank, **cells)
+        for rank, found in enumerate(gathered_on_main(self._figures())):
+            if self._log is not None:
+                cells = {name: found.get(name) for name in SYSTEM_COLUMNS[3:]}
+                self._log.add(epoch=epoch, step=step, rank=rank, **cells)
 
     def _figures(self) -> dict[str, float]:
         found: dict[str, float] = {
@@ -82,12 +71,13 @@ class Gpu:
     """One GPU as NVIDIA's management library (NVML) sees it, whatever else uses it.
 
     Asked for by UUID: CUDA numbers devices as CUDA_VISIBLE_DEVICES says, NVML doesn't.
-    ``failure`` says why there is nothing to be had, and is empty where there is.
+    ``failure`` says why there is nothing to be had, and is empty where there is; ``nvml`` is the
+    library, None where it fails, and ``handle`` what it calls the GPU.
     """
 
     def __init__(self, uuid: str) -> None:
         self.failure = ""
-        self._pynvml: Any = None
+        self.nvml: Any = None
         self.handle: Any = None
         try:
             import pynvml
@@ -96,7 +86,7 @@ class Gpu:
             self.handle = pynvml.nvmlDeviceGetHandleByUUID(
                 uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
             )
-            self._pynvml = pynvml
+            self.nvml = pynvml
         except Exception as error:
             # ImportError, NVMLError, and whatever a half-installed driver makes of it
             self.failure = str(error) or type(error).__name__
@@ -109,7 +99,7 @@ class Gpu:
 
     def figures(self) -> dict[str, float]:
         """Of ``_OF_DRIVER``, those that this GPU has and the driver tells now."""
-        nvml, handle = self._pynvml, self.handle
+        nvml, handle = self.nvml, self.handle
         if nvml is None:
             return {}
         queries: tuple[Callable[[], float], ...] = (
@@ -124,19 +114,3 @@ class Gpu:
             with suppress(Exception):
                 found[name] = query()
         return found
-
-    def bytes_of_process(self, pid: int) -> int | None:
-        """What a process takes of this GPU; None where the driver won't say.
-
-        Inside a container the driver may know a process by another number; then the figure
-        is only taken if a single process uses the GPU.
-        """
-        if self._pynvml is None:
-            return None
-        with suppress(Exception):
-            running = self._pynvml.nvmlDeviceGetComputeRunningProcesses(self.handle)
-            own = [p for p in running if p.pid == pid]
-            if not own and len(running) == 1:
-                own = running
-            return int(own[0].usedGpuMemory) if own and own[0].usedGpuMemory else None
-        return None

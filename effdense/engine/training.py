@@ -27,6 +27,7 @@ from .distributed import (
     all_or_none,
     from_main,
     gathered,
+    in_turns,
     joined_world,
     largest,
     launched_processes,
@@ -114,7 +115,6 @@ def run(
         _exhaustion_in_words(),
         StopSignals() as signals,
         joined_world(config.device, config.threads) as world,
-        _determinism(config),
         _arithmetic(config),
     ):
         return _run(config, world, signals, model, data, on_epoch)
@@ -136,31 +136,22 @@ def _exhaustion_in_words() -> Iterator[None]:
 
 
 @contextmanager
-def _determinism(config: ResolvedConfig) -> Iterator[None]:
-    """Within it, --deterministic holds."""
-    if not config.deterministic:
-        yield
-        return
-    # what cuBLAS asks for; read when it is first used
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
 def _arithmetic(config: ResolvedConfig) -> Iterator[None]:
-    """Within it, --tf32 holds, and cuDNN tries its algorithms: shapes are the same in each step."""
-    before = torch.backends.cudnn.benchmark
+    """Within it, --deterministic and --tf32 hold, and cuDNN tries its algorithms else: shapes are
+    the same in each step.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        # what cuBLAS asks for; read when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     try:
         with nullcontext() if config.tf32 is None else float32_products(config.tf32 == "on"):
             yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def _run(
@@ -258,8 +249,7 @@ def _run(
         if captured is not None:
             facts["cuda_graphs"] = captured
             progress.say(captured)
-        records = _Records.of(trainer, work_dir, store, found, facts, progress, data.test)
-        records.on_epoch = on_epoch
+        records = _Records(trainer, work_dir, store, found, facts, progress, data.test, on_epoch)
         standings = _train(trainer, data, records, progress, signals)
         return standings, from_main(work_dir.path if work_dir else Path())
 
@@ -335,28 +325,13 @@ def _speed(trainer: Trainer, progress: Progress, images: int, seconds: float) ->
 
 
 class _Records:
-    """What rank 0 keeps of a run in its work directory; other processes keep nothing."""
+    """What rank 0 keeps of a run in its work directory; other processes keep nothing.
+
+    Goes on with the checkpoint that was found, or begins: making one is a collective.
+    """
 
     def __init__(
         self,
-        trainer: Trainer,
-        work_dir: WorkDir | None,
-        store: CheckpointStore | None,
-        logs: dict[str, CsvLog],
-        standings: Standings,
-        progress: Progress,
-        tested: Split,
-    ) -> None:
-        self._trainer, self._work_dir, self._progress = trainer, work_dir, progress
-        self._tested, self._drawn_at = tested, time.monotonic()
-        self.store, self.logs, self.standings = store, logs, standings
-        self.on_epoch: OnEpoch | None = None
-        shown = work_dir if trainer.config.tensorboard else None
-        self._board = Board(shown.path / "tensorboard" if shown else None)
-
-    @classmethod
-    def of(
-        cls,
         trainer: Trainer,
         work_dir: WorkDir | None,
         store: CheckpointStore | None,
@@ -364,23 +339,27 @@ class _Records:
         facts: Mapping[str, Any],
         progress: Progress,
         tested: Split,
-    ) -> _Records:
-        """Go on with the checkpoint that was found, or begin; a collective."""
-        config, world = trainer.config, trainer.world
-        rows, said = go_on(trainer, found, config, world)
-        logs: dict[str, CsvLog] = {}
+        on_epoch: OnEpoch | None,
+    ) -> None:
+        self._trainer, self._work_dir, self._progress = trainer, work_dir, progress
+        self._tested, self._drawn_at, self._on_epoch = tested, time.monotonic(), on_epoch
+        self.store = store
+        config = trainer.config
+        texts, said = go_on(trainer, found, config, trainer.world)
+        self.logs: dict[str, CsvLog] = {}
         with all_or_none():
             if work_dir is not None:
                 if found is None:
-                    work_dir.write_config(config, world, facts)
+                    work_dir.write_config(config, trainer.world, facts)
                 else:
                     work_dir.write_continuation(config, trainer.position)
                 wanted = set(LOG_COLUMNS) - (set() if config.system_interval else {"system.csv"})
-                logs = work_dir.logs(rows, wanted, metric_names(trainer.task))
+                self.logs = work_dir.logs(texts, wanted, metric_names(trainer.task))
         for line in said:
             progress.say(line)
-        standings = Standings(config.best_by or trainer.task.best_by, rows)
-        return cls(trainer, work_dir, store, logs, standings, progress, tested)
+        self.standings = Standings(config.best_by or trainer.task.best_by, texts)
+        shown = work_dir if config.tensorboard else None
+        self._board = Board(shown.path / "tensorboard" if shown else None)
 
     def left(self) -> str:
         """What a run that has to stop can go on from, to be put after why it stops."""
@@ -412,8 +391,8 @@ class _Records:
             plots.draw([path], path, plots.SCORES, self.standings.best)
             self._drawn_at = time.monotonic()
         self._board.add(epoch, train, test, speed)
-        if self.on_epoch is not None:
-            self.on_epoch(Epoch(epoch, train, test, lr, speed, self._work_dir.path))
+        if self._on_epoch is not None:
+            self._on_epoch(Epoch(epoch, train, test, lr, speed, self._work_dir.path))
 
     def finish(self) -> None:
         """The best epoch's weights, the last one's, and the run's page."""
@@ -465,16 +444,10 @@ def _load_together(config: ResolvedConfig, world: World) -> ImageData:
     """Load on every process; first, where that fetches or indexes, on rank 0, then on one process
     of each other machine.
     """
-    loaded: list[ImageData] = []
+    turn = 2
     if needs_preparation(config):
-        for turn in (world.rank == 0, world.rank != 0 and world.local_rank == 0):
-            with all_or_none():
-                if turn:
-                    loaded.append(load(config, download=config.download))
-    with all_or_none():
-        if not loaded:
-            loaded.append(load(config, download=False))
-    return loaded[0]
+        turn = 0 if world.is_main else 1 if world.local_rank == 0 else 2
+    return in_turns(turn, lambda: load(config, download=config.download and turn < 2))
 
 
 def _answers(model: nn.Module | None, given: tuple[Any, Any]) -> int | None:
@@ -500,12 +473,8 @@ def _made_together(
     config: ResolvedConfig, data: ImageData, world: World, model: nn.Module | None
 ) -> nn.Module:
     """The network on every process, on rank 0 first: somebody's model may fetch its weights."""
-    made: list[nn.Module] = []
-    for turn in (world.is_main, not world.is_main):
-        with all_or_none():
-            if turn:
-                made.append(make_network(config, data, model))
-    return made[0].to(world.device)
+    made = in_turns(0 if world.is_main else 1, lambda: make_network(config, data, model))
+    return made.to(world.device)
 
 
 def _headline(config: ResolvedConfig, world: World, data: ImageData, num_parameters: int) -> str:

@@ -234,3 +234,19 @@ def test_available_memory_respects_control_groups(tmp_path):
     (outer / "memory.current").write_text("1500\n")
     (outer / "memory.stat").write_text("anon 1000\ninactive_file 500\n")
     assert memory_sizes.groups(tmp_path / "root", own) == [(4000, 1000)]
+
+
+def test_what_a_process_takes_of_a_gpu() -> None:
+    running: list[Any] = []
+    nvml = SimpleNamespace(nvmlDeviceGetComputeRunningProcesses=lambda handle: running)
+    gpu = SimpleNamespace(nvml=nvml, handle=None)
+    assert child.bytes_of_process(gpu, 7) is None
+    running.append(SimpleNamespace(pid=9, usedGpuMemory=90))
+    # a container's own numbers
+    assert child.bytes_of_process(gpu, 7) == 90
+    running.append(SimpleNamespace(pid=7, usedGpuMemory=70))
+    assert child.bytes_of_process(gpu, 7) == 70
+    assert child.bytes_of_process(gpu, 8) is None
+    assert child.bytes_of_process(SimpleNamespace(nvml=None), 7) is None
+    # the driver has no such function
+    assert child.bytes_of_process(SimpleNamespace(nvml=object(), handle=None), 7) is None

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import effdense
 from effdense.engine import trainer as trainer_module
-from effdense.engine.data.images import DIGITS_NORMALIZATION, InMemory, ShiftAndFlip
+from effdense.engine.data.images import NORMALIZATIONS, InMemory, ShiftAndFlip
 from effdense.engine.distributed import World, all_finite
 from effdense.engine.options import TrainConfig
 from effdense.engine.tasks import Classification
@@ -111,7 +111,7 @@ def test_a_step_on_a_device(options: dict[str, Any]) -> None:
 def test_a_batch_of_a_data_set_on_a_device() -> None:
     images = torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
     for augment in (None, ShiftAndFlip(1, True), ShiftAndFlip(0, True)):
-        split = InMemory(images, torch.zeros(40).long(), DIGITS_NORMALIZATION, augment)
+        split = InMemory(images, torch.zeros(40).long(), NORMALIZATIONS["digits"], augment)
         batches = split.batches(torch.arange(40).split(10), 1, META)
         next(batches)
         with NoReading(META), NoConstants():

@@ -41,13 +41,13 @@ for name in failing:
     os.environ["NVML_STUB"] = "init" if name == "init" else ""
     gpu = Gpu(uuid)
     os.environ["NVML_STUB"] = name
-    found.append([gpu.failure, gpu.figures(), gpu.bytes_of_process(os.getpid())])
+    found.append([gpu.failure, gpu.figures()])
 print(json.dumps(found))
 """
 
 
 def ask(library: Path | None, uuid: str, *failing: str) -> list[Any]:
-    """(failure, figures, bytes of process) for each failing function, from a fresh process."""
+    """(failure, figures) for each failing function, from a fresh process."""
     path = {} if library is None else {"LD_LIBRARY_PATH": str(library)}
     done = subprocess.run(
         [sys.executable, "-c", _ASK, uuid, *failing],
@@ -77,23 +77,21 @@ def nvml(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_driver_s_figures_and_each_one_s_absence(nvml: Path) -> None:
     names = ("memory", "utilisation", "temperature", "power")
     answers = ask(nvml, "0123", "none", *names, "lost", "init")
-    assert answers[0][:2] == ["", ALL]
-    for (failure, figures, _), missing in zip(answers[1:5], ALL, strict=True):
+    assert answers[0] == ["", ALL]
+    for (failure, figures), missing in zip(answers[1:5], ALL, strict=True):
         assert failure == ""
         assert figures == {name: value for name, value in ALL.items() if name != missing}
-    assert answers[5][:2] == ["", {}]
-    assert answers[6][:2] == ["Driver Not Loaded", {}]
-    # the stub has no such function at all
-    assert all(answer[2] is None for answer in answers)
+    assert answers[5] == ["", {}]
+    assert answers[6] == ["Driver Not Loaded", {}]
 
 
 def test_a_gpu_that_the_driver_does_not_know(nvml: Path) -> None:
-    assert ask(nvml, "GPU-9", "none") == [["Not Found", {}, None]]
+    assert ask(nvml, "GPU-9", "none") == [["Not Found", {}]]
 
 
 def test_without_the_library(tmp_path: Path) -> None:
     (tmp_path / "libnvidia-ml.so.1").write_text("no library")
-    assert ask(tmp_path, "0123", "none") == [["NVML Shared Library Not Found", {}, None]]
+    assert ask(tmp_path, "0123", "none") == [["NVML Shared Library Not Found", {}]]
 
 
 def test_without_nvidia_ml_py(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,11 +176,6 @@ def test_a_gpu_s_figures_and_its_driver_s_silence(monkeypatch: pytest.MonkeyPatc
     for name, value in allocated.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(telemetry.Gpu, "of", lambda device: Silent())
-    # tensors can't be on a GPU that isn't there
-    real_tensor = torch.tensor
-    monkeypatch.setattr(
-        telemetry.torch, "tensor", lambda data, dtype, device: real_tensor(data, dtype=dtype)
-    )
     world = World(0, 1, 0, 1, torch.device("cuda", 0), None)
     log: Any = _Log()
     recorder = Telemetry(world, 1, log)

@@ -15,11 +15,8 @@ from ...errors import UserError
 from ..options import ResolvedConfig
 from .image_files import Folder, ImageFiles, Listed, Source, file_reader
 from .images import (
-    CIFAR10_NORMALIZATION,
-    CIFAR100_NORMALIZATION,
-    DIGITS_NORMALIZATION,
     IMAGENET_NORMALIZATION,
-    SVHN_NORMALIZATION,
+    NORMALIZATIONS,
     ImageData,
     InMemory,
     Normalization,
@@ -65,6 +62,25 @@ def _augmentation(config: ResolvedConfig) -> ShiftAndFlip | None:
     return ShiftAndFlip(pad=4, flip=config.data != "svhn")
 
 
+def _in_memory(
+    config: ResolvedConfig,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    num_classes: int = 10,
+    names: tuple[str, ...] = (),
+) -> ImageData:
+    channels = train[0].shape[1]
+    normalization = NORMALIZATIONS.get(config.data, Normalization.none(channels))
+    transform = trivially_augmented if config.augment == "trivial-augment" else None
+    return ImageData(
+        InMemory(*train, normalization, _augmentation(config), config.seed, transform),
+        InMemory(*test, normalization),
+        num_classes,
+        channels,
+        names,
+    )
+
+
 def _digits(config: ResolvedConfig) -> ImageData:
     from sklearn.datasets import load_digits
 
@@ -74,14 +90,7 @@ def _digits(config: ResolvedConfig) -> ImageData:
     # One split for all runs, whatever their seed: a fifth, 360 images, is for the test.
     order = torch.randperm(len(labels), generator=generator("digits"))
     test, train = order[: len(order) // 5 + 1], order[len(order) // 5 + 1 :]
-    return ImageData(
-        InMemory(
-            images[train], labels[train], DIGITS_NORMALIZATION, _augmentation(config), config.seed
-        ),
-        InMemory(images[test], labels[test], DIGITS_NORMALIZATION),
-        num_classes=10,
-        in_channels=1,
-    )
+    return _in_memory(config, (images[train], labels[train]), (images[test], labels[test]))
 
 
 FAKE_TRAIN_SAMPLES, FAKE_TEST_SAMPLES = 640, 101
@@ -94,14 +103,8 @@ def _fake(config: ResolvedConfig) -> ImageData:
     tints = torch.randn(10, 3, 1, 1, generator=source)
     noise = torch.randn(num_samples, 3, config.image_size, config.image_size, generator=source)
     images = noise + tints[labels]
-    identity = Normalization((0.0,) * 3, (1.0,) * 3)
     train, test = slice(FAKE_TRAIN_SAMPLES), slice(FAKE_TRAIN_SAMPLES, None)
-    return ImageData(
-        InMemory(images[train], labels[train], identity, _augmentation(config), config.seed),
-        InMemory(images[test], labels[test], identity),
-        num_classes=10,
-        in_channels=3,
-    )
+    return _in_memory(config, (images[train], labels[train]), (images[test], labels[test]))
 
 
 def _from_torchvision(config: ResolvedConfig, download: bool) -> ImageData:
@@ -125,8 +128,7 @@ def _from_torchvision(config: ResolvedConfig, download: bool) -> ImageData:
             if not config.svhn_train_only:
                 extra = svhn("extra")
                 train = torch.cat([train[0], extra[0]]), torch.cat([train[1], extra[1]])
-            num_classes, normalization = 10, SVHN_NORMALIZATION
-            names = ()
+            num_classes, names = 10, ()
         else:
             ten = config.data == "cifar10"
             source = datasets.CIFAR10 if ten else datasets.CIFAR100
@@ -135,7 +137,6 @@ def _from_torchvision(config: ResolvedConfig, download: bool) -> ImageData:
             train, test = cifar(source, train=True), cifar(source, train=False)
             num_classes = 10 if ten else 100
             names = tuple(source(root, train=False).classes)
-            normalization = CIFAR10_NORMALIZATION if ten else CIFAR100_NORMALIZATION
     # RuntimeError is what torchvision raises for missing and for damaged files; OSError covers
     # the network and the disk.
     except (RuntimeError, OSError) as error:
@@ -150,19 +151,7 @@ def _from_torchvision(config: ResolvedConfig, download: bool) -> ImageData:
             f"{' and '.join(addresses)}, or put {where} there yourself (--data-dir names another "
             f"folder){alone}"
         ) from None
-    return ImageData(
-        InMemory(
-            *train,
-            normalization,
-            _augmentation(config),
-            config.seed,
-            trivially_augmented if config.augment == "trivial-augment" else None,
-        ),
-        InMemory(*test, normalization),
-        num_classes=num_classes,
-        in_channels=3,
-        class_names=names,
-    )
+    return _in_memory(config, train, test, num_classes, names)
 
 
 def _image_folder(config: ResolvedConfig) -> ImageData:
@@ -227,7 +216,7 @@ def _image_files(
 ) -> ImageData:
     normalization = IMAGENET_NORMALIZATION
     if config.normalization == "measured":
-        normalization = Normalization((0.0,) * config.channels, (1.0,) * config.channels)
+        normalization = Normalization.none(config.channels)
 
     def split(source: Source) -> ImageFiles:
         return ImageFiles(

@@ -26,11 +26,8 @@ from ...errors import UserError
 from ..recipes import FILES
 from ..signals import outlive_stop_signals
 from .images import (
-    CIFAR10_NORMALIZATION,
-    CIFAR100_NORMALIZATION,
-    DIGITS_NORMALIZATION,
     IMAGENET_NORMALIZATION,
-    SVHN_NORMALIZATION,
+    NORMALIZATIONS,
     Batch,
     Normalization,
     ShiftAndFlip,
@@ -283,23 +280,17 @@ def image_preparation(recorded: Mapping[str, Any]) -> Preparation:
     options = recorded["options"]
     data, image_size = options["data"], options["image_size"]
     read, _ = file_reader(options)
-    small = v2.Resize((image_size, image_size), antialias=True)
     if data in FILES:
         # older runs had no choice
         how = recorded.get("normalization") or IMAGENET_NORMALIZATION.fact()
         shape = options.get("crop") or (image_size,) * options.get("spatial_dims", 2)
         normalization = Normalization.recorded(how)
         return Preparation(len(normalization.mean), read, 1.0, _centre(shape), normalization)
-    if data == "digits":
-        return Preparation(1, read, 16 / 255, small, DIGITS_NORMALIZATION)
-    known = {
-        "cifar10": CIFAR10_NORMALIZATION,
-        "cifar100": CIFAR100_NORMALIZATION,
-        "svhn": SVHN_NORMALIZATION,
-    }
-    if data not in known:
+    if data not in NORMALIZATIONS:
         raise UserError(f"a network trained on --data {data} does not work on image files")
-    return Preparation(3, read, 1.0, small, known[data])
+    small, normalization = v2.Resize((image_size, image_size)), NORMALIZATIONS[data]
+    scale = 16 / 255 if data == "digits" else 1.0
+    return Preparation(len(normalization.mean), read, scale, small, normalization)
 
 
 class ImageFiles:

@@ -77,6 +77,11 @@ class Normalization:
         return (images.float() - mean) / std
 
     @classmethod
+    def none(cls, channels: int) -> Normalization:
+        """That which changes nothing."""
+        return cls((0.0,) * channels, (1.0,) * channels)
+
+    @classmethod
     def recorded(cls, fact: Mapping[str, Sequence[float]]) -> Normalization:
         """What :meth:`fact` gave."""
         return cls(tuple(fact["mean"]), tuple(fact["std"]))
@@ -92,14 +97,16 @@ def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
-# Raw 0..255 pixel values. The CIFAR constants are those of the paper's own code; on SVHN the
-# paper divides by 255 and no more (section 4.1).
-CIFAR10_NORMALIZATION = Normalization((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
-CIFAR100_NORMALIZATION = Normalization((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))
-SVHN_NORMALIZATION = Normalization((0.0,) * 3, (255.0,) * 3)
+# Of data sets by name, in their raw pixel values: 0..16 of the digits, else 0..255. The CIFAR
+# constants are those of the paper's own code; on SVHN the paper divides by 255 and no more
+# (section 4.1).
+NORMALIZATIONS = {
+    "digits": Normalization((4.9,), (6.0,)),
+    "cifar10": Normalization((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+    "cifar100": Normalization((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+    "svhn": Normalization((0.0,) * 3, (255.0,) * 3),
+}
 IMAGENET_NORMALIZATION = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-# Raw 0..16 grey values.
-DIGITS_NORMALIZATION = Normalization((4.9,), (6.0,))
 
 
 @dataclass(frozen=True)

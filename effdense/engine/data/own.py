@@ -73,7 +73,7 @@ class OwnSplit:
                 f"(channels, height, width): {error}"
             ) from None
         self._keyed, self._num_workers = _Keyed(dataset, seed), num_workers
-        self.normalization = Normalization((0.0,), (1.0,))
+        self.normalization = Normalization.none(1)
         self.unreadable: set[str] = set()
 
     def __len__(self) -> int:
