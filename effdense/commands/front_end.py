@@ -130,7 +130,14 @@ _ELSEWHERE = {
     "sync-bn": "--sync-batch-norm",
     "grad-accum": "--accumulate",
 }
-_KINDS = {"INT": "a whole number", "FLOAT": "a number", r"{[FLOAT [FLOAT ...]]}": "numbers"}
+_KINDS = {
+    "INT": "a whole number",
+    "FLOAT": "a number",
+    "{[FLOAT [FLOAT ...]]}": "numbers",
+    "{FLOAT FLOAT}": "two numbers",
+    "{FLOAT FLOAT FLOAT}": "three numbers",
+    "{INT INT INT}": "three whole numbers",
+}
 
 
 def _kind(found: re.Match[str]) -> str:

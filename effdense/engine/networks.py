@@ -22,7 +22,7 @@ from .data.images import ImageData
 from .data.order import random_key
 from .distributed import World
 from .options import GIVEN, ResolvedConfig
-from .recipes import OWN
+from .recipes import FILES, OWN
 
 
 def make_network(
@@ -121,9 +121,17 @@ def check_size(network: nn.Module, config: ResolvedConfig, channels: int) -> Non
         middle = (least + large) // 2
         least, large = (least, middle) if takes((middle,) * len(shape)) else (middle, large)
     raise UserError(
-        f"the images are too small for {network_name(config)}: --image-size must be at least "
-        f"{large}, got {' x '.join(map(str, shape))}"
+        f"the images are too small for {network_name(config)}: it takes {large} along each side "
+        f"and more, got {' x '.join(map(str, shape))}; {_way_out(config)}"
     )
+
+
+def _way_out(config: ResolvedConfig) -> str:
+    if config.data in FILES or config.data == "fake":
+        return "choose a larger --image-size" if config.crop is None else "choose a larger --crop"
+    if config.data == OWN:
+        return "give larger images, or another model"
+    return f"{config.data} has images of one size: choose another network with --arch"
 
 
 def network_name(config: ResolvedConfig) -> str:

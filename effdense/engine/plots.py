@@ -102,28 +102,30 @@ def figures(
         figure.subplots_adjust(left=0.15, right=0.97, bottom=0.13, top=0.96)
         axes = figure.subplots()
         for colour, name, part, dashes, epochs, values in lines:
-            words = [name] * (len(runs) > 1 or len(curves) == 1) + [part] * (len(curves) > 1)
+            words = [name] * (len(runs) > 1) + [part] * (len(curves) > 1)
             # markers: a run's first epoch is a single point
             style: Any = {"color": colour, "marker": ".", "markersize": 4}
-            axes.plot(epochs, values, dashes, label=", ".join(words), **style)
+            axes.plot(epochs, values, dashes, label=", ".join(words) or None, **style)
         axes.set(xlabel="epoch", ylabel=label)
-        if quantity == "loss" and _has_a_dwarfing([y for *_, values in lines for y in values]):
+        drawn = [y for *_, values in lines for y in values if math.isfinite(y)]
+        if quantity == "loss" and _has_a_dwarfing(drawn):
             axes.set_yscale("log")
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * max(drawn, default=0) or 1)
         if best is not None:
             axes.axvline(best, color="0.5", linestyle=":", label=f"best epoch, {best}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend()
         found[quantity] = figure
     return found
 
 
 def _has_a_dwarfing(losses: Sequence[float]) -> bool:
     """Whether the largest of positive losses dwarfs the usual one."""
-    finite = sorted(loss for loss in losses if math.isfinite(loss))
-    return bool(finite) and finite[0] > 0 and finite[-1] > _DWARFS * finite[len(finite) // 2]
+    ranked = sorted(losses)
+    return bool(ranked) and ranked[0] > 0 and ranked[-1] > _DWARFS * ranked[len(ranked) // 2]
 
 
 def read(path: Path, columns: Sequence[str] = SCORES) -> dict[str, list[float]]:

@@ -30,31 +30,33 @@ _PAGE = """
 <title>{{ title }}</title><style>
 body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
-figure { display: inline-block; margin: 0; max-width: 100% }
+figure { display: inline-block; margin: .8em 0 0; max-width: 100% }
 figure > svg { width: 28em; max-width: 100%; height: auto }
 .wide { overflow-x: auto } table { border-collapse: collapse }
 td, th { padding: .1em 1.2em .1em 0; vertical-align: top; text-align: left; font-weight: normal }
 th { border-bottom: 1px solid #999 } td.number { text-align: right; white-space: nowrap }
-.confusion td { padding: .1em .6em } pre { overflow-x: auto; background: #f4f4f4; padding: .8em }
+.scores th:not(:first-child) { text-align: right }
+.confusion td, .confusion th { padding: .1em .45em }
+pre { overflow-x: auto; background: #f4f4f4; padding: .8em }
 .samples figure { width: 8.5em; margin: 0 .6em .8em 0; vertical-align: top; font-size: .85em }
 .samples img { width: 100%; image-rendering: pixelated } summary { cursor: pointer; margin: .8em 0 }
 </style></head>
 <body><h1>{{ title }}</h1>
 <p>Test error <b>{{ "%.2f" % test.error }} %</b>, loss {{ "%.4f" % test.loss }}
-{%- for name, value in scores %}, {{ name }} {{ "%.4g" % value }}{% endfor %}, on
+{%- for name, value in scores %}, {{ word(name) }} {{ show(name, value) }}{% endfor %}, on
 {{ "{:,}".format(test.samples) }} images, in epoch {{ best }}, the best of {{ last }}, which took
 {{ time }} of training.</p>
 <h2>What differs from the defaults</h2>{{ facts(differences) }}
 {% for curve in curves %}<figure>{{ curve | safe }}</figure>
 {% endfor %}
 {%- if classes %}<h2>Each class</h2>
-<div class="wide"><table>{{ header(classes[0]) }}
+<div class="wide"><table class="scores">{{ header(classes[0] | map("word")) }}
 {% for row in classes %}<tr>{% for name, value in row.items() -%}
 {% if name == "class" %}<td>{{ value }}</td>
-{%- else %}<td class="number">{{ "%.4g" % number(value) }}</td>{% endif %}{% endfor %}</tr>
+{%- else %}<td class="number">{{ show(name, number(value)) }}</td>{% endif %}{% endfor %}</tr>
 {% endfor %}</table></div>{% endif %}
 {% if confusion %}<h2>Confusion: what is (rows) and what was answered</h2>
-<div class="wide"><table class="confusion">{{ header([""] + (confusion[0] | list)[1:]) }}
+<div class="wide"><table class="scores confusion">{{ header([""] + (confusion[0] | list)[1:]) }}
 {% for row in confusion %}{% set cells = row.values() | list %}<tr><td>{{ cells[0] }}</td>
 {%- set counts = cells[1:] | map("int") | list %}{% set total = [counts | sum, 1] | max %}
 {%- for n in counts %}<td class="number"
@@ -100,15 +102,16 @@ def html_report(
     tests = Standings("error", {"test.csv": (work_dir / "test.csv").read_text("utf-8")}).tests
     scores = [row for row in _rows(work_dir / "scores.csv") if row["epoch"] == str(best)]
     named = [
-        (name.replace("_", " "), number(cell))
+        (name, number(cell))
         for row in scores
         for name, cell in row.items()
         if name not in ("epoch", "step")
     ]
     mistakes = _rows(work_dir / "mistakes.csv")
     pictures = show([int(row["number"]) for row in mistakes]) if mistakes else []
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_PAGE)
-    return page.render(
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["word"] = _word
+    return environment.from_string(_PAGE).render(
         title=f"{recorded['model']['name']} on {options['data']}",
         test=tests[best],
         scores=[(name, value) for name, value in named if not math.isnan(value)],
@@ -127,7 +130,24 @@ def html_report(
             ("Versions", {"source": recorded["source"], **recorded["versions"]}),
         ],
         number=number,
+        show=_show,
+        word=_word,
     )
+
+
+_WORDS = {"auroc": "AUROC", "auprc": "AUPRC", "top5_error": "top-5 error"}
+
+
+def _word(name: str) -> str:
+    """What a column of scores is called."""
+    return _WORDS.get(name, name.replace("_", " "))
+
+
+def _show(name: str, value: float) -> str:
+    """A score in its unit."""
+    if math.isnan(value) or name == "samples":
+        return "-" if math.isnan(value) else f"{value:,.0f}"
+    return f"{value:.2f}\N{NO-BREAK SPACE}%" if name.endswith("error") else f"{value:.4f}"
 
 
 def _differences(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -154,6 +154,13 @@ def test_the_report_is_one_page_with_everything_in_it(digits_run: Path) -> None:
     assert "weight_decay" not in first
     assert 'name="viewport"' in page
     assert not re.findall(r'(?:src|href)="(?!#|data:)', page)  # it needs no other file
+    for row in (digits_run / "classes.csv").read_text().splitlines()[1:]:
+        name, samples, error, *areas = row.split(",")
+        shown = [samples, f"{float(error):.2f}\N{NO-BREAK SPACE}%"]
+        shown += [f"{float(area):.4f}" for area in areas]
+        cells = "".join(f'<td class="number">{cell}</td>' for cell in shown)
+        assert f"<tr><td>{name}</td>{cells}</tr>" in page
+    assert re.search(r"top-5 error [\d.]+\N{NO-BREAK SPACE}%, AUROC 0\.\d{4}, AUPRC", page)
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         xml.etree.ElementTree.fromstring(svg)
 

@@ -168,6 +168,8 @@ def test_curves_that_can_be_read(tmp_path: Path) -> None:
         assert np.array(mark.get_xdata()).tolist() == [2, 2]
         (rate, _) = found["learning-rate"].axes[0].lines
         assert np.array(rate.get_ydata()).tolist() == [0.1] * len(errors)
+        # not on the frame's edge
+        assert found["learning-rate"].axes[0].get_ylim() == pytest.approx((0, 0.105))
 
 
 MARK = "best epoch, 2"

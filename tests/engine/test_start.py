@@ -253,7 +253,12 @@ def test_fine_tuning_killed_and_started_again(tmp_path: Path, uninterrupted: Pat
         ({"arch": "densenet121", "depth": 22}, "--depth means nothing for densenet121: leave it"),
         (
             {"arch": "densenet121", "image_size": 16},
-            "too small for densenet121: --image-size must be at least 29, got 16 x 16",
+            "too small for densenet121: it takes 29 along each side and more, got 16 x 16; choose "
+            "a larger --image-size",
+        ),
+        (
+            {"data": "digits", "arch": "densenet121", "image_size": None},
+            "got 8 x 8; digits has images of one size: choose another network with --arch",
         ),
         ({"head_lr_factor": 0.0}, "--head-lr-factor must be a positive number"),
     ],

@@ -36,8 +36,8 @@ def pixels(
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
     if colours and image.format != "PNG":
         raise UserError(
-            f"{name()} has 16 bits for each of its colours, of which only 8 can be read here: "
-            f"write it as PNG, as 16-bit grey, or in 8 bits"
+            f"{name()} has 16 bits for each of its colours, of which only 8 can be read here but "
+            f"from PNG: write it as PNG, which keeps all 16, or in 8 bits"
         )
     if colours:
         # PIL would drop half of the bits
