@@ -83,7 +83,7 @@ class DataOptions:
     """What labels of -1 are taken for. ignore: not known."""
     missing_classes: Literal["warn", "stop"] = "warn"
     """What to do about a class that a split has no image of."""
-    channels: Annotated[int | None, _recipe_default("1|3", "3")] = None
+    channels: Annotated[int | None, _recipe_default("1|3", "3, of volumes 1")] = None
     """Channels that image files are read as; 1: grey."""
     window: Annotated[tuple[float, float] | None, _recipe_default("LOW HIGH", "all values")] = None
     """Values of image files that become black and white, in between without loss; needed for
