@@ -221,6 +221,7 @@ def test_a_loss_that_is_not_finite_leaves_a_good_checkpoint(tmp_path: Path) -> N
         assert ranks.first_status() == 1
     (line,) = (line for line in ranks.said().splitlines() if line.startswith("error: "))
     assert "the loss is nan, not finite in epoch 1" in line
+    assert "try a lower --lr" in line
     assert "the newest checkpoint is run/checkpoints/epoch-00001-step-0000003" in line
     newest = tmp_path / "run" / "checkpoints" / published(tmp_path / "run")[-1]
     state = torch.load(newest / "state.pt", weights_only=True)
