@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from .options import TrainConfig
 from .progress import duration
+from .recipes import RECIPES
 from .records import number, read_config, rows
 from .standings import Standings
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 _PAGE = """
 {%- macro facts(rows) %}<div class="wide"><table>
-{%- for key, value in rows.items() %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>
+{%- for key, value in rows.items() %}<tr><td>{{ key }}</td><td>
+{{- value if value is string or value is not iterable else value | join(", ") }}</td></tr>
 {% endfor %}</table></div>{% endmacro -%}
 {%- macro header(names) %}<tr>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>
 {%- endmacro -%}
@@ -38,6 +40,7 @@ th { border-bottom: 1px solid #999 } td.number { text-align: right; white-space:
 .scores th:not(:first-child) { text-align: right }
 .confusion td, .confusion th { padding: .1em .45em }
 pre { overflow-x: auto; background: #f4f4f4; padding: .8em }
+.command { white-space: pre-wrap; overflow-wrap: anywhere }
 .samples figure { width: 8.5em; margin: 0 .6em .8em 0; vertical-align: top; font-size: .85em }
 .samples img { width: 100%; image-rendering: pixelated } summary { cursor: pointer; margin: .8em 0 }
 </style></head>
@@ -66,10 +69,10 @@ pre { overflow-x: auto; background: #f4f4f4; padding: .8em }
 {% if mistakes %}<h2>Most wrongly sure of</h2>
 <div class="samples">{% for row, png in mistakes %}<figure title="{{ row.image }}">
 {%- if png %}<img src="data:image/png;base64,{{ png }}" alt="">{% endif %}<figcaption>
-{{- row.truth }}, taken for {{ row.answer }} with {{ "%.0f" % (100 * number(row.probability)) }} %
-{#- #}</figcaption></figure>
+{{- row.truth }}, taken for {{ row.answer }} with {{ "%.0f" % (100 * number(row.probability)) -}}
+&nbsp;%</figcaption></figure>
 {% endfor %}</div>{% endif %}
-<h2>Command</h2><pre>{{ recorded.command }}</pre>
+<h2>Command</h2><pre class="command">{{ recorded.command }}</pre>
 {% if recorded.memory_plan %}<details><summary>Memory plan</summary>
 <pre>{{ recorded.memory_plan }}</pre></details>{% endif %}
 {% for title, rows in folded %}<details><summary>{{ title }}</summary>{{ facts(rows) }}</details>
@@ -150,22 +153,26 @@ def _show(name: str, value: float) -> str:
     return f"{value:.2f}\N{NO-BREAK SPACE}%" if name.endswith("error") else f"{value:.4f}"
 
 
+# The options that others' defaults follow from.
+_LEADING = ("data", "arch", "model", "table", "spatial_dims", "channels")
+# Of the machine and the place, rather than of the run.
+_ASIDE = {"work_dir", "threads", "num_workers"}
+
+
 def _differences(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are other than the data set's recipe has them."""
-    named = {name: options[name] for name in ("data", "arch") if options.get(name) is not None}
+    leading = {name: options[name] for name in _LEADING if options.get(name) is not None}
+    if leading.get("model"):
+        leading.pop("arch", None)
+    channels = 1 if options.get("spatial_dims") == 3 else 3
+    recipe: dict[str, Any] = {"spatial_dims": 2, "channels": channels}
     found = {"data": options["data"]}
-    aside = {"work_dir", "threads", "num_workers"}
     with suppress(UserError, KeyError, TypeError):
-        usual = TrainConfig(**named).resolved().options()
-        found |= {
-            name: value
-            for name, value in options.items()
-            if name not in aside and name in usual and value != usual[name]
-        }
-        recipe = TrainConfig(data=options["data"]).resolved().options()
-        if options["arch"] != recipe["arch"]:
-            found["arch"] = options["arch"]
-    return found
+        usual = TrainConfig(**leading).resolved().options()
+        recipe["arch"] = RECIPES.get(options["data"], RECIPES["imagefolder"]).arch
+        found |= {n: v for n, v in leading.items() if v != recipe.get(n)}
+        found |= {n: v for n, v in options.items() if n in usual and v != usual[n]}
+    return {name: value for name, value in found.items() if name not in _ASIDE}
 
 
 def _svg(figure: Figure) -> str:

@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 
 import effdense
 from effdense.__main__ import main
+from effdense.engine import report
 from effdense.engine.data.datasets import load
 from effdense.engine.data.images import InMemory, Normalization
 from effdense.engine.data.order import generator
@@ -165,11 +166,34 @@ def test_the_report_is_one_page_with_everything_in_it(digits_run: Path) -> None:
         xml.etree.ElementTree.fromstring(svg)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"data": "digits"},
+        {"data": "csv", "table": "t.csv", "label_columns": ["a", "b"], "lr": 0.05},
+        {"data": "csv", "table": "t.csv", "channels": 1, "arch": "densenet_bc", "depth": 10},
+        {"data": "csv", "table": "t.csv", "spatial_dims": 3, "model": "a:b", "crop": [8, 8, 8]},
+        {"data": "own", "model": "given:Net", "augment": "none", "epochs": 2},
+        {"data": "imagefolder", "arch": "densenet161", "weights": "IMAGENET1K_V1"},
+    ],
+    ids=str,
+)
+def test_what_differs_from_the_defaults(options: dict[str, Any]) -> None:
+    """All that was asked for, and nothing that follows from it."""
+    asked: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in options.items()
+    }
+    resolved = TrainConfig(**asked, work_dir=Path("run"), threads=3).resolved().options()
+    assert report._differences(resolved) == options
+
+
 def test_the_report_shows_what_the_network_is_most_wrongly_sure_of(digits_run: Path) -> None:
     page = (digits_run / "report.html").read_text()
     with (digits_run / "mistakes.csv").open() as file:
         rows = list(csv.DictReader(file))
-    shown = re.findall(r"base64,(.*?)\".*?<figcaption>(\w+), taken for (\w+) with (\d+) %", page)
+    shown = re.findall(
+        r"base64,(.*?)\".*?<figcaption>(\w+), taken for (\w+) with (\d+)&nbsp;%", page
+    )
     assert len(shown) == len(rows) == SHOWN
     probabilities = [float(row["probability"]) for row in rows]
     assert probabilities == sorted(probabilities, reverse=True)
