@@ -119,6 +119,7 @@ def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--drop-rate", "1.5"], "--drop-rate must be in [0, 1)"),
         (["--weight-decay", "-1"], "--weight-decay must be a number, at least 0"),
         (["--milestones", "0.5", "150"], "--milestones must be fractions between 0 and 1"),
+        (["--milestones", "0.5", "1"], "--milestones must be fractions between 0 and 1"),
         (["--image-size", "64"], "--image-size must be left out for digits"),
         (["--download"], "--download must be left out"),
         (["--step-in-backward"], "--step-in-backward does not go with several processes, which"),

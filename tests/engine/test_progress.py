@@ -41,10 +41,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def trained(shown: Progress, clock: Clock) -> None:
-    """An epoch of 100 steps, a second each."""
+def trained(shown: Progress, clock: Clock, done: int = 0) -> None:
+    """An epoch of 100 steps, a second each, of which some were done before."""
     shown.epoch(1)
-    for _ in shown.steps(iter([()] * 100), 100):  # type: ignore[arg-type]
+    for _ in shown.steps(iter([()] * (100 - done)), 100, done):  # type: ignore[arg-type]
         clock.now += 1
         if shown.is_due():
             shown.show(Score(1.25, 40.0, 50), waited=3.0)
@@ -64,6 +64,15 @@ def test_a_line_every_half_minute_where_there_is_no_terminal(
     assert err == ""
     trained(Progress(CONFIG, dataclasses.replace(alone, rank=1)), clock)
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_epoch_that_is_gone_on_with_is_as_fast_as_its_own_steps(
+    alone: World, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(Progress(CONFIG, alone), clock, done=60)
+    (line,) = capsys.readouterr().out.splitlines()
+    for part in ("step 90/100", "images/s 50", "run 01:50 left"):
+        assert part in line, line
 
 
 def test_bars_on_a_terminal_of_training_and_of_tests(

@@ -1,0 +1,60 @@
+"""What the processes of a run have in common: a machine's memory, the norms' running statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import effdense
+from effdense.engine import networks
+from effdense.engine.distributed import World, average_running_statistics
+from effdense.engine.options import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("processes", "budget", "each"),
+    [(1, "auto", "auto"), (2, "auto", "500"), (3, "auto", "333"), (2, "2GiB", "2GiB")],
+)
+def test_processes_on_a_machine_share_what_it_has(
+    processes: int, budget: str, each: str, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    class Plan:
+        def apply(self, network: Any) -> None:
+            asked.append(network)
+
+    def plan(network: Any, shape: Any, budget: str, **options: Any) -> Plan:
+        asked.extend([budget, shape, options["ddp"]])
+        return Plan()
+
+    monkeypatch.setattr(networks, "plan", plan)
+    monkeypatch.setattr(networks, "budget_bytes", lambda *given: 1000)
+    world = dataclasses.replace(alone, world_size=processes, local_world_size=processes)
+    config = TrainConfig(data="fake", batch_size=7, image_size=8).resolved()
+    network = torch.nn.Identity()
+    networks.fit_to_budget(network, config, world, 3, budget)
+    # the largest share of seven images
+    assert asked == [each, (-(-7 // processes), 3, 8, 8), processes > 1, network]
+
+
+def test_running_statistics_are_averaged_each_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two processes would, of which the other's are all one larger."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.mul_(2).add_(1))
+    model = effdense.densenet_bc(10, 2).double()
+    model.features.denseblock1.denselayer1.norm1.float()
+    for number, buffer in enumerate(model.buffers()):
+        if buffer.is_floating_point():
+            buffer.copy_(torch.arange(buffer.numel()) + 10 * number)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    average_running_statistics(model)
+    for name, buffer in model.named_buffers():
+        moved = 0.5 if buffer.is_floating_point() else 0
+        assert torch.equal(buffer, before[name] + moved), name
+        assert buffer.dtype == before[name].dtype
