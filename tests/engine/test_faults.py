@@ -245,7 +245,7 @@ def test_steps_that_are_not_finite_are_left_out_up_to_a_limit(tmp_path: Path) ->
 
 
 def test_a_process_that_is_stopped_is_named(tmp_path: Path) -> None:
-    with Ranks(tmp_path, [*RUN, "--hang-timeout", 2], 3) as ranks:
+    with Ranks(tmp_path, [*RUN, "--hang-timeout", 6], 3) as ranks:
         wait_for(lambda: published(tmp_path / "run"))
         ranks.send(1, signal.SIGSTOP)
         assert ranks.first_status() == 1
@@ -254,7 +254,7 @@ def test_a_process_that_is_stopped_is_named(tmp_path: Path) -> None:
 
 
 def test_a_process_that_hangs_in_its_reader_is_named(tmp_path: Path) -> None:
-    hanging = [*RUN, "--hang-timeout", 2]
+    hanging = [*RUN, "--hang-timeout", 6]
     with Ranks(tmp_path, hanging, 2, meddle=meddlers.stuck_reader) as ranks:
         assert ranks.first_status() == 1
     assert f"rank 1 (process {ranks.processes[1].pid} on" in ranks.said()

@@ -47,7 +47,7 @@ def test_running_statistics_are_averaged_each_in_its_place(monkeypatch: pytest.M
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.mul_(2).add_(1))
-    model = effdense.densenet_bc(10, 2).double()
+    model: Any = effdense.densenet_bc(10, 2).double()
     model.features.denseblock1.denselayer1.norm1.float()
     for number, buffer in enumerate(model.buffers()):
         if buffer.is_floating_point():

@@ -54,6 +54,14 @@ def frozen() -> nn.Module:
     return model
 
 
+def block_frozen() -> nn.Module:
+    """In the midst of what learns, with what reads it."""
+    model = ours()()
+    for part in (model.features.denseblock2, model.features.norm5):  # type: ignore[union-attr]
+        part.requires_grad_(False)  # type: ignore[operator]
+    return model
+
+
 def converted() -> nn.Module:
     torch.manual_seed(0)
     model = torchvision.models.DenseNet(8, (2, 3), 16, num_classes=5, drop_rate=0.2)
@@ -98,6 +106,7 @@ CASES = {
     "dropout, input": Case(ours(drop_rate=0.3, save="input")),
     "autocast": Case(ours(drop_rate=0.3), autocast=True),
     "frozen": Case(frozen),
+    "a block frozen": Case(block_frozen),
     "no bottleneck": Case(ours(bn_size=None)),
     "3-D": Case(ours(spatial_dims=3), (2, 3, 5, 4, 6)),
     "ImageNet": Case(ours(small_inputs=False, save="bottlenecks"), (2, 3, 37, 30)),

@@ -258,7 +258,8 @@ def test_bad_inputs_raise_saying_what_was_expected_and_came(
     with pytest.raises((ValueError, RuntimeError), match=message):
         model(x)
     if save != "all":
-        with pytest.raises(ValueError, match=message):
+        # torch's words alone are not enough
+        with pytest.raises(ValueError, match=message.removesuffix("|too small")):
             model(x)
         after = dict(model.named_buffers())
         assert x.shape[2:].numel() < 9 or all(torch.equal(after[n], b) for n, b in before.items())

@@ -126,6 +126,16 @@ def test_a_changed_stem_by_lines_equals_naive(name: str, monkeypatch: pytest.Mon
     assert_same_step(step(ours, x), step(naive, x))
 
 
+@fused_saves
+def test_a_stem_of_more_images_than_channels_by_lines_equals_naive(
+    save: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TorchBackend, "images_per_step", lambda *_: 1)
+    ours, naive = twins(save, small_inputs=False, num_init_features=3)
+    x = images(4, 3, 17, 18)
+    assert_same_step(step(ours, x), step(naive, x))
+
+
 @pytest.mark.parametrize("save", ["features", "bottlenecks"])
 @pytest.mark.parametrize("dims", [1, 3])
 @pytest.mark.parametrize("channels", [1, 2])

@@ -168,3 +168,6 @@ def test_what_cannot_step_in_backward_is_refused() -> None:
         pytest.raises(ValueError, match="float16 wants its loss scaled"),
     ):
         model(x)
+    # without a backward there is no step
+    with torch.autocast("cpu", torch.float16), torch.no_grad():
+        assert model(x).isfinite().all()

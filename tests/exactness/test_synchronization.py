@@ -439,7 +439,7 @@ def _work(rank: int, folder: str) -> None:
             init_method=f"file://{folder}/store-{world_size}",
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=60),
+            timeout=datetime.timedelta(seconds=240),
         )
         found: dict[str, Any] = {
             name: _equal_step(case, rank)

@@ -12,11 +12,13 @@ import faulthandler
 import functools
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -44,9 +46,16 @@ _context.set_forkserver_preload(
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody listens at, below those that systems hand out by themselves.
+
+    Of those another process may have been given one for a connection before the run listens.
+    """
+    while True:
+        # not of Python's own generator, which a test may have seeded as another's has
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _main(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import effdense
 from effdense import reference
 from effdense.__main__ import main
-from effdense.memory.graphs import LOSS, Graph, as_dot, autograd_graph, module_graph
+from effdense.memory.graphs import LOSS, Graph, Node, as_dot, autograd_graph, module_graph
 from tests.helpers.compare import SMALL
 
 SHAPE = (2, 3, 9, 10)
@@ -110,6 +110,10 @@ def test_both_nets_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> Non
     assert text.count("{") == text.count("}")
     defined = set(re.findall(r"(g\dn\d+) \[", text))
     assert set(re.findall(r"g\dn\d+", text)) == defined
+    # the node that keeps most is the darkest of both nets
+    shades = [float(shade) for shade in re.findall(r'fillcolor="0.08 ([0-9.]+) 1.0"', text)]
+    assert max(shades) == 1
+    assert min(shades) == 0
     assert "both.dot" in capsys.readouterr().out
     main(["graph", *SMALL_NET, "-o", "one.dot", "--only", "effdense", "--level", "autograd"])
     assert "naive" not in Path("one.dot").read_text()
@@ -127,6 +131,10 @@ def test_names_are_quoted() -> None:
     graph = module_graph(graph_of(effdense.DenseNet(**SMALL), "meta"))
     graph.nodes[0].place = 'a "b" \\ c'
     assert r'label="a \"b\" \\ c\n' in as_dot([("x", graph)])
+
+
+def test_a_graph_that_keeps_nothing_is_drawn() -> None:
+    assert 'fillcolor="0.08 0.000 1.0"' in as_dot([("x", Graph([Node("a", ["b"], 0)]))])
 
 
 def fake_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:

@@ -120,6 +120,8 @@ def test_what_is_not_dense_stays() -> None:
     assert not offloading._goes_out(x[:1].expand(1024, 1024), 1 << 20)
     assert not offloading._goes_out(torch.nn.Parameter(x), 1 << 20)
     assert not offloading._goes_out(x[:100], 1 << 20)
+    assert offloading._goes_out(x[:256], 1 << 20)
+    assert not offloading._goes_out(x[:256], (1 << 20) + 1)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

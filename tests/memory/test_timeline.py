@@ -56,6 +56,15 @@ def test_a_step_s_phases_and_roles(save: effdense.Save | None) -> None:
         assert 4 * (4 * 9 * 10) * (6 + 2 * 4) in buffers
 
 
+@pytest.mark.parametrize("save", [None, "features", "bottlenecks"])
+def test_what_places_keep_is_what_is_alive_after_forward(save: effdense.Save | None) -> None:
+    peak = record_step(lambda: training(save, "meta"))
+    moments = live_memory(lambda: training(save, "meta"))
+    after = [moment for moment in moments if moment.phase == "forward"][-1]
+    made_before = sum(after.parts[role] for role in ("parameters", "optimizer", "input"))
+    assert sum(peak.kept.values()) == after.total - made_before
+
+
 def test_gradients_keep_nothing_but_themselves(each_backend: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
