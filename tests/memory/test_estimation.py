@@ -494,8 +494,9 @@ def test_code_compiled_for_16_bits_is_counted() -> None:
     model = effdense.densenet_bc(22, 12)
     wide = effdense.estimate(model, SHAPE)
     narrow = effdense.estimate(model, SHAPE, dtype=torch.bfloat16)
-    assert wide.resident == wide.peak
+    assert wide.resident == wide.peak == wide.needed
     assert narrow.resident is not None
+    assert narrow.needed == narrow.resident
     # nine layers: three products each, and some in two sizes of tile
     assert 9 * 3 * (1 << 19) <= narrow.resident - narrow.peak <= 9 * 6 * (1 << 19) + (6 << 20)
 
