@@ -57,8 +57,8 @@ def frozen() -> nn.Module:
 def block_frozen() -> nn.Module:
     """In the midst of what learns, with what reads it."""
     model = ours()()
-    for part in (model.features.denseblock2, model.features.norm5):  # type: ignore[union-attr]
-        part.requires_grad_(False)  # type: ignore[operator]
+    for name in ("denseblock2", "norm5"):
+        model.get_submodule(f"features.{name}").requires_grad_(False)
     return model
 
 
