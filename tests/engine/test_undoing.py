@@ -111,3 +111,14 @@ def test_an_overflow_in_the_first_step_of_float16_leaves_nothing(
     assert not all(
         torch.equal(p, w) for p, w in zip(trained.network.parameters(), weights, strict=True)
     )
+
+
+def test_a_step_that_is_left_out_leaves_the_scale_of_losses() -> None:
+    trained = trainer(dtype="float16", non_finite="skip")
+    step(trained, 0)
+    before = trained.scaler.state_dict()
+    assert before["_growth_tracker"] == 1
+    step(trained, 1, bad=True)
+    assert trained.scaler.state_dict() == before
+    step(trained, 2)
+    assert trained.scaler.state_dict()["_growth_tracker"] == 2
