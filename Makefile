@@ -90,6 +90,9 @@ chaos: $(STAMP)
 soak: $(STAMP)
 	PYTHONPATH=benchmarks $(BIN)/python -m tests.helpers.soak $(ARGS)
 
+mutants: $(STAMP)
+	PYTHONPATH=benchmarks $(BIN)/python -m tests.helpers.mutants $(ARGS)
+
 # hours, at a revision that is committed; interrupted, it goes on where it was
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py $(ARGS)

@@ -89,7 +89,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> Non
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
         said = process.stderr.read().decode()
-        assert process.wait(60) == 75
+        assert process.wait(240) == 75
     assert "stopping after this step, with a checkpoint; Ctrl-C again: at once" in said
     last = said.splitlines()[-1]
     assert last.startswith("stopped by SIGINT before step ")

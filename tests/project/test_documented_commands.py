@@ -144,6 +144,16 @@ def test_a_command_s_options_exist(
         assert reads(arguments, monkeypatch), capsys.readouterr().err
 
 
+def test_every_target_of_the_makefile_has_a_rule() -> None:
+    """make takes a phony one without for done, and says so with status 0."""
+    text = (ROOT / "Makefile").read_text()
+    phony = {word for line in re.findall(r"^\.PHONY:(.*)", text, re.M) for word in line.split()}
+    told = set(re.findall(r"^# make (\w+)", text, re.M))
+    rules = set(re.findall(r"^(\w+):(?!=)", text, re.M))
+    assert phony == rules
+    assert told <= rules
+
+
 def reads(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether ``python ARGUMENTS`` comes past its parser; nothing is done after that."""
 
