@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .conversion import ConversionReport, conversion_report, convert, revert
     from .engine.export import load
     from .engine.options import TrainConfig
-    from .engine.training_in_python import TrainResult, train
+    from .engine.training import TrainResult, train
     from .memory.estimation import BlockEstimate, Estimate, estimate
     from .memory.planning import BudgetError, Plan, budget_bytes, deepest, largest_batch, plan
     from .models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet_bc
@@ -83,7 +83,7 @@ _HOMES = {
     "conversion": ("ConversionReport", "conversion_report", "convert", "revert"),
     "engine.export": ("load",),
     "engine.options": ("TrainConfig",),
-    "engine.training_in_python": ("TrainResult", "train"),
+    "engine.training": ("TrainResult", "train"),
     "memory.estimation": ("BlockEstimate", "Estimate", "estimate"),
     "memory.planning": (
         *("BudgetError", "Plan", "budget_bytes", "deepest", "largest_batch", "plan"),

@@ -66,7 +66,7 @@ def run(options: Options) -> None:
     from ..engine import training
 
     try:
-        training.run(options.config())
+        training.train(options.config())
     except Interrupted as stopped:
         raise Interrupted(f"{stopped}; this goes on from there: {_again(stopped)}") from None
 

@@ -24,5 +24,4 @@ __all__ = [
     "telemetry",
     "trainer",
     "training",
-    "training_in_python",
 ]

@@ -129,7 +129,8 @@ def check(config: Any, world_size: int) -> None:
     def require(met: bool, option: str, what: str) -> None:
         if not met:
             value = getattr(config, option)
-            raise UserError(f"{_flag(option)} must be {what}, got {value}")
+            got = "" if value is None else f", got {value}"
+            raise UserError(f"{_flag(option)} must be {what}{got}")
 
     for options, is_met, what in _RANGES:
         for option in options.split():

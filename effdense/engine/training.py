@@ -83,41 +83,61 @@ class Epoch:
 OnEpoch = Callable[[Epoch], object]
 
 
-def run(
-    options: TrainConfig,
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run has come to."""
+
+    work_dir: Path
+    """Of its files; ``effdense.load(result.work_dir)`` gives the best epoch's network."""
+    best_epoch: int
+    """Counted from 1."""
+    tests: Mapping[int, Score]
+    """By epoch: loss, error in per cent, samples."""
+
+
+def train(
+    config: TrainConfig | None = None,
     *,
     model: nn.Module | None = None,
     data: tuple[Any, Any] | None = None,
     on_epoch: OnEpoch | None = None,
-) -> tuple[Standings, Path]:
-    """Train, and write the run's work directory; called on every process.
+) -> TrainResult:
+    """Train as the command line does: with checkpoints, exact resumption and a report.
+
+    Under torchrun, or in processes that have RANK, WORLD_SIZE and the like, every process calls it.
 
     Args:
-        options: of the run.
-        model, data, on_epoch: as of :func:`.training_in_python.train`.
+        config: the options, named as on the command line; :class:`TrainConfig()` where None.
+        model: what learns, instead of ``arch``: any module that maps (N, channels, *spatial) to
+            (N, classes). Its dense blocks are made linear, in place, and it is trained in place.
+        data: a training and a test set, instead of ``config.data``: each of torch's protocol, with
+            a length and items of (image, label). Images are float tensors (channels, *spatial) of
+            one shape, used as they are; labels numbers of classes, or, of labels that don't exclude
+            each other, float tensors (classes,) of 1, 0 and NaN for what is not known.
+        on_epoch: called on rank 0 after each epoch's test: the place for other loggers.
 
     Returns:
-        The tests of all epochs, and the work directory.
+        Where it all is, and how good it became.
 
     Raises:
-        UserError: for what the user can mend, on every process.
-        TrainingError: for a loss that is not finite, on every process; where memory runs out.
-        Interrupted: for a run that was told to stop, on every process.
+        ValueError: for what can be mended; says how. As all that is raised here, on every process.
+        RuntimeError: for a loss that is not finite, where memory runs out, and for a run that was
+            told to stop, which the same call with the same ``work_dir`` goes on with.
     """
     world_size, local_world_size = launched_processes()
-    options = with_network_of_run(options)
+    options = with_network_of_run(config or TrainConfig())
     if model is not None:
         options = replace(options, model=f"{GIVEN}{type(model).__name__}")
     if data is not None:
         options = of_given_data(options, data)
-    config = options.resolved(world_size=world_size, local_world_size=local_world_size)
+    resolved = options.resolved(world_size=world_size, local_world_size=local_world_size)
     with (
         _exhaustion_in_words(),
         StopSignals() as signals,
-        joined_world(config.device, config.threads) as world,
-        _arithmetic(config),
+        joined_world(resolved.device, resolved.threads) as world,
+        _arithmetic(resolved),
     ):
-        return _run(config, world, signals, model, data, on_epoch)
+        return _run(resolved, world, signals, model, data, on_epoch)
 
 
 @contextmanager
@@ -161,7 +181,7 @@ def _run(
     model: nn.Module | None = None,
     given: tuple[Any, Any] | None = None,
     on_epoch: OnEpoch | None = None,
-) -> tuple[Standings, Path]:
+) -> TrainResult:
     held = held_memory(world.device)
     with all_or_none():
         require_backend(config, world.device)
@@ -251,7 +271,8 @@ def _run(
             progress.say(captured)
         records = _Records(trainer, work_dir, store, found, facts, progress, data.test, on_epoch)
         standings = _train(trainer, data, records, progress, signals)
-        return standings, from_main(work_dir.path if work_dir else Path())
+        path = from_main(work_dir.path if work_dir else Path())
+        return TrainResult(path, standings.best, standings.tests)
 
 
 def _begin(network: nn.Module, config: ResolvedConfig, world: World) -> list[str]:

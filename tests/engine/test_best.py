@@ -21,7 +21,7 @@ from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
 from effdense.engine.resumption import weights_in
 from effdense.engine.standings import Standings
-from effdense.engine.training import run
+from effdense.engine.training import train
 from effdense.errors import UserError
 
 DIGITS: dict[str, Any] = {"depth": 10, "growth_rate": 8, "threads": 1, "epochs": 4}
@@ -42,7 +42,7 @@ UNSTEADY: dict[str, Any] = {
 def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of which an earlier epoch is the best, with much loss after that."""
     path = tmp_path_factory.mktemp("best") / "run"
-    run(TrainConfig(work_dir=path, **UNSTEADY))
+    train(TrainConfig(work_dir=path, **UNSTEADY))
     return path
 
 
@@ -70,7 +70,7 @@ def test_the_best_epoch_is_exported_and_named(
     assert best < 4, "the fixture wants an earlier epoch to be the best"
     shutil.copytree(work_dir, tmp_path / "run")
     # nothing is left to be trained: the last line again
-    run(TrainConfig(work_dir=tmp_path / "run", **UNSTEADY))
+    train(TrainConfig(work_dir=tmp_path / "run", **UNSTEADY))
     last_line = capsys.readouterr().out.splitlines()[-1]
     error = read(work_dir / "test.csv")["error"][best - 1]
     assert last_line.startswith(f"best epoch {best} of 4: test error {error:.2f} % on 360 images")
@@ -215,12 +215,12 @@ def test_early_stopping_is_a_function_of_the_rows(
     # nothing is learnt at such a rate
     still = {"epochs": 9, "lr": 1e-12, "patience": 2}
     options: dict[str, Any] = {**DIGITS, **still, "work_dir": tmp_path / "run"}
-    done, _ = run(TrainConfig(**options))
+    done = train(TrainConfig(**options))
     assert len(done.tests) < 9
     said = capsys.readouterr().out
     assert f"stopped after epoch {len(done.tests)}: 2 epochs have brought no better error" in said
     # and neither is a step taken by the same command once more
-    run(TrainConfig(**options))
+    train(TrainConfig(**options))
     again = capsys.readouterr().out
     assert "going on from" in again
     assert read(tmp_path / "run" / "train.csv")["epoch"] == [float(e) for e in done.tests]

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+import effdense
 from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
-from effdense.engine.training import run
 from effdense.errors import UserError
 from tests.helpers.launch import REPOSITORY
 from tests.helpers.ranks import RUN, Ranks, final_state, wait_for
@@ -24,7 +24,9 @@ SMALL: dict[str, Any] = {"data": "fake", "depth": 10, "growth_rate": 4, "image_s
 
 
 def train(work_dir: Path, **options: Any) -> None:
-    run(TrainConfig(work_dir=work_dir, **{**SMALL, "epochs": 1, "threads": 1, **options}))
+    effdense.train(
+        TrainConfig(work_dir=work_dir, **{**SMALL, "epochs": 1, "threads": 1, **options})
+    )
 
 
 def test_more_epochs_after_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

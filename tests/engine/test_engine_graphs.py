@@ -16,7 +16,7 @@ from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
 from effdense.engine.tasks import Classification
 from effdense.engine.trainer import Trainer
-from effdense.engine.training import run
+from effdense.engine.training import train
 from effdense.errors import UserError
 from tests.helpers.replaying import ReplayingDevice, replaying
 
@@ -92,7 +92,7 @@ def test_a_run_is_the_run_without_graphs(device: ReplayingDevice, tmp_path: Path
     choices: tuple[Any, ...] = ("off", "on")
     for graphs in choices:
         folder = tmp_path / graphs
-        run(
+        train(
             TrainConfig(
                 data="fake",
                 depth=10,

@@ -17,7 +17,7 @@ from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
 from effdense.engine.tasks import Classification
 from effdense.engine.trainer import Trainer
-from effdense.engine.training import run
+from effdense.engine.training import train
 from tests.helpers import meddlers, workers
 from tests.helpers.ranks import RUN, Ranks, final_state, wait_for
 
@@ -138,7 +138,7 @@ def test_bfloat16_learns_along_float32_s_curve(tmp_path: Path) -> None:
     for dtype in ("float32", "bfloat16"):
         options: dict[str, Any] = {"dtype": dtype, "work_dir": tmp_path / dtype, "epochs": 3}
         small: dict[str, Any] = {"data": "digits", "depth": 10, "growth_rate": 6, "threads": 1}
-        run(TrainConfig(**small, **options))
+        train(TrainConfig(**small, **options))
         curves[dtype] = read(tmp_path / dtype / "train.csv")["loss"]
     assert curves["bfloat16"] != curves["float32"]
     for half, single in zip(curves["bfloat16"], curves["float32"], strict=True):

@@ -83,7 +83,7 @@ def test_a_value_that_cannot_be_is_refused_before_anything_is_written(
             taken[name] = value
     assert len(taken) < len(NAMES) / 2, "a type is refused nowhere"
     whole = {**SMALL, **taken, "work_dir": "run", "epochs": 1}
-    while said := refusal(partial(training.run, TrainConfig(**whole))):
+    while said := refusal(partial(training.train, TrainConfig(**whole))):
         (named,) = re.findall(r"--([a-z-]+)", said)[:1]
         assert named.replace("-", "_") in taken, (said, taken)
         del whole[named.replace("-", "_")]
@@ -93,5 +93,5 @@ def test_a_value_that_cannot_be_is_refused_before_anything_is_written(
 def test_memory_that_nobody_has_is_said_in_words(tmp_path: Path) -> None:
     whole = {**SMALL, "work_dir": tmp_path / "run", "image_size": 65_536}
     with pytest.raises(TrainingError, match=r"out of memory .*reduce --batch-size or"):
-        training.run(TrainConfig(**whole))
+        training.train(TrainConfig(**whole))
     assert not list(tmp_path.iterdir())

@@ -29,7 +29,7 @@ from effdense.engine.mistakes import SHOWN, SIDE
 from effdense.engine.mistakes import pictures as drawn
 from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
-from effdense.engine.training import run
+from effdense.engine.training import train
 from effdense.errors import UserError
 from effdense.weights import read_safetensors, safetensors_bytes
 
@@ -38,7 +38,7 @@ from effdense.weights import read_safetensors, safetensors_bytes
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("digits") / "run"
     options = {"depth": 10, "growth_rate": 8, "epochs": 3, "threads": 1, "tensorboard": True}
-    run(TrainConfig(work_dir=path, **options, budget="2GiB"))  # type: ignore[arg-type]
+    train(TrainConfig(work_dir=path, **options, budget="2GiB"))  # type: ignore[arg-type]
     return path
 
 

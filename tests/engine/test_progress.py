@@ -104,6 +104,6 @@ def test_curves_are_drawn_when_some_time_has_passed_and_at_the_end(
     for seconds, times in ((3600.0, 0), (0.0, 2)):
         monkeypatch.setattr(training, "_SECONDS_BETWEEN_CURVES", seconds)
         small: dict[str, Any] = {"data": "fake", "depth": 10, "growth_rate": 4, "image_size": 8}
-        training.run(TrainConfig(**small, threads=1, work_dir=tmp_path / str(times)))
+        training.train(TrainConfig(**small, threads=1, work_dir=tmp_path / str(times)))
         assert len(drawn) == times
         assert (tmp_path / str(times) / "loss.png").exists()

@@ -13,7 +13,7 @@ import effdense
 from effdense.engine import rehearsal, training
 from effdense.engine.distributed import World, joined_world
 from effdense.engine.options import TrainConfig
-from effdense.engine.training import run
+from effdense.engine.training import train
 from effdense.errors import UserError
 from effdense.machine.sizes import show_size
 from effdense.memory.planning import choices
@@ -50,7 +50,7 @@ def test_a_plan_is_made_again_for_what_there_was(
     peaks = [each.peak for each in choices(effdense.densenet_bc(22, 12), (32, 3, 32, 32))]
     limit = (min(peaks) + max(peaks)) // 2
     out_of_memory_above(limit, monkeypatch)
-    run(TrainConfig(**OPTIONS, budget="2GiB", work_dir=tmp_path / "run"))
+    train(TrainConfig(**OPTIONS, budget="2GiB", work_dir=tmp_path / "run"))
     said = capsys.readouterr().out
     assert said.count("of a budget of 2.00 GiB") == 1
     assert f"ran out of memory after {show_size(limit)}; planned again" in said
@@ -65,7 +65,7 @@ def test_a_plan_that_holds_changes_nothing(
     for name, rehearsed in (("without", ()), ("with", ("cpu",))):
         monkeypatch.setattr(training, "REHEARSED", rehearsed)
         options = {**OPTIONS, "depth": 10, "image_size": 8, "drop_rate": 0.2}
-        run(TrainConfig(**options, budget="2GiB", work_dir=tmp_path / name))
+        train(TrainConfig(**options, budget="2GiB", work_dir=tmp_path / name))
         weights.append(torch.load(tmp_path / name / "model.pt", weights_only=True))
     assert "planned again" not in capsys.readouterr().out
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
@@ -82,14 +82,14 @@ def test_a_second_failure_ends_the_run(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(rehearsal, "take_step", fail)
     with pytest.raises(UserError, match=r"out of memory again.* 60 MiB .*--batch-size"):
-        run(TrainConfig(**OPTIONS, budget="2GiB", work_dir=tmp_path / "run"))
+        train(TrainConfig(**OPTIONS, budget="2GiB", work_dir=tmp_path / "run"))
     assert len(attempts) == 2
 
 
 def test_nothing_fits_what_there_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out_of_memory_above(5 << 20, monkeypatch)
     with pytest.raises(UserError, match="no choice of save modes fits a budget of 5 MiB"):
-        run(TrainConfig(**OPTIONS, budget="2GiB", work_dir=tmp_path / "run"))
+        train(TrainConfig(**OPTIONS, budget="2GiB", work_dir=tmp_path / "run"))
 
 
 def test_a_rehearsal_leaves_no_trace(alone: World) -> None:
@@ -106,6 +106,6 @@ def test_offloading_is_an_option_of_a_run(tmp_path: Path) -> None:
     weights = []
     for offload in (False, True):
         options = {**OPTIONS, "depth": 10, "batch_size": 64, "save": "all", "offload": offload}
-        run(TrainConfig(**options, work_dir=tmp_path / str(offload)))
+        train(TrainConfig(**options, work_dir=tmp_path / str(offload)))
         weights.append(torch.load(tmp_path / str(offload) / "model.pt", weights_only=True))
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

@@ -20,7 +20,6 @@ from effdense.engine.data import datasets
 from effdense.engine.data.images import InMemory
 from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
-from effdense.engine.training import run
 from effdense.errors import UserError
 from effdense.weights import fitted
 from tests.helpers.launch import flags
@@ -60,7 +59,7 @@ def _few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(work_dir: Path, **options: Any) -> dict[str, Tensor]:
     """A short run; the weights that it leaves."""
-    run(TrainConfig(work_dir=work_dir, **{**SMALL, **options}))
+    effdense.train(TrainConfig(work_dir=work_dir, **{**SMALL, **options}))
     return safetensors.torch.load_file(work_dir / "model.safetensors")
 
 

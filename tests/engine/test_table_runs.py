@@ -13,7 +13,7 @@ import yaml
 
 from effdense.commands.train import parse
 from effdense.engine import plots
-from effdense.engine.training import run
+from effdense.engine.training import train
 from tests.helpers.launch import flags
 from tests.helpers.pictures import write_xrays
 from tests.helpers.ranks import killed_and_resumed, last_row
@@ -68,5 +68,5 @@ def test_labels_with_gaps_are_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plots, "draw", lambda *_: [])
     arguments = [*flags(**{**OPTIONS, "num_workers": 0, "epochs": 6, "augment": "none"}), *LABELS]
-    run(parse(list(map(str, arguments)), ""))
+    train(parse(list(map(str, arguments)), ""))
     assert last_row(next(tmp_path.glob("runs/csv-1/scores.csv")))["auroc"] > 0.9

@@ -19,7 +19,7 @@ from effdense.engine import telemetry
 from effdense.engine.distributed import World
 from effdense.engine.options import TrainConfig
 from effdense.engine.telemetry import SYSTEM_COLUMNS, Gpu, Telemetry
-from effdense.engine.training import run
+from effdense.engine.training import train
 from effdense.machine.memory import peak_resident_bytes, resident_bytes
 from tests.helpers.launch import REPOSITORY, Launch
 
@@ -150,7 +150,7 @@ def test_every_rank_s_rows_at_the_interval_and_the_epochs_ends(
 def test_no_interval_no_file(tmp_path: Path) -> None:
     small: dict[str, Any] = {"data": "fake", "depth": 10, "growth_rate": 4, "image_size": 8}
     work_dir = tmp_path / "run"
-    run(TrainConfig(**small, epochs=1, device="cpu", system_interval=0, work_dir=work_dir))
+    train(TrainConfig(**small, epochs=1, device="cpu", system_interval=0, work_dir=work_dir))
     assert not (work_dir / "system.csv").exists()
 
 

@@ -30,7 +30,7 @@ from effdense.engine.plots import read
 from effdense.engine.progress import Progress
 from effdense.engine.tasks import Classification
 from effdense.engine.trainer import Step, Trainer
-from effdense.engine.training import run
+from effdense.engine.training import train
 from effdense.errors import TrainingError, UserError
 from tests.helpers import workers
 from tests.helpers.launch import REPOSITORY, Launch, error_lines, flags
@@ -120,7 +120,7 @@ def test_two_runs_end_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def small_run(work_dir: Path, **options: Any) -> Path:
-    run(TrainConfig(**{**SMALL, "epochs": 1, "threads": 1, "work_dir": work_dir, **options}))
+    train(TrainConfig(**{**SMALL, "epochs": 1, "threads": 1, "work_dir": work_dir, **options}))
     return work_dir
 
 
@@ -256,10 +256,10 @@ def test_config_yaml_reproduces_the_run(tmp_path: Path, launch: Launch) -> None:
         assert recorded["source"].split("+")[0] == head.stdout.strip()
     again = {**recorded["options"], "work_dir": tmp_path / "again"}
     again["data_dir"], again["milestones"] = Path(again["data_dir"]), tuple(again["milestones"])
-    run(TrainConfig(**again))
+    train(TrainConfig(**again))
     assert same_weights(tmp_path / "run", tmp_path / "again")
     changed = {**again, "work_dir": tmp_path / "changed", "milestones": (0.5,)}
-    run(TrainConfig(**changed))
+    train(TrainConfig(**changed))
     assert not same_weights(tmp_path / "run", tmp_path / "changed")
 
 

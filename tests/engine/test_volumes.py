@@ -17,7 +17,7 @@ from effdense.engine.data.images import ImageData
 from effdense.engine.data.volumes import VolumeReader
 from effdense.engine.export import load as load_run
 from effdense.engine.options import TrainConfig
-from effdense.engine.training import run
+from effdense.engine.training import train
 from effdense.errors import UserError
 from tests.helpers.launch import flags
 from tests.helpers.pictures import write_volumes
@@ -155,7 +155,7 @@ def test_a_run_on_volumes_is_loaded_back(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plots, "draw", lambda *_: [])
     options = {**OPTIONS, "epochs": 6, "num_workers": 0, "lr": 0.05}
-    run(parse(list(map(str, [*flags(**options), *MORE, "--channels-last"])), ""))
+    train(parse(list(map(str, [*flags(**options), *MORE, "--channels-last"])), ""))
     assert last_row(tmp_path / "runs" / "csv-1" / "scores.csv")["auroc"] == 1
     model: Any = load_run("runs/csv-1")
     volumes = torch.stack([model.preprocess(f"ct/{i}.nii.gz") for i in range(4)])

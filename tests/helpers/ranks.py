@@ -69,7 +69,7 @@ def _main(
     from effdense.commands.front_end import parse
     from effdense.engine import plots
     from effdense.engine.options import TrainConfig
-    from effdense.engine.training import run
+    from effdense.engine.training import train
     from effdense.errors import one_line_errors
 
     # the server's way of starting processes is not for the loaders
@@ -96,7 +96,7 @@ def _main(
     if meddle is not None:
         meddle(rank)
     with one_line_errors():
-        run(parse(TrainConfig, arguments, program="train_ddp.py"))
+        train(parse(TrainConfig, arguments, program="train_ddp.py"))
 
 
 def _descendants(pid: int) -> list[int]:
