@@ -46,7 +46,7 @@ def run(options: Options) -> None:
         raise UserError(f"cannot write {target}: there is no folder {target.parent}")
     model = trained(options.source)
     if options.images and model.prepare is not None:
-        paths = images_in(options.images)[:8]
+        paths = images_in(options.images, model)[:8]
         images = torch.stack([model.prepare(path) for path in paths])
         what = f"{len(images)} images"
     else:

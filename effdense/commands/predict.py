@@ -53,7 +53,7 @@ def run(options: Options) -> None:
     from ..engine.export import images_in, predictions, trained
 
     model = trained(options.source)
-    paths = images_in(options.images)
+    paths = images_in(options.images, model)
     rows = _rows(options, model.classes, predictions(model, paths, options.batch_size))
     if options.output is None:
         csv.writer(sys.stdout).writerows(rows)

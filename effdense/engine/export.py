@@ -181,20 +181,22 @@ def first_tested(source: Path, count: int) -> Tensor:
     return found
 
 
-def images_in(paths: Sequence[Path]) -> list[Path]:
-    """The image files among ``paths`` and in the folders among them, in order.
+def images_in(paths: Sequence[Path], model: Trained) -> list[Path]:
+    """The files that a network reads among ``paths`` and in the folders among them, in order.
 
     Raises:
         UserError: if there are none.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    found = []
+    if model.prepare is None:
+        raise UserError("the run's data were given in Python: there are no files to be read")
+    kinds, found = model.prepare.kinds, []
     for path in paths:
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found += [p for p in inside if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()]
+        found += [p for p in inside if p.name.lower().endswith(kinds) and p.is_file()]
     if not found:
-        raise UserError(f"there is no image in {', '.join(map(str, paths))}")
+        raise UserError(
+            f"there is no image in {', '.join(map(str, paths))}: none of {', '.join(kinds)}"
+        )
     return found
 
 
@@ -202,14 +204,13 @@ def images_in(paths: Sequence[Path]) -> list[Path]:
 def predictions(
     model: Trained, paths: Sequence[Path], batch_size: int = 64
 ) -> Iterator[tuple[Path, Tensor]]:
-    """Each image's class probabilities (classes,).
+    """The class probabilities (classes,) of each of the images of :func:`images_in`.
 
     Raises:
         UserError: for a file that cannot be read as an image.
     """
     prepare = model.prepare
-    if prepare is None:
-        raise UserError("the run's data were given in Python: there are no files to be read")
+    assert prepare is not None
     for begin in range(0, len(paths), batch_size):
         some = paths[begin : begin + batch_size]
         images = torch.stack([prepare(path) for path in some])
@@ -223,7 +224,7 @@ def evaluated(model: Trained, folder: Path, batch_size: int = 64) -> tuple[float
         UserError: where a folder is not named after one of the run's classes.
     """
     numbers = {name: number for number, name in enumerate(model.classes)}
-    paths = images_in([folder])
+    paths = images_in([folder], model)
     for path in paths:
         name = path.relative_to(folder).parts[0]
         if name not in numbers or path.parent == folder:

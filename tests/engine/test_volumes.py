@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from effdense.__main__ import main
 from effdense.commands.train import parse
 from effdense.engine import plots
 from effdense.engine.data.datasets import load
@@ -162,6 +164,9 @@ def test_a_run_on_volumes_is_loaded_back(tmp_path: Path, monkeypatch: pytest.Mon
     assert volumes.shape == (4, 1, 8, 8, 8)
     said = model.probabilities(model(volumes)).argmax(1)
     assert [model.classes[i] for i in said] == ["none", "none", "mass", "mass"]
+    main(["predict", "runs/csv-1", "ct/0.nii.gz", "ct/2.nii.gz", "-o", "said.csv"])
+    _, *rows = csv.reader(Path("said.csv").read_text().splitlines())
+    assert [row[:2] for row in rows] == [["ct/0.nii.gz", "none"], ["ct/2.nii.gz", "mass"]]
 
 
 @pytest.mark.slow

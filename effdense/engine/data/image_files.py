@@ -248,6 +248,8 @@ class Preparation:
 
     channels: int
     read: Callable[[Path], Tensor]
+    kinds: tuple[str, ...]
+    """How the names of the files that are read end."""
     scale: float
     """From 0..255 to the units of the data set's pixels."""
     fit: Callable[[Tensor], Tensor]
@@ -279,18 +281,19 @@ def image_preparation(recorded: Mapping[str, Any]) -> Preparation:
 
     options = recorded["options"]
     data, image_size = options["data"], options["image_size"]
-    read, _ = file_reader(options)
+    read, kinds = file_reader(options)
     if data in FILES:
         # older runs had no choice
         how = recorded.get("normalization") or IMAGENET_NORMALIZATION.fact()
         shape = options.get("crop") or (image_size,) * options.get("spatial_dims", 2)
         normalization = Normalization.recorded(how)
-        return Preparation(len(normalization.mean), read, 1.0, _centre(shape), normalization)
+        fit, channels = _centre(shape), len(normalization.mean)
+        return Preparation(channels, read, kinds, 1.0, fit, normalization)
     if data not in NORMALIZATIONS:
         raise UserError(f"a network trained on --data {data} does not work on image files")
     small, normalization = v2.Resize((image_size, image_size)), NORMALIZATIONS[data]
     scale = 16 / 255 if data == "digits" else 1.0
-    return Preparation(len(normalization.mean), read, scale, small, normalization)
+    return Preparation(len(normalization.mean), read, kinds, scale, small, normalization)
 
 
 class ImageFiles:
