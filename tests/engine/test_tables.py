@@ -137,7 +137,7 @@ def test_a_table_that_is_not_there(tmp_path: Path) -> None:
     config = TrainConfig(data="csv", table=tmp_path / "none.csv").resolved()
     with pytest.raises(UserError, match=r"cannot read the table .*No such file"):
         read_table(config)
-    with pytest.raises(UserError, match="--table must be given with --data csv, and only then$"):
+    with pytest.raises(UserError, match=r"--table must be given with --data csv, and only then$"):
         TrainConfig(data="csv").resolved()
     with pytest.raises(UserError, match="--task must be left out: digits has one class"):
         TrainConfig(task="multilabel").resolved()
