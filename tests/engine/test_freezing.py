@@ -61,5 +61,5 @@ def test_what_is_odd_about_the_data_is_said(
         lambda *given, **options: dataclasses.replace(load(*given, **options), notes=("odd: x",)),
     )
     small: dict[str, Any] = {"data": "fake", "depth": 10, "growth_rate": 2, "image_size": 8}
-    training.run(TrainConfig(**small, epochs=1, threads=1, work_dir=tmp_path / "run"))
+    training.train(TrainConfig(**small, epochs=1, threads=1, work_dir=tmp_path / "run"))
     assert "odd: x" in capsys.readouterr().out.splitlines()
