@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 import effdense
 from effdense.backends.torch_backend import TorchBackend
+from effdense.block.slabs import Pooling
 from effdense.block.stem import run_stem
 from effdense.tracing import nodes_behind
 from tests.helpers.compare import (
@@ -150,6 +151,49 @@ def test_a_stem_of_other_dimensions_equals_naive(dims: int, channels: int, save:
         assert_same_step(step(ours, x), step(naive, x))
         with torch.no_grad():
             assert_close(ours(x), naive(x))
+
+
+# (kernel, stride, padding, dilation) of a volume's convolution and of its pooling, by dimension
+VOLUMES: dict[str, tuple[Any, Any]] = {
+    "as MONAI's": ((7, 2, 3, 1), (3, 2, 1, 1)),
+    "of even windows": ((4, 1, 1, 1), (2, 2, 0, 1)),
+    "of unlike dimensions": (((1, 3, 5), (1, 2, 1), (0, 1, 3), 1), ((3, 2, 1), (2, 1, 3), 0, 1)),
+    "of overlapping and dilated windows": ((3, 1, 2, 2), (3, 2, 1, 2)),
+    "of windows apart": ((3, 3, 0, 1), ((2, 1, 2), (3, 2, 2), 0, 1)),
+}
+
+
+@pytest.mark.parametrize("save", ["features", "slabs"])
+@pytest.mark.parametrize("lines", [1, 5, 8])
+@pytest.mark.parametrize("name", VOLUMES)
+def test_volumes_of_odd_sizes_in_odd_slabs_equal_naive(
+    name: str, lines: int, save: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ties between maxima too: one image's values are whole numbers."""
+    made = []
+    slabs = Pooling.slabs
+
+    def noted(pooling: Pooling) -> Any:
+        made.append([slab.last - slab.first for slab in slabs(pooling)])
+        return slabs(pooling)
+
+    def change(model: Any) -> None:
+        torch.manual_seed(1)
+        conv, pool = VOLUMES[name]
+        model.features.conv0 = nn.Conv3d(1, 6, *conv, bias=False).double()
+        model.features.pool0 = nn.MaxPool3d(*pool, ceil_mode=lines == 5)
+        model.features.conv0.weight.data.mul_(20).round_().clamp_(-1, 1)
+
+    monkeypatch.setattr(TorchBackend, "images_per_step", lambda *_: lines)
+    monkeypatch.setattr(Pooling, "slabs", noted)
+    config: dict[str, Any] = {"small_inputs": False, "spatial_dims": 3, "in_channels": 1}
+    ours, naive = twins(save, prepare=change, **config)
+    x = images(2, 1, 67, 11, 15)
+    x[1] = x[1].round().clamp(-1, 1)
+    assert_same_step(step(ours, x), step(naive, x))
+    # cut within an image, and not evenly
+    assert max(map(len, made)) > 2
+    assert len(set(made[0])) > 1
 
 
 @pytest.mark.parametrize("sign", [1, -1])
