@@ -147,6 +147,16 @@ MEASUREMENTS = (
         f"{_SMALL_RACE}",
         3,
     ),
+    *(
+        Measurement(
+            f"revisions-{name}", f"benchmarks/revisions.py --against 83be760 {options}", minutes
+        )
+        for name, options, minutes in (
+            ("3d", "--arch densenet121 --spatial-dims 3 --image-size 96", 2),
+            ("121", "--arch densenet121 --batch-size 8", 2),
+            ("250", "--depth 250 --growth-rate 24 --batch-size 16", 4),
+        )
+    ),
     Measurement("scaling", "benchmarks/scaling.py --processes 1 2 4", 8),
     Measurement("conversion", "benchmarks/conversion.py --threads 1", 15),
     Measurement(

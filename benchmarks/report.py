@@ -475,6 +475,25 @@ def ratios(kept: Kept) -> str:
     return _with_sources(["times as fast as naive channels-last", "", "", ""], cells, sources)
 
 
+def revisions(kept: Kept) -> str:
+    """Steps of a revision against an older one's, by round."""
+    found, cells, sources = kept.of("revisions", "step time"), [], []
+    for case in dict.fromkeys(_case(row) for row in found.rows):
+        own = Kept(found.of("revisions", "step time", case).newest())
+        for name in own.values("provider"):
+            older = next((n for n in own.values("provider") if n.startswith(f"{name}@")), None)
+            if older is None:
+                continue
+            new, old = (own.newest(provider=each) for each in (name, older))
+            pairs = zip(new, old, strict=True)
+            ratios = [a | {"value": str(float(a["value"]) / float(b["value"]))} for a, b in pairs]
+            what = f"{_network(case)}, {name.removeprefix('effdense-')}"
+            cells.append([what, older.partition("@")[2], *map(_spread, (old, new, ratios))])
+            sources += new
+    header = ["s/step", "older revision", "there", "here", "of its time, per round"]
+    return _with_sources(header, cells, sources)
+
+
 def scaling(kept: Kept) -> str:
     """Images per second by processes, and the efficiency against one."""
     rates = kept.of("scaling", "weak images per second")
@@ -703,6 +722,7 @@ TABLES: dict[str, Callable[[Kept], str]] = {
     "growth": growth,
     "speed": speed,
     "ratios": ratios,
+    "revisions": revisions,
     "scaling": scaling,
     "convergence": convergence,
     "conversion": conversion,

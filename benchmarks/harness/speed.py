@@ -27,9 +27,13 @@ class WorkerError(RuntimeError):
 
 
 class WorkerProcess:
-    """A :class:`harness.worker.Worker` in a fresh process with the allocator's defaults."""
+    """A :class:`harness.worker.Worker` in a fresh process with the allocator's defaults.
 
-    def __init__(self, threads: int) -> None:
+    Of this code, or of what lies in ``folder`` and is found by ``paths`` (PYTHONPATH).
+    """
+
+    def __init__(self, threads: int, folder: Path | None = None, paths: str | None = None) -> None:
+        own = process_environment(threads)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115, lives as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "harness.worker"],
@@ -37,7 +41,8 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=process_environment(threads),
+            env=own if paths is None else own | {"PYTHONPATH": paths},
+            cwd=folder,
         )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:

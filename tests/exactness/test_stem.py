@@ -170,7 +170,7 @@ def test_volumes_of_odd_sizes_in_odd_slabs_equal_naive(
     name: str, lines: int, save: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ties between maxima too: one image's values are whole numbers."""
-    made = []
+    made: list[list[int]] = []
     slabs = Pooling.slabs
 
     def noted(pooling: Pooling) -> Any:
@@ -179,9 +179,13 @@ def test_volumes_of_odd_sizes_in_odd_slabs_equal_naive(
 
     def change(model: Any) -> None:
         torch.manual_seed(1)
-        conv, pool = VOLUMES[name]
-        model.features.conv0 = nn.Conv3d(1, 6, *conv, bias=False).double()
-        model.features.pool0 = nn.MaxPool3d(*pool, ceil_mode=lines == 5)
+        convolution, pooling = VOLUMES[name]
+        conv: Any = nn.Conv3d(1, 6, *convolution)
+        conv.bias = None
+        window: Any = nn.MaxPool3d(*pooling)
+        model.features.conv0 = conv.double()
+        window.ceil_mode = lines == 5
+        model.features.pool0 = window
         model.features.conv0.weight.data.mul_(20).round_().clamp_(-1, 1)
 
     monkeypatch.setattr(TorchBackend, "images_per_step", lambda *_: lines)
