@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .memory.planning import BudgetError, Plan, budget_bytes, deepest, largest_batch, plan
     from .models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet_bc
     from .norms.sync_batch_norm import SyncBatchNorm
+    from .norms.synchronization import known_images
 
 __all__ = [
     "SAVE_MODES",
@@ -65,6 +66,7 @@ __all__ = [
     "densenet201",
     "densenet_bc",
     "estimate",
+    "known_images",
     "largest_batch",
     "load",
     "offload",
@@ -92,6 +94,7 @@ _HOMES = {
         *("DenseNet", "densenet121", "densenet161", "densenet169", "densenet201", "densenet_bc"),
     ),
     "norms.sync_batch_norm": ("SyncBatchNorm",),
+    "norms.synchronization": ("known_images",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -13,6 +14,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+
+# Inside a recording (block/recording.py): what recorded operations read and nobody else keeps.
+# No random state may be asked for there.
+recorded_constants: ContextVar[list[Any] | None] = ContextVar("recorded_constants", default=None)
 
 
 def graph_is_recorded() -> bool:

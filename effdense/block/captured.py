@@ -25,6 +25,13 @@ Python ran when a stage was recorded and does not run again. What it looked at i
 looked at again before each replay: modes, settings, hooks and children of the modules, addresses
 of parameters and buffers, the input's layout, autocast and TF32. Where anything differs, the
 stage runs without its graph, and says so once.
+
+NOTE [ whose images a graph counts ]
+Statistics over several processes weigh each by its images, and these weights are in the graph.
+So such a stage is recorded where all processes have been told what each has (known_images), and
+replayed where they are told the same: in a batch that is shared otherwise every process runs
+it without its graph, those whose own share is as ever too. A stage makes the same collectives
+in the same order either way, so one that replays and one that can't go together.
 """
 
 from __future__ import annotations
@@ -41,6 +48,7 @@ from torch import Tensor, nn
 from ..autocast import autocast_dtype
 from ..backends.precision import tf32_convolutions
 from ..differentiation import Anchor, first_order
+from ..norms.synchronization import sharing
 
 Run = Callable[[Tensor], "Tensor | None"]
 
@@ -90,7 +98,11 @@ def _fitting(stages: Sequence[Stage], owners: Sequence[nn.Module], x: Tensor) ->
         return None
     layout = Layout.of(x)
     # called with another reader it is another stage
-    alike = [stage for stage in stages if stage.layout == layout and stage.owners == list(owners)]
+    alike = [
+        stage
+        for stage in stages
+        if stage.layout == layout and stage.owners == list(owners) and stage.shares_as_recorded()
+    ]
     if not alike:
         return None
     if not alike[0].seen.is_unchanged(x):
@@ -203,6 +215,12 @@ class Stage:
         self.layout: Layout
         self.seen: Seen
         self.parameters = [p for o in owners for p in o.parameters() if p.requires_grad]
+        norms = (m for owner in owners for m in owner.modules() if "process_group" in vars(m))
+        # of several their modes and groups are noted like everything else
+        self._norm = next((norm for norm in norms if norm.training), None)
+        self._sharing = None if self._norm is None else sharing(self._norm)
+        self.constants: list[Any] = []
+        """What its graphs read and nobody else keeps."""
         self.x: Tensor
         self.y: Tensor
         self.dx: Tensor | None = None
@@ -214,6 +232,10 @@ class Stage:
         self.forward: Callable[[], None]
         self.backward: Callable[[], None]
         self._said: set[str] = set()
+
+    def shares_as_recorded(self) -> bool:
+        """See NOTE [ whose images a graph counts ]."""
+        return self._norm is None or sharing(self._norm) == self._sharing
 
     def say(self, reason: str) -> None:
         """Say once that it runs without its graph."""

@@ -51,8 +51,12 @@ def cuda_graphs(model: nn.Module, *inputs: Any) -> CudaGraphs:
     are the same, dropout draws a new mask each step, and all around (loss, optimiser, gradient
     scaling, accumulation, DistributedDataParallel) stays as it is. What has another shape, or
     needs no gradients, or was changed since (a norm frozen, a parameter replaced) runs without
-    graphs, as does what can't be captured: norms that take statistics over several processes or
-    have no momentum, offloaded blocks, layers that are recomputed through autograd.
+    graphs, as does what can't be captured: norms without momentum, offloaded blocks, recomputed
+    layers (of another kind than BN-ReLU-Conv) that draw random numbers, and those of one's own.
+
+    Norms that synchronise are captured with NCCL and within :func:`effdense.known_images`: with
+    other images than these in any process the stage runs without its graph in all. Every process
+    must call this function, and where one of them can't capture, none does.
 
     The first replay is compared with the same step without graphs. If they differ, or if
     capturing fails, no graph is used, and a warning says why. The model's buffers and the random
@@ -118,6 +122,9 @@ class _CudaDevice:
         with torch.cuda.graph(graph, pool=self._pool, **options):
             found = function()
         return found, graph.replay
+
+    def records_collectives(self, group: Any) -> bool:
+        return "cuda:nccl" in torch.distributed.get_backend_config(group)
 
     def random_state(self) -> Tensor:
         return torch.cuda.get_rng_state(self._device)

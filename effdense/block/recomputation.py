@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -33,6 +34,7 @@ from ..backends.sharing import copy_on_write
 from ..choices import Save
 from ..differentiation import Anchor, first_order
 from ..recognition.parts import Chain, layers_of
+from ..tracing import recorded_constants
 
 
 def run_chain(block: nn.Module, chain: Chain, x: Tensor, save: Save) -> Tensor:
@@ -59,11 +61,28 @@ class _Run(NamedTuple):
     anchor: Anchor
 
 
+class _RandomState(NamedTuple):
+    """Of torch's own generator, and of the device's, where that is another one."""
+
+    host: Tensor
+    device: Tensor | None
+
+    @staticmethod
+    def of(device: torch.device) -> _RandomState:
+        own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return _RandomState(torch.get_rng_state(), own)
+
+    def equals(self, other: _RandomState) -> bool:
+        """Whether nothing was drawn in between."""
+        pairs = zip(self, other, strict=True)
+        return all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None)
+
+
 class _Notes(NamedTuple):
     """What one layer's first run depended on; see NOTE [ the second run ]."""
 
-    random: Tensor
-    device_random: Tensor | None
+    random: _RandomState | None
+    """None while operations are recorded, which are those of layers that draw nothing."""
     buffers: dict[str, Tensor]
 
 
@@ -83,6 +102,8 @@ class Recomputed(torch.autograd.Function):
         ctx.anchor = run.anchor
         ctx.autocast = (x.device.type, autocast_dtype(x.device))
         if run.keep:
+            after = None if recorded_constants.get() is not None else _RandomState.of(x.device)
+            ctx.objection = partial(_objection, run.chain, notes[0].random, after)
             ctx.input_dtype = x.dtype
             ctx.save_for_backward(x if run.save == "input" else output, *parameters)
         ctx.set_materialize_grads(False)
@@ -99,6 +120,15 @@ class Recomputed(torch.autograd.Function):
             second = _SecondRun(ctx.run, ctx.notes, ctx.widths, ctx.input_dtype, parameters)
             grad_x, grads = second.backward(kept, grad_output, ctx.needs_input_grad[1:])
         return (None, grad_x, *grads)
+
+
+def _objection(chain: Chain, before: _RandomState | None, after: _RandomState | None) -> str | None:
+    """Why both runs can't be recorded, and done again without Python; None where they can."""
+    if not chain.followed:
+        return "what Python does in its layers, which are recomputed, is not known"
+    if before is not None and after is not None and not before.equals(after):
+        return "its layers, which are recomputed, draw random numbers"
+    return None
 
 
 class _Features:
@@ -231,7 +261,7 @@ class _SecondRun:
         state = dict(zip(run.names[index], parameters, strict=True))
         # copies again: a graph that is retained may come here once more
         state |= {name: buffer.clone() for name, buffer in notes.buffers.items()}
-        with _random_state(notes, x.device):
+        with _drawing_from(notes.random, x.device):
             out = torch.func.functional_call(run.layers[index], state, (_argument(run.chain, x),))
         return _split(out, x.shape[1], run.chain)
 
@@ -336,17 +366,20 @@ def _split(out: Tensor, width: int, chain: Chain) -> Tensor:
 
 
 def _take_notes(layer: nn.Module, device: torch.device) -> _Notes:
-    device_random = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    random = _RandomState.of(device) if recorded_constants.get() is None else None
     buffers = {name: buffer.detach().clone() for name, buffer in layer.named_buffers()}
-    return _Notes(torch.get_rng_state(), device_random, buffers)
+    return _Notes(random, buffers)
 
 
 @contextlib.contextmanager
-def _random_state(notes: _Notes, device: torch.device) -> Iterator[None]:
+def _drawing_from(random: _RandomState | None, device: torch.device) -> Iterator[None]:
     """Inside, random numbers are those of the first run; outside, nobody notices."""
+    if random is None:
+        yield
+        return
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.set_rng_state(notes.random)
-        if notes.device_random is not None:
-            torch.cuda.set_rng_state(notes.device_random, device)
+        torch.set_rng_state(random.host)
+        if random.device is not None:
+            torch.cuda.set_rng_state(random.device, device)
         yield

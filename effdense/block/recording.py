@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..norms.synchronization import synchronises
+from ..norms.synchronization import agreed, process_group, sharing, synchronises
 from ..recognition.objections import BATCH_NORMS
-from ..tracing import nodes_behind
+from ..tracing import nodes_behind, recorded_constants
 from .captured import Holder, Layout, Order, Run, Seen, Stage, recorder
 
 # Largest accepted difference between a replay and the step without graphs, in units of the
@@ -36,6 +36,10 @@ class Device(Protocol):
         """What ``function`` returns, without values yet, and what gives them values."""
         ...
 
+    def records_collectives(self, group: Any) -> bool:
+        """Whether those of a process group are recorded, too."""
+        ...
+
     def random_state(self) -> Tensor: ...
 
     def set_random_state(self, state: Tensor) -> None: ...
@@ -57,6 +61,11 @@ class _Expected(NamedTuple):
 class Recording:
     """Records the stages of one forward of a model, then their backwards.
 
+    NOTE [ all or none ]
+    Replays of stages whose norms synchronise wait for the other processes. So with such norms
+    what one process finds against a recording is against it in all: they agree before each
+    replay that checks it, and after.
+
     Args:
         device: what records.
         model: whose forward it is.
@@ -68,6 +77,12 @@ class Recording:
         self.left_out: dict[str, str] = {}
         """Why stages are not recorded, by name."""
         self._names = {id(module): name for name, module in model.named_modules()}
+        found = [process_group(module) for module in model.modules()]
+        groups = {id(group): group for group in found if group is not None}
+        self._differ = len(groups) > 1
+        # where they differ, stages that synchronise are left out, and nobody waits
+        self._group = None if self._differ else next(iter(groups.values()), None)
+        self._place = torch.device("cpu")
         self._order = Order()
         self._holders: list[Holder] = []
         self._expected: list[_Expected] = []
@@ -83,17 +98,25 @@ class Recording:
         before = [buffer.clone() for buffer in buffers]
         random = self.device.random_state()
         token = recorder.set(self)
+        # a cast weight that is kept would be recorded in place of the cast
+        cached = torch.is_autocast_cache_enabled()
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(False)
         try:
             with self.device.current():
                 forward()
                 recorder.set(None)
                 for stage in reversed(self.stages):
-                    self._record_backward(stage)
+                    with self._by_all(f"the backward of {stage.name}", stage):
+                        self._record_backward(stage)
+                    with self._by_all(f"the backward of {stage.name}"):
+                        self._check_backward(stage)
         except BaseException:
             self.release()
             raise
         finally:
             recorder.reset(token)
+            torch.set_autocast_cache_enabled(cached)
             self.device.set_random_state(random)
             _put_back(buffers, before)
             self._expected, self._inputs = [], []
@@ -107,7 +130,8 @@ class Recording:
     def stage(self, owners: Sequence[nn.Module], x: Tensor, run: Run) -> Tensor | None:
         """Record one stage's forward and return what it gives, detached from x."""
         name = self._names.get(id(owners[0]), type(owners[0]).__name__)
-        reason = _objection(owners)
+        self._place = x.device
+        reason = self._agree(self._objection(owners))
         output = None
         if reason is None:
             stage = Stage(owners, len(self.stages), name, self._order)
@@ -152,12 +176,9 @@ class Recording:
 
         def whole_step() -> _Expected | str:
             y = output()
-            if y is None:
-                return "it does not run fused"
-            if any(type(node).__name__ == "RecomputedBackward" for node in nodes_behind(y)):
-                return "its layers are recomputed by autograd"
-            if not y.requires_grad:
-                return "nothing in it needs a gradient"
+            reason = self._agree(_objection_to(y, owners))
+            if y is None or reason is not None:
+                return reason or "it does not run fused"
             moved = [buffer.clone() for buffer in buffers]
             dy = _random_like(y)
             found = torch.autograd.grad(y, inputs, dy, allow_unused=True)
@@ -168,15 +189,14 @@ class Recording:
             put_back()
             if isinstance(expected, str):
                 return None, expected
-        try:
+        with self._by_all(f"the forward of {stage.name}", stage):
             y, stage.forward = self.device.record(output)
             put_back()
+        with self._by_all(f"the forward of {stage.name}"):
             stage.forward()
-        except Exception as error:
-            raise CannotCapture(f"recording the forward of {stage.name}: {error}") from error
-        _compare(stage.name, "output", y, expected.output)
-        for buffer, value in zip(buffers, expected.buffers, strict=True):
-            _compare(stage.name, "a buffer", buffer, value, expected.output.dtype)
+            _compare(stage.name, "output", y, expected.output)
+            for buffer, value in zip(buffers, expected.buffers, strict=True):
+                _compare(stage.name, "a buffer", buffer, value, expected.output.dtype)
         put_back()
         holder.stages.append(stage)
         self._holders.append(holder)
@@ -186,8 +206,60 @@ class Recording:
         stage.y = y
         return y.detach().clone().requires_grad_(), None
 
+    def _objection(self, owners: Sequence[nn.Module]) -> str | None:
+        """Why a stage can't be recorded, or None."""
+        for owner in owners:
+            if synchronises(owner):
+                if self._differ:
+                    return "norms of the model take statistics over different processes"
+                for module in owner.modules():
+                    group, known = sharing(module)
+                    if group is not None and known is None:
+                        return (
+                            "its norms take statistics over several processes, and nobody said "
+                            "how many images each has (effdense.known_images)"
+                        )
+                if not self.device.records_collectives(self._group):
+                    return "its norms take statistics over several processes, not by NCCL"
+            if getattr(owner, "offload", False):
+                return "what it keeps is offloaded"
+            for module in owner.modules():
+                if isinstance(module, BATCH_NORMS) and module.training and module.momentum is None:
+                    return "a norm without momentum counts its batches in Python"
+            kinds = {p.dtype for p in owner.parameters() if p.requires_grad}
+            if len(kinds) > 1:
+                return "its parameters are of several types"
+        return None
+
+    def _agree(self, fault: str | None) -> str | None:
+        """``fault``, or that another process has one; see NOTE [ all or none ]."""
+        if self._group is None or agreed(fault is None, self._group, self._place):
+            return fault
+        return fault or "another process can not"
+
+    @contextmanager
+    def _by_all(self, doing: str, recorded: Stage | None = None) -> Iterator[None]:
+        """Inside, all processes do the same, ``recorded`` is being recorded; or all give up.
+
+        Raises:
+            CannotCapture: where this or another process had an error.
+        """
+        token = recorded_constants.set(None if recorded is None else recorded.constants)
+        fault, cause = None, None
+        try:
+            yield
+        except CannotCapture as error:
+            fault, cause = str(error), error.__cause__
+        except Exception as error:
+            fault, cause = f"recording {doing}: {error}", error
+        finally:
+            recorded_constants.reset(token)
+        fault = self._agree(fault)
+        if fault is not None:
+            raise CannotCapture(fault) from cause
+
     def _record_backward(self, stage: Stage) -> None:
-        inputs, expected = self._inputs[stage.index], self._expected[stage.index]
+        inputs = self._inputs[stage.index]
         stage.dy = _random_like(stage.y)
 
         def gradients() -> list[Tensor | None]:
@@ -196,15 +268,15 @@ class Recording:
             dx = found[0] if needs_x else None
             return [dx, *_in_one_piece(stage, found[needs_x:])]
 
-        try:
-            found, stage.backward = self.device.record(gradients)
-            stage.backward()
-        except Exception as error:
-            raise CannotCapture(f"recording the backward of {stage.name}: {error}") from error
+        found, stage.backward = self.device.record(gradients)
         # what forward kept for it is the pool's again
         stage.y = stage.y.detach()
         stage.dx = found[0]
-        ours = [*found[:1], *stage.parameter_gradients()][not stage.layout.requires_grad :]
+
+    def _check_backward(self, stage: Stage) -> None:
+        expected = self._expected[stage.index]
+        stage.backward()
+        ours = [stage.dx, *stage.parameter_gradients()][not stage.layout.requires_grad :]
         for actual, value in zip(ours, expected.gradients, strict=True):
             if actual is not None and value is not None:
                 _compare(stage.name, "a gradient", actual, value, expected.output.dtype)
@@ -236,20 +308,17 @@ def _in_one_piece(stage: Stage, found: Sequence[Tensor | None]) -> list[Tensor |
     return [flat]
 
 
-def _objection(owners: Sequence[nn.Module]) -> str | None:
-    """Why a stage can't be recorded, or None."""
-    for owner in owners:
-        if synchronises(owner):
-            return "its norms take statistics over several processes"
-        if getattr(owner, "offload", False):
-            return "what it keeps is offloaded"
-        for module in owner.modules():
-            if isinstance(module, BATCH_NORMS) and module.training and module.momentum is None:
-                return "a norm without momentum counts its batches in Python"
-        kinds = {p.dtype for p in owner.parameters() if p.requires_grad}
-        if len(kinds) > 1:
-            return "its parameters are of several types"
-    return None
+def _objection_to(y: Tensor | None, owners: Sequence[nn.Module]) -> str | None:
+    """Why what a stage did can't be recorded, or None."""
+    if y is None:
+        return "it does not run fused"
+    for node in nodes_behind(y):
+        if type(node).__name__ == "RecomputedBackward":
+            if any(synchronises(owner) for owner in owners):
+                return "its layers, which are recomputed, take statistics over several processes"
+            objection: str | None = node.objection()
+            return objection
+    return None if y.requires_grad else "nothing in it needs a gradient"
 
 
 def _random_like(y: Tensor) -> Tensor:

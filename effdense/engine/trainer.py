@@ -222,9 +222,7 @@ class Trainer:
         Only after the last part are the processes' gradients averaged.
         """
         # norms that synchronise need as many parts in every process, even if one is empty
-        most = (
-            -(-batch_size // self.world.world_size) if self.config.sync_batch_norm else len(labels)
-        )
+        most = self._most_images(batch_size, len(labels))
         part_size = self._part_size(most)
         last = (most - 1) // part_size * part_size
         losses, logits = [], []
@@ -256,6 +254,10 @@ class Trainer:
         ]
         return known_images([min(part_size, max(0, own - first)) for own in shares])
 
+    def _most_images(self, batch_size: int, own: int) -> int:
+        """By which processes divide their shares into parts: as many, where norms synchronise."""
+        return -(-batch_size // self.world.world_size) if self.config.sync_batch_norm else own
+
     def _part_size(self, images: int) -> int:
         """Of the parts in which --accumulate takes this process's share of a batch."""
         return -(-images // self.config.accumulate)
@@ -274,12 +276,14 @@ class Trainer:
         own = share(torch.arange(self.config.batch_size), self.world.rank, self.world.world_size)
         device = self.world.device
         generator = torch.Generator(device).manual_seed(0)
-        shape = self._part_size(len(own)), *image_shape
+        batch_size = self.config.batch_size
+        part_size = self._part_size(self._most_images(batch_size, len(own)))
+        shape = min(part_size, len(own)), *image_shape
         images = torch.randn(shape, generator=generator, device=device)
         if self.config.channels_last:
             images = images.contiguous(memory_format=self._channels_last)
         self.network.train()
-        with self.autocast():
+        with self.autocast(), self._known_images(batch_size, 0, part_size):
             return str(cuda_graphs(self.network, images))
 
     def _is_finite(self, loss: Tensor) -> Tensor:

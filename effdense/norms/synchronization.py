@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..backends.base import Statistics
+from ..tracing import recorded_constants
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 _images: ContextVar[tuple[int, ...] | None] = ContextVar("images", default=None)
@@ -76,6 +77,9 @@ class SharedBatch(Batch):
         # Chan, Golub, LeVeque 1979; by the same operations everywhere, so with the same bits
         means, variances = _gathered(torch.stack(statistics), self._group).unbind(1)
         weights = _weights(self._counts, means.device, means.dtype)
+        constants = recorded_constants.get()
+        if constants is not None:
+            constants.append(weights)
         mean = (weights * means).sum(0)
         between = (means - mean).square_()
         statistics.mean.copy_(mean)
@@ -105,7 +109,9 @@ def _weights(counts: tuple[int, ...], device: torch.device, dtype: torch.dtype) 
 def known_images(images: Sequence[int]) -> Iterator[None]:
     """Inside, every process has so many images, in the order of ranks, and need not ask.
 
-    The same in all processes. Norms of smaller groups ask all the same.
+    The same in all processes. Norms of smaller groups ask all the same. Without it every forward
+    waits for its device once for each block, and :func:`effdense.cuda_graphs` leaves norms that
+    synchronise out.
     """
     token = _images.set(tuple(images))
     try:
@@ -126,6 +132,25 @@ def process_group(norm: nn.Module) -> Any:
         return None
     group: Any = norm.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
+
+
+def sharing(norm: nn.Module) -> tuple[Any, tuple[int, ...] | None]:
+    """The group over which a norm takes its batch statistics now, and the images of each process.
+
+    These are None where each process must be asked; both are where the norm does not synchronise.
+    """
+    group = process_group(norm)
+    known = _images.get()
+    if group is None or known is None or len(known) != dist.get_world_size(group):
+        return group, None
+    return group, known
+
+
+def agreed(holds: bool, group: Any, device: torch.device) -> bool:
+    """Whether ``holds`` in every process of ``group``; a collective, which is waited for."""
+    found = torch.tensor([int(holds)], dtype=torch.int32, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MIN, group=group)
+    return bool(found.item())
 
 
 def synchronises(module: nn.Module) -> bool:

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ import torchvision
 from torch import Tensor, nn
 
 import effdense
-from effdense.block import recording
 from tests.helpers.compare import SMALL, images, norms_of, randomize_norms
 from tests.helpers.replaying import Operations, ReplayingDevice, replaying
 
@@ -69,6 +67,21 @@ def converted() -> nn.Module:
     return effdense.convert(model)
 
 
+def recomputed(save: Any, drop_rate: float = 0.0) -> Model:
+    """Of layers with another activation, which autograd recomputes."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = torchvision.models.DenseNet(8, (2, 3), 16, num_classes=5, drop_rate=drop_rate)
+        for layer in model.modules():
+            if hasattr(layer, "relu1"):
+                layer.relu1 = nn.SiLU()
+        randomize_norms(model)
+        return effdense.convert(model, save=save)
+
+    return make
+
+
 def in_pieces() -> nn.Module:
     """Whose parts a user calls: blocks without their readers, and one of them twice."""
 
@@ -112,6 +125,10 @@ CASES = {
     "ImageNet": Case(ours(small_inputs=False, save="bottlenecks"), (2, 3, 37, 30)),
     "ImageNet, features, autocast": Case(ours(small_inputs=False), (2, 3, 37, 30), True),
     "converted": Case(converted, (2, 3, 35, 33)),
+    "recomputed": Case(recomputed("features"), (2, 3, 35, 33)),
+    "recomputed, input": Case(recomputed("input"), (2, 3, 35, 33)),
+    "recomputed, autocast": Case(recomputed("features"), (2, 3, 35, 33), True),
+    "recomputed, input, autocast": Case(recomputed("input"), (2, 3, 35, 33), True),
     "in pieces": Case(in_pieces),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -463,6 +480,15 @@ def other_layers(model: Any) -> None:
     model.features.denseblock1 = effdense.DenseBlock(layers)
 
 
+def drawing(model: Any) -> None:
+    """Layers whose code has been followed, and that draw."""
+    torch.manual_seed(0)
+    other = recomputed("features", drop_rate=0.2)()
+    model.features.denseblock1 = other.get_submodule("features.denseblock1")
+    model.features.conv0 = nn.Conv2d(3, 16, 3, padding=1)
+    model.features.transition1 = effdense.Transition(32, 7)
+
+
 def offloaded(model: Any) -> None:
     model.offload = (True, False)
 
@@ -471,7 +497,8 @@ def offloaded(model: Any) -> None:
     ("change", "reason", "alone"),
     [
         (no_momentum, "counts its batches in Python", False),
-        (other_layers, "recomputed by autograd", True),
+        (other_layers, "what Python does in its layers, which are recomputed", True),
+        (drawing, "recomputed, draw random numbers", True),
         (offloaded, "offloaded", False),
     ],
 )
@@ -491,14 +518,6 @@ def test_stages_that_can_not_be_captured_are_left_out(
     device.replays = 0
     assert_equal(train(model, CASES["features"]), train(plain, CASES["features"]))
     assert device.replays == 2 * 3 * len(graphs.stages)
-
-
-def test_norms_that_synchronise_are_left_out(device: ReplayingDevice) -> None:
-    model = CASES["features"].make()
-    with mock.patch.object(recording, "synchronises", return_value=True):
-        graphs = effdense.cuda_graphs(model, batch(CASES["features"], 0))
-    assert graphs.stages == ()
-    assert "several processes" in str(graphs)
 
 
 def test_inputs_are_checked() -> None:

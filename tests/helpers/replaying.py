@@ -86,7 +86,9 @@ class Operations(TorchDispatchMode):
         """Do all of it again, to the same tensors."""
         with torch.no_grad(), _disable_current_modes():
             for func, args, kwargs, out in self.entries:
-                if not isinstance(func, torch._ops.OpOverload) or func._schema.is_mutable:
+                if getattr(func, "namespace", None) == "c10d":
+                    func(*args, **kwargs)[-1].wait()
+                elif not isinstance(func, torch._ops.OpOverload) or func._schema.is_mutable:
                     func(*args, **kwargs)
                 elif not _makes_nothing(func, args, kwargs, out):
                     made = func(*args, **kwargs)
@@ -115,6 +117,9 @@ class Operations(TorchDispatchMode):
         numbers: dict[int, int] = {}
 
         def tensor(t: Any) -> Any:
+            if isinstance(t, torch.ScriptObject):
+                # a process group, or the waiting for one
+                return str(t._type())
             if not isinstance(t, Tensor):
                 return t if isinstance(t, (bool, int, float, str, type(None))) else str(t)
             number = numbers.setdefault(_storage(t), len(numbers))
@@ -156,6 +161,9 @@ class ReplayingDevice:
             operations.again()
 
         return found, replay
+
+    def records_collectives(self, group: Any) -> bool:
+        return True
 
     def random_state(self) -> Tensor:
         return torch.get_rng_state()

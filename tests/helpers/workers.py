@@ -39,6 +39,7 @@ from effdense.engine.tasks import Classification, MultiLabel, Task
 from effdense.engine.trainer import Step, Trainer
 from effdense.errors import UserError, one_line_errors
 from effdense.verification.comparison import randomize_norms
+from tests.helpers.replayed_ranks import refusals, replayed_steps, unseen_group
 
 BATCH_SIZE = 10  # not a multiple of 3
 TEST_SIZES = (1, 2, 3, 4, 25, 101)
@@ -241,6 +242,9 @@ WORKERS: dict[str, Callable[[World], dict[str, Tensor]]] = {
         sharded_steps,
         mistake_on_rank_1,
         defect_on_rank_1,
+        replayed_steps,
+        refusals,
+        unseen_group,
     )
 }
 
