@@ -15,6 +15,8 @@ from ..autocast import AUTOCAST_DTYPES
 from ..backends.select import get_backend
 from ..block.forwards import set_offload
 from ..errors import UserError
+from ..machine.sizes import show_size
+from ..memory.optimizers import state_copies
 from ..memory.planning import budget_bytes, plan
 from ..models import DenseNet, configuration
 from ..norms.sync_batch_norm import SyncBatchNorm
@@ -150,13 +152,23 @@ def fit_to_budget(
     kind = world.device.type
     # a machine's processes share its memory, those on one GPU the GPU's
     sharing = world.local_world_size if kind == "cpu" else world.sharing
-    if budget == "auto" and sharing > 1:
-        budget = str(budget_bytes("auto", kind) // sharing)
+    try:
+        limit = budget_bytes(budget, kind)
+    except ValueError as error:
+        raise UserError(f"--budget: {error}") from None
+    if budget == "auto":
+        limit //= sharing
+    copies = held_copies(network, config)
+    if copies >= limit:
+        raise UserError(
+            f"--budget: what --ema and --non-finite skip hold takes {show_size(copies)} of "
+            f"{show_size(limit)}; leave them out, or allow more"
+        )
     try:
         found = plan(
             network,
             largest_share(config, world, channels),
-            budget,
+            limit - copies,
             offload=config.offload,
             optimizer=config.optimizer,
             momentum=config.momentum,
@@ -169,7 +181,23 @@ def fit_to_budget(
     except ValueError as error:
         raise UserError(f"--budget: {error}") from None
     found.apply(network)
-    return str(found)
+    if not copies:
+        return str(found)
+    return f"{found}\nbesides, --ema and --non-finite skip hold {show_size(copies)} of the budget"
+
+
+def held_copies(network: nn.Module, config: ResolvedConfig) -> int:
+    """Bytes that copies of the network's state take all through a step.
+
+    The averaged weights of --ema; and of all that a step changes with --non-finite skip, which
+    puts it back (see undoing.py).
+    """
+    weights = sum(t.nbytes for t in [*network.parameters(), *network.buffers()])
+    moved = sum(p.nbytes for p in network.parameters() if p.requires_grad)
+    moved *= state_copies(config.optimizer, config.momentum)
+    average = weights if config.ema else 0
+    undone = weights + moved + average if config.non_finite == "skip" else 0
+    return average + undone
 
 
 def largest_share(config: ResolvedConfig, world: World, channels: int) -> tuple[int, ...]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 import effdense
+from effdense.engine import networks
 from effdense.engine import trainer as trainer_module
 from effdense.engine.distributed import World
 from effdense.engine.options import TrainConfig
 from effdense.engine.tasks import Classification
 from effdense.engine.trainer import Step, Trainer
 from effdense.engine.undoing import Undo
+from effdense.errors import UserError
 
 
 @pytest.mark.parametrize("holds", [True, False])
@@ -122,3 +125,30 @@ def test_a_step_that_is_left_out_leaves_the_scale_of_losses() -> None:
     assert trained.scaler.state_dict() == before
     step(trained, 2)
     assert trained.scaler.state_dict()["_growth_tracker"] == 2
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_budget_counts_what_is_held_to_be_put_back(optimizer: Any, ema: float) -> None:
+    trained = trainer(non_finite="skip", optimizer=optimizer, ema=ema)
+    step(trained, 0)
+    # but for counts of steps, which take nothing
+    moved = [t for t in Undo(trained._moved())._before if t.dim() or t.dtype == torch.int64]
+    average = [] if trained.average is None else list(trained.average.module.state_dict().values())
+    held = sum(t.nbytes for t in [*moved, *average])
+    assert networks.held_copies(trained.network, trained.config) == held
+
+    config = TrainConfig(
+        data="fake",
+        image_size=8,
+        batch_size=6,
+        non_finite="skip",
+        optimizer=optimizer,
+        ema=ema,
+    ).resolved()
+    with mock.patch.object(networks, "plan", wraps=networks.plan) as planned:
+        said = networks.fit_to_budget(trained.network, config, trained.world, 3, "64MiB")
+    assert planned.call_args.args[2] == 64 * 2**20 - held
+    assert "--non-finite skip hold" in said
+    with pytest.raises(UserError, match="what --ema and --non-finite skip hold takes"):
+        networks.fit_to_budget(trained.network, config, trained.world, 3, str(held))
