@@ -64,6 +64,7 @@ PICTURES = {
     "throughput": ("throughput-100", "throughput-250", "throughput-121"),
     "timeline": ("timeline",),
     "timeline-volume": ("timeline-volume",),
+    "memory-volume": ("memory-volume",),
     "convergence": ("convergence",),
     "precision": ("precision",),
     "estimates": ("estimates",),
