@@ -23,8 +23,8 @@ SECTIONS = {
     "operations": 10,
     "checks": 12,
     "tests": 15,
-    "memory": 15,
-    "speed": 37,
+    "memory": 20,
+    "speed": 32,
     "sanitizer": 8,
 }
 # a process that is told to stop by itself is waited for a little longer

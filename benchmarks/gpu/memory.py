@@ -20,11 +20,14 @@ TOLERANCE = 0.05
 
 
 def run(sheet: Sheet, device: torch.device, tiny: bool) -> None:
-    small, deep, image, large, _ = FULL
+    small, deep, image, large, volume = FULL
     cases = (
         [(TINY[0], "features")]
         if tiny
-        else [(small, "features"), (deep, "features"), (deep, "bottlenecks"), (image, "input")]
+        else [
+            *((small, "features"), (deep, "features"), (deep, "bottlenecks"), (image, "input")),
+            *((small, "bottlenecks"), (deep, "input"), (image, "features"), (volume, "features")),
+        ]
     )
     for network, save in cases:
         for name, dtype in networks.DTYPES.items():

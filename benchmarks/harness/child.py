@@ -117,10 +117,10 @@ def package_times(case: dict[str, Any], names: list[str], rounds: int) -> dict[s
     for turn in range(rounds + 1):
         for provider, job in jobs.items():
             job.model.train()
-            training = timed(job.step, 1, False)
+            training = timed(job.step, 1, "cpu")
             job.model.eval()
             with torch.inference_mode():
-                inference = timed(lambda job=job: job.model(job.x), 1, False)  # type: ignore[misc]
+                inference = timed(lambda job=job: job.model(job.x), 1, "cpu")  # type: ignore[misc]
             if turn > 0:  # the first is a warm-up
                 samples.setdefault(f"training {provider}", []).append(training)
                 samples.setdefault(f"inference {provider}", []).append(inference)

@@ -90,24 +90,24 @@ class Worker:
         size = (1 << 30) if gpu else (256 << 20)
         source = torch.ones(size, dtype=torch.uint8, device=device)
         target = torch.zeros_like(source)
-        product = best_time(lambda: torch.mm(a, b, out=c), seconds, gpu)
-        copy = best_time(lambda: target.copy_(source), seconds, gpu)
+        product = best_time(lambda: torch.mm(a, b, out=c), seconds, device)
+        copy = best_time(lambda: target.copy_(source), seconds, device)
         return {"flops": 2 * n**3 / product, "bytes": 2 * size / copy}
 
     def _on_gpu(self) -> bool:
         return self.job.x.device.type != "cpu"
 
     def _time(self, steps: int) -> float:
-        return timed(self.job.step, steps, self._on_gpu())
+        return timed(self.job.step, steps, self.job.x.device)
 
 
-def best_time(function: Callable[[], Any], seconds: float, gpu: bool) -> float:
+def best_time(function: Callable[[], Any], seconds: float, device: torch.device | str) -> float:
     """Seconds per call: the best of up to five samples of about ``seconds`` each."""
     function()
     times = 1
-    while (taken := timed(function, times, gpu)) < seconds:
+    while (taken := timed(function, times, device)) < seconds:
         times = max(2 * times, int(1.2 * times * seconds / max(taken, 1e-3)))
-    samples = (timed(function, times, gpu) for _ in range(4))
+    samples = (timed(function, times, device) for _ in range(4))
     # a coarse clock can stand still for a whole sample
     return min([taken, *(sample for sample in samples if sample > 0)]) / times
 

@@ -76,8 +76,8 @@ def measure_training(
     found = peak_memory(train, warm_up, device)._asdict()
     gpu, step = device != "cpu", built[0].step
     # on a GPU a step may be shorter than its start
-    times = max(1, int(0.2 / max(timed(step, 1, gpu), 1e-3))) if samples and gpu else 1
-    return {**found, "seconds": [timed(step, times, gpu) / times for _ in range(samples)]}
+    times = max(1, int(0.2 / max(timed(step, 1, device), 1e-3))) if samples and gpu else 1
+    return {**found, "seconds": [timed(step, times, device) / times for _ in range(samples)]}
 
 
 def peak_memory(work: Callable[[], Any], warm_up: Callable[[], Any], device: str = "cpu") -> Peak:
@@ -93,13 +93,13 @@ def peak_memory(work: Callable[[], Any], warm_up: Callable[[], Any], device: str
         return Peak(baseline, peak_resident_bytes() - baseline)
     torch.cuda.set_device(device)
     _settle(warm_up, device)
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    baseline = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats(device)
+    baseline = torch.cuda.memory_allocated(device)
     work()
-    torch.cuda.synchronize()
-    return Peak(baseline, torch.cuda.max_memory_allocated() - baseline)
+    torch.cuda.synchronize(device)
+    return Peak(baseline, torch.cuda.max_memory_allocated(device) - baseline)
 
 
 def _settle(warm_up: Callable[[], Any], device: str) -> None:
@@ -113,17 +113,19 @@ def _settle(warm_up: Callable[[], Any], device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def timed(function: Callable[[], Any], times: int, gpu: bool) -> float:
-    """Seconds that ``times`` calls take: by CUDA events on a GPU, else by the clock."""
-    if gpu:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(times):
-            function()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
+def timed(function: Callable[[], Any], times: int, device: torch.device | str) -> float:
+    """Seconds that ``times`` calls take: by CUDA events where ``device`` is a GPU, or the clock."""
+    if torch.device(device).type != "cpu":
+        # events are of the current device, on which the work need not be
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(times):
+                function()
+            end.record()
+            torch.cuda.synchronize()
+            return start.elapsed_time(end) / 1000
     begin = time.perf_counter()
     for _ in range(times):
         function()

@@ -6,6 +6,8 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,7 @@ from harness import child, measure, results, worker
 from harness.case import Case
 from harness.speed import Race
 
+from effdense.machine import measurement
 from effdense.machine import memory as memory_sizes
 from effdense.machine.measurement import (
     MMAP_THRESHOLD,
@@ -250,3 +253,43 @@ def test_what_a_process_takes_of_a_gpu() -> None:
     assert child.bytes_of_process(SimpleNamespace(nvml=None), 7) is None
     # the driver has no such function
     assert child.bytes_of_process(SimpleNamespace(nvml=object(), handle=None), 7) is None
+
+
+def test_a_gpu_is_measured_that_is_not_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as torch is told: what asks for memory or a time names the work's device."""
+    current, asked = ["cuda:0"], []
+
+    @contextmanager
+    def device(name: Any) -> Iterator[None]:
+        before, current[0] = current[0], str(name)
+        yield
+        current[0] = before
+
+    def told(what: str, value: Any = None) -> Any:
+        def call(name: Any = None, **_: Any) -> Any:
+            asked.append((what, str(name or current[0])))
+            return value
+
+        return call
+
+    class Event:
+        def __init__(self, **_: Any) -> None:
+            self.record = told("record")
+            told("event")()
+
+        def elapsed_time(self, end: Event) -> float:
+            return 5.0
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(measurement, "_settle", lambda warm_up, device: None)
+    for what in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, what, told(what))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", told("allocated", 3))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", told("highest", 7))
+    assert measurement.timed(told("work"), 2, "cuda:1") == 0.005
+    assert measurement.peak_memory(told("work"), lambda: None, "cuda:1") == (3, 4)
+    assert {place for what, place in asked if what != "work"} == {"cuda:1"}
+    assert [what for what, _ in asked].count("work") == 3
