@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,7 +74,8 @@ def test_a_value_that_cannot_be_is_refused_before_anything_is_written(
     """What is taken on its own is taken together, and comes to the first step, or is refused there
     for what the data or the network say.
     """
-    monkeypatch.setattr(training, "_train", lambda *given: None)
+    nothing = SimpleNamespace(best=None, tests=[])
+    monkeypatch.setattr(training, "_train", lambda *given: nothing)
     monkeypatch.chdir(tmp_path)
     taken: dict[str, Any] = {}
     for name, value in itertools.product(NAMES, KINDS[kind]):
