@@ -17,10 +17,10 @@ from effdense.engine.options import TrainConfig
 
 @pytest.mark.parametrize(
     ("processes", "budget", "each"),
-    [(1, "auto", "auto"), (2, "auto", "500"), (3, "auto", "333"), (2, "2GiB", "2GiB")],
+    [(1, "auto", 1000), (2, "auto", 500), (3, "auto", 333), (2, "2GiB", 2 << 30)],
 )
 def test_processes_on_a_machine_share_what_it_has(
-    processes: int, budget: str, each: str, alone: World, monkeypatch: pytest.MonkeyPatch
+    processes: int, budget: str, each: int, alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
 
@@ -28,12 +28,13 @@ def test_processes_on_a_machine_share_what_it_has(
         def apply(self, network: Any) -> None:
             asked.append(network)
 
-    def plan(network: Any, shape: Any, budget: str, **options: Any) -> Plan:
+    def plan(network: Any, shape: Any, budget: int, **options: Any) -> Plan:
         asked.extend([budget, shape, options["ddp"]])
         return Plan()
 
     monkeypatch.setattr(networks, "plan", plan)
-    monkeypatch.setattr(networks, "budget_bytes", lambda *given: 1000)
+    known = {"auto": 1000, "2GiB": 2 << 30}
+    monkeypatch.setattr(networks, "budget_bytes", lambda budget, kind: known[budget])
     world = dataclasses.replace(alone, world_size=processes, local_world_size=processes)
     config = TrainConfig(data="fake", batch_size=7, image_size=8).resolved()
     network = torch.nn.Identity()
