@@ -27,8 +27,10 @@ from .case import CIFAR_FAMILY, Case
 def _warm_up(provider: str, case: Case, memory_limit: int | None = None) -> None:
     """One step of a tiny network of the same provider; then the limit."""
     if case.arch in packages.MODELS:
-        # its imports count as the interpreter's
-        packages.setup(provider, dataclasses.replace(case, batch_size=2)).step()
+        # its imports count as the interpreter's; of a large volume, a step would take minutes and
+        # more than the measurement
+        small = dataclasses.replace(case, batch_size=2, image_size=min(64, case.image_size))
+        packages.setup(provider, small).step()
     else:
         tiny = Case(CIFAR_FAMILY, 10, 4, 2, 8, case.dtype, case.device, case.spatial_dims)
         providers.setup(provider, tiny).step()
