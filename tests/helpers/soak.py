@@ -213,13 +213,13 @@ class Soak:
             resumed += bool(CheckpointStore(self._home / "run" / "checkpoints", 1).positions())
             with Ranks(self._home, self._command(), WORLD_SIZE) as ranks:
                 if not self._watch(ranks, life, lengths[0]):
-                    ranks.wait(10)
+                    self._wait_briefly(ranks)
                     self.endings.append("".join(map(ranks.said, range(WORLD_SIZE)))[-4000:])
                 elif len(lengths) > 1:
                     both = source.random() < 0.3
                     for rank in range(WORLD_SIZE) if both else [source.randrange(WORLD_SIZE)]:
                         ranks.send(rank, signal.SIGKILL)
-                    ranks.wait(10)
+                    self._wait_briefly(ranks)
                     lengths.pop(0)
                 else:
                     ranks.send(0, signal.SIGTERM)
@@ -253,6 +253,11 @@ class Soak:
             values = usage(self._home, self._temporary, self._known)
             self.samples.append(Sample(time.monotonic() - self._began, life, values))
         return True
+
+    def _wait_briefly(self, ranks: Ranks) -> None:
+        """For the others, who wait for a launcher's word and are killed if they still do."""
+        with suppress(TimeoutError):
+            wait_for(lambda: not ranks.running(), 10)
 
     def _see_them_gone(self) -> None:
         try:
