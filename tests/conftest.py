@@ -58,6 +58,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(name, [*here, *others], indirect=True)
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers, whichever ran before it in the process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Every kind of device, where the test's networks and images are."""
