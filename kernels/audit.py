@@ -193,7 +193,9 @@ class Operation(NamedTuple):
     """An operation on a shape, and its cost by formula.
 
     ``bytes`` and ``flops`` are per element of X's (P, c) operand; ``bytes`` takes the
-    element's size. A ``tail`` is run once for each block, all others for a layer.
+    element's size. A ``tail`` is run once for each block, all others for a layer. A ``small`` one
+    is of few columns, wherever they begin, or of few rows: neither wide accesses nor a full device
+    are asked of it.
     """
 
     name: str
@@ -201,6 +203,7 @@ class Operation(NamedTuple):
     flops: Callable[[Shape], float]
     run: Callable[[Shape, torch.dtype, Launcher], Any]
     tail: bool = False
+    small: bool = False
 
 
 def _matrix(rows: int, columns: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -243,6 +246,14 @@ def _operations() -> list[Operation]:
         shape = image(s, dims)
         width = cdiv(s.c, PADDING) * PADDING if s.strict else s.c
         return _matrix(shape[0] * math.prod(n // 2 for n in shape[1:]), s.c, width, t)
+
+    def new_stats(s: Shape, t: torch.dtype, g: Launcher) -> Any:
+        return statistics.statistics(new(s, t), Statistics(*pair(s.k)), g)
+
+    def new_finish(s: Shape, t: torch.dtype, g: Launcher) -> Any:
+        v = torch.empty(3, s.k, device="meta")
+        out = dense(s, t, s.k)
+        return finish_gradient.finish_gradient(new(s, t), new(s, t), *v, 1.0, out, g)
 
     def stats(s: Shape, t: torch.dtype, g: Launcher) -> Any:
         return statistics.statistics(x(s, t), Statistics(*pair(s.c)), g)
@@ -315,6 +326,20 @@ def _operations() -> list[Operation]:
         y, dz = dense(s, t, s.bottleneck), dense(s, t, s.bottleneck)
         correction = (*pair(s.bottleneck), 1.0) if correct else None
         return bn_relu.bn_relu_backward_apply(y, _norm(s.bottleneck), dz, correction, g)
+
+    def pieces(s: Shape) -> Iterator[Shape]:
+        # a block of many positions is pooled in pieces, of which the last has any number of images
+        images, *sides = image(s, 2)
+        for power in range(images.bit_length() - 1):
+            yield s._replace(rows=2**power * math.prod(sides))
+
+    def avg_pieces(s: Shape, t: torch.dtype, g: Launcher) -> None:
+        for piece in pieces(s):
+            avg(piece, t, g, 2)
+
+    def avg_pieces_backward(s: Shape, t: torch.dtype, g: Launcher) -> None:
+        for piece in pieces(s):
+            avg_backward(piece, t, g, 2)
 
     def avg(s: Shape, t: torch.dtype, g: Launcher, dims: int) -> None:
         if dims != 2 and s.strict:
@@ -413,6 +438,27 @@ def _operations() -> list[Operation]:
         conv3_operation(2, True),
         *(conv3_backward_operation(dims, False) for dims in (1, 2, 3)),
         conv3_backward_operation(2, True),
+        Operation(
+            *("statistics of new features", lambda s, e: e * s.k / s.c),
+            *(lambda s: 6 * s.k / s.c, new_stats),
+            small=True,
+        ),
+        Operation(
+            *("finish gradient of new features", lambda s, e: 3 * e * s.k / s.c),
+            *(lambda s: 6 * s.k / s.c, new_finish),
+            small=True,
+        ),
+        Operation(
+            *("BN-ReLU-AvgPool, pieces", partial(_times, 1.25), lambda s: 4, avg_pieces),
+            tail=True,
+            small=True,
+        ),
+        Operation(
+            *("BN-ReLU-AvgPool backward, pieces", partial(_times, 2.5), lambda s: 10),
+            avg_pieces_backward,
+            tail=True,
+            small=True,
+        ),
         Operation(*("BN-ReLU-GlobalPool", lambda s, e: e, lambda s: 4, global_), tail=True),
         Operation(
             *("BN-ReLU-GlobalPool backward", lambda s, e: 2 * e),
@@ -500,14 +546,15 @@ def jobs(devices: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str]) -
                         size = DTYPES[dtype].itemsize
                         for call, programs in launcher.calls:
                             fill = programs / architecture.multiprocessors
+                            strict = shape.strict and not operation.small
                             job = Job(
                                 *(device, dtype, f"{shape.name}-{shape.block}", operation.name),
                                 *(call, operation.bytes(whole, size), operation.flops(whole)),
-                                *(fill, shape.strict),
+                                *(fill, strict),
                             )
                             key = device, call.key()
                             before = found.setdefault(key, job)
-                            if shape.strict and (not before.strict or fill < before.fill):
+                            if strict and (not before.strict or fill < before.fill):
                                 found[key] = job
     return list(found.values())
 
