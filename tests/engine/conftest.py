@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from effdense.engine.distributed import World, joined_world
-from tests.helpers.launch import Launch
+from tests.helpers.launch import REPOSITORY, Launch
 from tests.helpers.ranks import RUN, Ranks
 
 
@@ -23,13 +23,15 @@ def launch(tmp_path: Path) -> Launch:
     ) -> subprocess.CompletedProcess[str]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         launcher = [*torchrun, str(processes)] if processes else []
+        # the tests' own scripts import each other, as a user's does not
+        own = {"PYTHONPATH": str(REPOSITORY)} if script.parent != REPOSITORY else {}
         return subprocess.run(
             [sys.executable, *launcher, str(script), *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=timeout,
             cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, **own, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
 
     return launch
