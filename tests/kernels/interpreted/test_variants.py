@@ -81,6 +81,8 @@ def test_everything_that_runs_was_checked(dtype: torch.dtype, options: dict[str,
     assert again
 
 
+# of Triton 3.3's interpreter, which pytest.warns would raise as unexpected
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 @pytest.mark.parametrize("how", ["wrong", "NaN", "raises"])
 def test_an_operation_that_fails_is_left_to_torch(
     how: str, monkeypatch: pytest.MonkeyPatch
@@ -100,7 +102,7 @@ def test_an_operation_that_fails_is_left_to_torch(
     said = {"wrong": "differs from torch by", "NaN": "by nan", "raises": "OutOfResources"}[how]
     with pytest.warns(RuntimeWarning, match=f"bn_relu_conv1x1_backward failed .*{said}") as seen:
         found, backend = checked()
-    assert len(seen) == 1
+    assert [warning.category for warning in seen].count(RuntimeWarning) == 1
     assert {function.__name__ for _, function in backend._refused} == {"bn_relu_conv1x1_backward"}
     for ours, theirs in zip(found, right, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
