@@ -21,7 +21,7 @@ from typing import Annotated, Literal, cast
 from harness import child, packages
 from harness.case import Case
 from harness.case import Options as CommonOptions
-from harness.results import Recorder, mebibytes, quantiles
+from harness.results import Recorder, mebibytes, spread
 from tyro.conf import arg
 
 from effdense.commands import front_end
@@ -98,7 +98,7 @@ def measure(case: Case, options: Options, recorder: Recorder) -> list[list[str]]
             own = samples.get(f"{phase} {provider}", [])
             for i, seconds in enumerate(own):
                 recorder.add(provider, case, f"{phase} seconds", seconds, "s", sample=i)
-            row.append("{1:.2f} [{0:.2f}, {2:.2f}]".format(*quantiles(own)) if own else "")
+            row.append(spread(own, 2) if own else "")
     return list(cells.values())
 
 

@@ -315,6 +315,14 @@ def peaks(case: Case, names: Sequence[str] = tuple(NAMES)) -> Callable[[Kept], s
     return make
 
 
+def _by_provider(found: Kept, case: Case, names: Sequence[str]) -> tuple[list[str], list[Row]]:
+    """MiB of each provider's newest run of a case, empty where there is none; and their rows."""
+    own = Kept(row for row in found.rows if _case(row) == case)
+    runs = [own.newest(provider=name) for name in names]
+    cells = [mebibytes(_quantiles(rows)[0]) if rows else "" for rows in runs]
+    return cells, [row for rows in runs for row in rows]
+
+
 def other_peaks(kept: Kept) -> str:
     """Of the networks that have no table of their own."""
     found, cells, sources = kept.of("memory", "peak"), [], []
@@ -323,12 +331,10 @@ def other_peaks(kept: Kept) -> str:
     for case in cases:
         if case in (DEEP, THOUSAND, FRONT):
             continue
-        row = [_network(case), mebibytes(counts.floor(case).total)]
-        for name in ("features", "slabs", "input", "bottlenecks"):
-            own = kept.of("memory", "peak", case).newest(provider=f"effdense-{name}")
-            row.append(mebibytes(_quantiles(own)[0]) if own else "")
-            sources += own
-        cells.append(row)
+        names = [f"effdense-{save}" for save in ("features", "slabs", "input", "bottlenecks")]
+        own, rows = _by_provider(found, case, names)
+        cells.append([_network(case), mebibytes(counts.floor(case).total), *own])
+        sources += rows
     header = ["peak, MiB", "floor", '`"features"`', '`"slabs"`', '`"input"`', '`"bottlenecks"`']
     return _with_sources(header, cells, sources)
 
@@ -338,12 +344,9 @@ def steps_in_backward(kept: Kept) -> str:
     found, cells, sources = kept.of("memory", "peak"), [], []
     names = ("effdense-features", "effdense-step-in-backward")
     for case in dict.fromkeys(_case(r) for r in found.rows if r["provider"] == names[1]):
-        row = [_network(case), mebibytes(counts.floor(case).total)]
-        for name in names:
-            own = kept.of("memory", "peak", case).newest(provider=name)
-            row.append(mebibytes(_quantiles(own)[0]) if own else "")
-            sources += own
-        cells.append(row)
+        own, rows = _by_provider(found, case, names)
+        cells.append([_network(case), mebibytes(counts.floor(case).total), *own])
+        sources += rows
     header = ["peak, MiB", "floor", "gradients kept", "steps in backward"]
     return _with_sources(header, cells, sources)
 
@@ -354,11 +357,10 @@ def volumes(kept: Kept) -> str:
     cases = dict.fromkeys(_case(row) for row in found.rows)
     for case in sorted(cases, key=lambda case: (case.image_size, case.batch_size)):
         names = ("original", "converted", "converted-slabs")
-        runs = [kept.of("conversion", "peak", case).newest(provider=name) for name in names]
-        if runs[-1]:
-            peaks = [mebibytes(_quantiles(own)[0]) if own else "" for own in runs]
-            cells.append([f"{case.size}, batch {case.batch_size}", *peaks])
-            sources += [row for own in runs for row in own]
+        own, rows = _by_provider(found, case, names)
+        if own[-1]:
+            cells.append([f"{case.size}, batch {case.batch_size}", *own])
+            sources += rows
     header = ["MONAI's DenseNet121, MiB", "as it comes", "converted", 'and `save="slabs"`']
     return _with_sources(header, cells, sources)
 
@@ -369,12 +371,9 @@ def predictions(kept: Kept) -> str:
     names = ("naive", "effdense-bottlenecks", "effdense-features", "effdense-slabs")
     for case in dict.fromkeys(_case(row) for row in found.rows):
         about = f"{_network(case)}, {case.dtype}, {case.device}"
-        row = [about, mebibytes(counts.floor(case).total)]
-        for name in names:
-            own = kept.of("memory", "estimate", case).newest(provider=name)
-            row.append(mebibytes(_quantiles(own)[0]) if own else "")
-            sources += own
-        cells.append(row)
+        own, rows = _by_provider(found, case, names)
+        cells.append([about, mebibytes(counts.floor(case).total), *own])
+        sources += rows
     header = ["predicted, not measured, MiB", "floor", "naive"]
     header += ['`"bottlenecks"`', '`"features"`', '`"slabs"`']
     return _with_sources(header, cells, sources)

@@ -25,7 +25,7 @@ from typing import Annotated
 from harness import providers
 from harness.case import CaseOptions
 from harness.kept import ROOT
-from harness.results import Recorder, quantiles
+from harness.results import Recorder, spread
 from harness.speed import WorkerError, WorkerProcess
 from tyro.conf import arg
 
@@ -78,7 +78,7 @@ def run(options: Options) -> int:
                 for i, seconds in enumerate(samples):
                     recorder.add(provider, case, "step time", seconds, "s", sample=i)
             ratios = [new / old for new, old in zip(*times, strict=True)]
-            rows.append([name, *map(_spread, (times[1], times[0], ratios))])
+            rows.append([name, *(spread(each, 3) for each in (times[1], times[0], ratios))])
     print(f"\n{case.describe()}: s/step, median [20 %, 80 %]\n")
     print(table(["", f"at {older}", "here", "of its time"], rows))
     print(f"\n{path}")
@@ -140,11 +140,6 @@ def race(options: Options, name: str, folder: Path) -> tuple[list[float], list[f
                 seconds = (here, there)[which].ask("sample", steps=steps)["seconds"]
                 times[which].append(seconds)
     return times
-
-
-def _spread(values: Sequence[float]) -> str:
-    low, middle, high = quantiles(values)
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

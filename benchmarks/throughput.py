@@ -30,7 +30,7 @@ from harness.case import Case, CaseOptions
 from harness.devices import DEVICES, Device, DeviceName
 from harness.measure import predicted_peak
 from harness.pictures import colour, describe
-from harness.results import Recorder, Row, quantiles
+from harness.results import Recorder, Row, quantiles, spread
 from harness.speed import Race, WorkerError, machine_peaks, peaks_seconds
 from tqdm import tqdm
 from tyro.conf import arg
@@ -251,11 +251,11 @@ def print_race(
     header = ["provider", "s/step", "images/s", "GFLOP/s", "% product", "GB/s", "% copy"]
     rows = []
     for name, found in times.items():
-        low, middle, high = quantiles(found)
+        _, middle, _ = quantiles(found)
         flops = counts.training_flops(case) / middle
         cells = [
             name,
-            f"{middle:.3f} [{low:.3f}, {high:.3f}]",
+            spread(found, 3),
             f"{case.batch_size / middle:.1f}",
             f"{flops / 1e9:,.0f}",
             f"{100 * flops / peaks['flops']:.0f}",
@@ -267,8 +267,7 @@ def print_race(
             cells += ["", ""]
         for baseline in against:
             pairs = zip(times[baseline], found, strict=False)
-            low, middle, high = quantiles([theirs / ours for theirs, ours in pairs])
-            cells.append(f"{middle:.2f} [{low:.2f}, {high:.2f}]")
+            cells.append(spread([theirs / ours for theirs, ours in pairs], 2))
         rows.append(cells)
     print(table([*header, *(f"x {name}" for name in against)], rows))
     if red:

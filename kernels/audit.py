@@ -327,19 +327,11 @@ def _operations() -> list[Operation]:
         correction = (*pair(s.bottleneck), 1.0) if correct else None
         return bn_relu.bn_relu_backward_apply(y, _norm(s.bottleneck), dz, correction, g)
 
-    def pieces(s: Shape) -> Iterator[Shape]:
+    def in_pieces(s: Shape, t: torch.dtype, g: Launcher, pool: Callable[..., None]) -> None:
         # a block of many positions is pooled in pieces, of which the last has any number of images
         images, *sides = image(s, 2)
         for power in range(images.bit_length() - 1):
-            yield s._replace(rows=2**power * math.prod(sides))
-
-    def avg_pieces(s: Shape, t: torch.dtype, g: Launcher) -> None:
-        for piece in pieces(s):
-            avg(piece, t, g, 2)
-
-    def avg_pieces_backward(s: Shape, t: torch.dtype, g: Launcher) -> None:
-        for piece in pieces(s):
-            avg_backward(piece, t, g, 2)
+            pool(s._replace(rows=2**power * math.prod(sides)), t, g, 2)
 
     def avg(s: Shape, t: torch.dtype, g: Launcher, dims: int) -> None:
         if dims != 2 and s.strict:
@@ -449,13 +441,14 @@ def _operations() -> list[Operation]:
             small=True,
         ),
         Operation(
-            *("BN-ReLU-AvgPool, pieces", partial(_times, 1.25), lambda s: 4, avg_pieces),
+            *("BN-ReLU-AvgPool, pieces", partial(_times, 1.25), lambda s: 4),
+            partial(in_pieces, pool=avg),
             tail=True,
             small=True,
         ),
         Operation(
             *("BN-ReLU-AvgPool backward, pieces", partial(_times, 2.5), lambda s: 10),
-            avg_pieces_backward,
+            partial(in_pieces, pool=avg_backward),
             tail=True,
             small=True,
         ),

@@ -143,6 +143,12 @@ def mebibytes(nbytes: float | None) -> str:
     return "" if nbytes is None else f"{nbytes / 2**20:,.0f}"
 
 
+def spread(values: Sequence[float], digits: int) -> str:
+    """Such as "1.23 [1.20, 1.31]": the median and the quantiles around it."""
+    low, middle, high = (f"{value:.{digits}f}" for value in quantiles(values))
+    return f"{middle} [{low}, {high}]"
+
+
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """The 20 %, 50 % and 80 % quantiles, interpolated.
 

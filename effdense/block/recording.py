@@ -177,8 +177,9 @@ class Recording:
         def whole_step() -> _Expected | str:
             y = output()
             reason = self._agree(_objection_to(y, owners))
-            if y is None or reason is not None:
-                return reason or "it does not run fused"
+            if reason is not None:
+                return reason
+            assert y is not None  # which is an objection
             moved = [buffer.clone() for buffer in buffers]
             dy = _random_like(y)
             found = torch.autograd.grad(y, inputs, dy, allow_unused=True)

@@ -61,8 +61,8 @@ class SharedBatch(Batch):
     @classmethod
     def of(cls, group: Any, images: int, per_image: int, device: torch.device) -> SharedBatch:
         """Of this process's ``images``; a collective, unless all know how many each has."""
-        known = _images.get()
-        if known is None or len(known) != dist.get_world_size(group):
+        known = _known(group)
+        if known is None:
             own = torch.tensor([images * per_image], device=device)
             # every process waits here for its device, and for the others
             return cls(group, tuple(_gathered(own, group).flatten().tolist()))
@@ -140,10 +140,13 @@ def sharing(norm: nn.Module) -> tuple[Any, tuple[int, ...] | None]:
     These are None where each process must be asked; both are where the norm does not synchronise.
     """
     group = process_group(norm)
+    return group, None if group is None else _known(group)
+
+
+def _known(group: Any) -> tuple[int, ...] | None:
+    """The images of each of a group's processes, where they have been said."""
     known = _images.get()
-    if group is None or known is None or len(known) != dist.get_world_size(group):
-        return group, None
-    return group, known
+    return None if known is None or len(known) != dist.get_world_size(group) else known
 
 
 def agreed(holds: bool, group: Any, device: torch.device) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import effdense
-from effdense.engine.distributed import World
+from effdense.engine.distributed import World, gathered
 from effdense.verification.comparison import randomize_norms
 from tests.helpers.replaying import ReplayingDevice, replaying
 
@@ -104,10 +104,7 @@ def replayed_steps(world: World) -> dict[str, Tensor]:
             actual = _trained(kind, model, world.rank)
         equal = all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
         assert not graphs.left_out, graphs
-        own = torch.tensor([int(equal), len(graphs.stages), device.replays])
-        everyones = [torch.empty_like(own) for _ in SHARES]
-        torch.distributed.all_gather(everyones, own)
-        found[kind] = torch.stack(everyones)
+        found[kind] = torch.tensor(gathered([int(equal), len(graphs.stages), device.replays]))
     return found
 
 
