@@ -267,7 +267,8 @@ class MachineOptions:
     """Compile the network with torch.compile; each dense block breaks its graph."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Start each dense block as one CUDA graph. auto: on a GPU, but for --compile, --budget,
-    --offload and --sync-batch-norm."""
+    --offload, --step-in-backward, and --sync-batch-norm, whose graphs no GPUs have replayed yet:
+    one that hangs says nothing."""
     tf32: Annotated[
         Literal["on", "off"] | None, _recipe_default("{on,off}", "as torch's convolutions do: on")
     ] = None

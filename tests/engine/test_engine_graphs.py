@@ -18,6 +18,8 @@ from effdense.engine.tasks import Classification
 from effdense.engine.trainer import Trainer
 from effdense.engine.training import train
 from effdense.errors import UserError
+from tests.helpers.ranks import by_ranks
+from tests.helpers.replayed_training import RUNS
 from tests.helpers.replaying import ReplayingDevice, replaying
 
 
@@ -87,6 +89,17 @@ def test_steps_are_those_without_graphs(options: dict[str, Any], device: Replayi
 
 
 @pytest.mark.slow
+def test_steps_of_processes_whose_norms_synchronise(tmp_path: Path) -> None:
+    found = by_ranks("trained_by_replays", 2, tmp_path)
+    assert found.keys() == RUNS.keys()
+    for name, run in RUNS.items():
+        for equal, stages, replays in found[name].tolist():
+            assert equal, name
+            assert stages == 3, name
+            assert replays == 2 * stages * run.replayed, name
+
+
+@pytest.mark.slow
 def test_a_run_is_the_run_without_graphs(device: ReplayingDevice, tmp_path: Path) -> None:
     scores = []
     choices: tuple[Any, ...] = ("off", "on")
@@ -115,7 +128,13 @@ def test_a_run_is_the_run_without_graphs(device: ReplayingDevice, tmp_path: Path
 
 @pytest.mark.parametrize(
     "options",
-    [{"cuda_graphs": "off"}, {"compile": True}, {"offload": True}, {"sync_batch_norm": True}],
+    [
+        {"cuda_graphs": "off"},
+        {"compile": True},
+        {"offload": True},
+        {"sync_batch_norm": True},
+        {"step_in_backward": True},
+    ],
 )
 def test_where_they_are_not_wanted(options: dict[str, Any], device: ReplayingDevice) -> None:
     config = TrainConfig(data="fake", threads=1, **options).resolved()

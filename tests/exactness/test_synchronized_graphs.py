@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 def test_replayed_steps_are_steps_bit_for_bit(tmp_path: Path) -> None:
     found = by_ranks("replayed_steps", 2, tmp_path)
-    assert len(found) == 5
+    assert len(found) == 7
     for kind, of_ranks in found.items():
         for equal, stages, replays in of_ranks.tolist():
             assert equal, kind

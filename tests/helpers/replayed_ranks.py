@@ -26,7 +26,8 @@ STEPS = (SHARES, (3, 1), SHARES)
 def _ours(**options: Any) -> nn.Module:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 3), "num_init_features": 6}
-    model = effdense.DenseNet(**sizes, bn_size=2, num_classes=5, small_inputs=True, **options)
+    options = {"bn_size": 2, **options}
+    model = effdense.DenseNet(**sizes, num_classes=5, small_inputs=True, **options)
     return _synchronised(model)
 
 
@@ -51,6 +52,8 @@ def _converted() -> nn.Module:
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "features": _ours,
+    "bottlenecks": lambda: _ours(save="bottlenecks"),
+    "no bottleneck": lambda: _ours(bn_size=None),
     "input": lambda: _ours(save="input", drop_rate=0.3),
     "some frozen": _some_frozen,
     "autocast": lambda: _ours(save="bottlenecks"),

@@ -40,6 +40,7 @@ from effdense.engine.trainer import Step, Trainer
 from effdense.errors import UserError, one_line_errors
 from effdense.verification.comparison import randomize_norms
 from tests.helpers.replayed_ranks import refusals, replayed_steps, unseen_group
+from tests.helpers.replayed_training import trained_by_replays
 
 BATCH_SIZE = 10  # not a multiple of 3
 TEST_SIZES = (1, 2, 3, 4, 25, 101)
@@ -245,6 +246,7 @@ WORKERS: dict[str, Callable[[World], dict[str, Tensor]]] = {
         replayed_steps,
         refusals,
         unseen_group,
+        trained_by_replays,
     )
 }
 
