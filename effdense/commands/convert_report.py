@@ -12,10 +12,9 @@ from .network import Network
 
 @dataclass(frozen=True)
 class Options:
-    """Build a model on the meta device and list what effdense.convert would make linear in it, what
-    it would leave and why.
+    """List what effdense.convert would make linear in a model, what not, and why.
 
-    For example: python -m effdense convert-report torchvision.models:densenet121
+    For example: effdense convert-report torchvision.models:densenet121
     """
 
     network: Network = field(default_factory=Network)

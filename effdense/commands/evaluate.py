@@ -13,9 +13,7 @@ from . import front_end
 
 @dataclass(frozen=True)
 class Options:
-    """Test the network of a run, which may still be under way, or of a file that it has exported on
-    the images in FOLDER/CLASS/.
-    """
+    """Test the network of a run, or of a file that it has exported, on FOLDER/CLASS/*."""
 
     source: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of the run, or its model.safetensors."""

@@ -14,9 +14,9 @@ from ..errors import UserError, first_line
 
 @dataclass(frozen=True)
 class Options:
-    """Write the network of a run, which may still be under way, or of a file that it has exported
-    as ONNX: from images, read and normalised as model.preprocess of effdense.load does it, to
-    outputs. Then ONNX Runtime, which must be installed, is held against torch.
+    """Write the network of a run, or of a file that it has exported, as ONNX.
+
+    ONNX Runtime, which must be installed, is then held against torch.
     """
 
     source: Annotated[Positional[Path], arg(metavar="RUN")]
@@ -29,8 +29,7 @@ class Options:
         tuple[Path, ...],
         arg(metavar="PATH [PATH ...]", help_behavior_hint="(default: the test set's first)"),
     ] = ()
-    """Images, or folders of images, of which the first eight are answered by both; noise is, where
-    the test set is not there any more."""
+    """Images, or folders of them; eight are answered by both. Noise if there are none."""
     tolerance: float = 1e-4
     """Largest difference of an output over the largest output."""
 

@@ -1,7 +1,8 @@
 """Command lines from dataclasses: of ``python -m effdense``, ``train_ddp.py`` and the benchmarks.
 
 A field is an option, the string below it its help, the class's docstring what ``--help`` begins
-with. What no type says is checked in ``__post_init__``, by a :class:`UserError`.
+with. Each is one line, or one a paragraph: tyro keeps the breaks of indented lines. What no type
+says is checked in ``__post_init__``, by a :class:`UserError`.
 
 Importing this imports no torch: ``--help`` and a mistyped option are answered at once.
 """
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import tyro
@@ -63,7 +66,7 @@ def parse(
     """
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), _one_column():
             return tyro.cli(
                 options,
                 prog=program,
@@ -76,6 +79,20 @@ def parse(
         if exit_.code in (0, None):
             raise
         raise UserError(f"{_said(complaint.getvalue())}; see {program} --help") from None
+
+
+@contextlib.contextmanager
+def _one_column() -> Iterator[None]:
+    """Within it help is at most 100 columns wide: in 130 tyro sets two narrow panels abreast."""
+    said = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(min(shutil.get_terminal_size().columns, 100))
+    try:
+        yield
+    finally:
+        if said is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = said
 
 
 def check_positive(**values: int | None) -> None:

@@ -22,10 +22,9 @@ from .network import Batch, Network
 
 @dataclass(frozen=True)
 class Options:
-    """Draw the compute graph of the naive network beside effdense's, with the bytes that each node
-    keeps for backward, each storage counted once.
+    """Draw the naive network beside effdense's, with the bytes that each node keeps.
 
-    Nothing is allocated or computed. A picture needs Graphviz's dot; its text is written always.
+    Nothing is computed. A picture needs Graphviz's dot; its text is written always.
     """
 
     network: Network = field(default_factory=lambda: Network(depth=40))
@@ -35,8 +34,7 @@ class Options:
     level: Literal["module", "autograd"] = "module"
     """A node for each module, or for each of autograd's nodes."""
     nesting: int = 2
-    """Parts of a module's name that tell it from others: 2 for features.denseblock1, 3 for its
-    layers too."""
+    """Parts of a module's name that are shown: 2 for features.denseblock1."""
     only: Annotated[
         Literal["naive", "effdense"] | None,
         arg(metavar="{naive,effdense}", help_behavior_hint="(default: side by side)"),

@@ -44,8 +44,7 @@ class Network:
     """One of this package's by name, or whatever a callable returns."""
 
     name: Annotated[Positional[str], arg(metavar="MODEL")] = "densenet_bc"
-    """densenet_bc, densenet121, densenet161, densenet169, densenet201, or MODULE:CALLABLE, which
-    returns a model."""
+    """densenet_bc, densenet121, 161, 169, 201, or MODULE:CALLABLE, which returns a model."""
     depth: int = 100
     """Of densenet_bc, layers: 6 n + 4."""
     growth_rate: int = 12

@@ -17,8 +17,7 @@ from .network import Batch, Network
 
 @dataclass(frozen=True)
 class Options:
-    """Choose what each dense block of a network, or of a model that is converted, saves for
-    backward: the fastest choice whose predicted peak fits a budget of memory.
+    """Choose what each dense block saves for backward: the fastest that fits a budget.
 
     Nothing is allocated or trained.
     """
@@ -42,8 +41,7 @@ class Options:
     offload: bool = False
     """Keep what blocks keep elsewhere where nothing else fits."""
     ddp: bool = False
-    """Count DistributedDataParallel's gradient buckets, which hold gradients once more unless these
-    are views of them."""
+    """Count DistributedDataParallel's gradient buckets."""
     gradient_as_bucket_view: bool = False
     """Gradients are views of --ddp's buckets, as in train_ddp.py."""
     step_in_backward: bool = False

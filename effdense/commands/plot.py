@@ -13,9 +13,7 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """Draw loss.png and error.png from train.csv and test.csv, and images-per-second.png and
-    memory.png from speed.csv.
-    """
+    """Draw a run's curves from its CSV files, or several runs' in the same pictures."""
 
     work_dirs: Annotated[
         Positional[tuple[Path, ...]],

@@ -17,9 +17,9 @@ from . import front_end
 
 @dataclass(frozen=True)
 class Options:
-    """Classify images with the network of a run, which may still be under way, or of a file that it
-    has exported: CSV of each image with its most probable class, with the --top-k of them, or with
-    the probabilities of --all classes.
+    """Classify images with the network of a run, or of a file that it has exported.
+
+    CSV of each image with its most probable class, with --top-k, or with --all.
     """
 
     source: Annotated[Positional[Path], arg(metavar="RUN")]

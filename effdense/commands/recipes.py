@@ -24,7 +24,7 @@ thing to each picture, drawn at random; mixup mixes each with another of its bat
 
 @dataclass(frozen=True)
 class Options:
-    """List the data sets of train, and the defaults that each brings; any option overrides them."""
+    """List the data sets of train, and the defaults that each brings."""
 
 
 def run(options: Options) -> None:

@@ -25,8 +25,7 @@ from . import front_end
 
 @dataclass(frozen=True)
 class Options:
-    """Train a DenseNet: in one process with "effdense train", in N with
-    "torchrun --nproc_per_node N -m effdense train".
+    """Train a DenseNet; in N processes: torchrun --nproc_per_node N -m effdense train.
 
     Each data set brings its own defaults: effdense recipes lists them.
     """

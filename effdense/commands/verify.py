@@ -27,12 +27,9 @@ _Dtype = Literal["float64", "float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Options:
-    """Hold effdense's network, or a model that it converts, against the naive one: hidden states,
-    output, loss, gradients, buffers, save modes, finite differences, several optimiser steps; then
-    measure memory and time of both, each in a process of its own.
+    """Hold effdense's network, or a model that it converts, against the naive one.
 
-    On a GPU also every Triton kernel and the predicted memory. Exit status 1 where a claim does not
-    hold.
+    Then measure memory and time of both. Exit status 1 where a claim does not hold.
     """
 
     network: Network = field(default_factory=lambda: Network(depth=40))
@@ -46,8 +43,7 @@ class Options:
             help_behavior_hint="(default: float64, on a GPU all)",
         ),
     ] = None
-    """float64 (relative error at most 1e-10), float32, bfloat16 under autocast (at most twice the
-    naive network's own error)."""
+    """Error at most: 1e-10 in float64, in bfloat16 twice the naive network's own."""
     device: Annotated[
         str | None,
         arg(metavar="DEVICE", help_behavior_hint="(default: cuda where there is one)"),

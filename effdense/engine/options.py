@@ -53,23 +53,22 @@ class DataOptions:
     """Augmentation of the training images; see effdense recipes."""
     spatial_dims: Literal[2, 3] = 2
     """2: images; 3: volumes, NIfTI or .npy, of imagefolder and csv."""
-    spacing: Annotated[
-        tuple[float, float, float] | None, _recipe_default("MM MM MM", "as it is")
-    ] = None
+    spacing: Annotated[tuple[float, float, float] | None, _recipe_default("X Y Z", "as it is")] = (
+        None
+    )
     """What NIfTI volumes are resampled to along their axes, millimetres."""
-    crop: Annotated[
-        tuple[int, int, int] | None, _recipe_default("VOXELS VOXELS VOXELS", "--image-size each")
-    ] = None
-    """What is cut out of volumes, along their axes."""
+    crop: Annotated[tuple[int, int, int] | None, _recipe_default("X Y Z", "--image-size each")] = (
+        None
+    )
+    """What is cut out of volumes, voxels along their axes."""
     image_size: Annotated[int | None, _recipe_default("PIXELS")] = None
     """Height and width of the images, pixels; for imagefolder, webdataset, csv and fake only."""
     table: Annotated[Path | None, _recipe_default("FILE", "none")] = None
     """CSV file that lists the images of --data csv, one a row, with a header."""
     image_column: str = "image"
     """Its column of image files, relative to --data-dir."""
-    label_columns: tuple[str, ...] = ("label",)
-    """Its column of class names; or several, a class each, of 1, 0, -1 (uncertain) and nothing
-    (not known)."""
+    label_columns: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ("label",)
+    """Its column of class names; or several, a class each, of 1, 0, -1 (uncertain) or nothing."""
     split_column: str = "split"
     """Its column of train, val and test; without it the images are split at random."""
     group_column: str = ""
@@ -77,8 +76,7 @@ class DataOptions:
     val_fraction: float = 0.2
     """Share of the groups, in (0, 1), that tests where there is no split column."""
     task: Literal["auto", "classification", "multilabel"] = "auto"
-    """classification: one class an image; multilabel: any number, names of one column parted by
-    |. auto: by the number of label columns."""
+    """multilabel: an image has any number of classes. auto: where labels have several columns."""
     uncertain: Literal["zeros", "ones", "ignore"] = "zeros"
     """What labels of -1 are taken for. ignore: not known."""
     missing_classes: Literal["warn", "stop"] = "warn"
@@ -86,24 +84,20 @@ class DataOptions:
     channels: Annotated[int | None, _recipe_default("1|3", "3, of volumes 1")] = None
     """Channels that image files are read as; 1: grey."""
     window: Annotated[tuple[float, float] | None, _recipe_default("LOW HIGH", "all values")] = None
-    """Values of image files that become black and white, in between without loss; needed for
-    floats and 32-bit integers."""
+    """Values of image files that become black and white; needed for floats and 32-bit integers."""
     normalization: Annotated[
         Literal["imagenet", "measured"] | None,
         _recipe_default("{imagenet,measured}", "imagenet, or measured for one channel"),
     ] = None
-    """Mean and deviation that image files are normalised by. measured: the training images', once,
-    and kept with the run."""
+    """Mean and deviation of image files; measured: on the training images, once."""
     balance: Literal["none", "loss", "sampling"] = "none"
-    """Against rare classes. loss: weigh them up, with multilabel positive against negative ones;
-    sampling: draw them as often as the others, with replacement."""
+    """Rare classes. loss: weigh them up; sampling: draw them as often as others."""
     num_workers: Annotated[
         int | None, _recipe_default("PROCESSES", "the cores per process, at most 8")
     ] = None
     """Loader processes per training process; for image files only, other data stay in memory."""
     corrupt_images: Literal["stop", "skip"] = "stop"
-    """What to do about image files that cannot be read. skip: in training, take the data set's
-    next image instead; in testing, leave it out."""
+    """Unreadable image files. skip: in training the next one is taken, in testing none."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +117,7 @@ class NetworkOptions:
     ] = None
     """Dropout probability of each layer's new features, in [0, 1)."""
     model: Annotated[str | None, _recipe_default("MODULE:CALLABLE", "none")] = None
-    """Instead of --arch: what returns a model of torchvision, timm, MONAI, torchxrayvision or your
-    own, whose dense blocks are then made linear, such as monai.networks.nets:DenseNet121."""
+    """Instead of --arch: what returns a model, such as monai.networks.nets:DenseNet121."""
     model_args: Annotated[str | None, _recipe_default("JSON", "none")] = None
     """Arguments for --model, such as '{"spatial_dims": 3, "in_channels": 1, "out_channels": 2}'."""
     sync_batch_norm: bool = False
@@ -141,12 +134,9 @@ class StartOptions:
             aliases=["--init-from"], metavar="NAME|FILE|RUN", help_behavior_hint="(default: none)"
         ),
     ] = None
-    """Published weights by torchvision's name, such as IMAGENET1K_V1, a file of weights, or a run's
-    folder. The head is new where the classes differ, the first convolution is adapted to the
-    images' channels, 2-D weights to volumes."""
+    """Published weights, such as IMAGENET1K_V1, a file's or a run's; head and stem are fitted."""
     freeze: Annotated[str | None, _recipe_default("N|PATTERN", "nothing")] = None
-    """Keep from learning all up to the N-th dense block, or the parameters whose names match, such
-    as 'features.*'; norms among them keep their running statistics."""
+    """Freeze all up to the N-th dense block, or parameters by name, such as 'features.*'."""
     freeze_norms: bool = False
     """Keep every batch norm's weights and running statistics as they are."""
     head_lr_factor: float = 1.0
@@ -162,14 +152,11 @@ class MemoryOptions:
     budget: Annotated[str | None, _recipe_default("SIZE", "none")] = None
     """Choose each block's --save so that a step fits, such as 8GiB; auto: what is free."""
     offload: bool = False
-    """Keep what dense blocks keep in main memory (of a GPU) or in files (of a processor); with
-    --budget, where nothing else fits."""
+    """Keep elsewhere what blocks keep: in main memory (of a GPU) or in files (of a processor)."""
     accumulate: int = 1
-    """Take each step in so many parts, one after the other, for less memory; batch norm then
-    sees a part at a time."""
+    """Take each step in so many parts, for less memory; batch norm sees a part at a time."""
     step_in_backward: bool = False
-    """Step each layer's parameters as soon as its backward is done and free its gradients: the same
-    bits in less memory, in one process without --accumulate, --clip-grad and float16."""
+    """Step a layer's parameters when its backward is done: less memory, in one process only."""
     channels_last: bool = False
     """Hold images and weights in channels-last order. The dense blocks do so in any case."""
 
@@ -189,8 +176,7 @@ class OptimisationOptions:
     ] = None
     """Learning rate at the start."""
     lr_batch_size: int = 0
-    """The batch size that --lr is for: it is scaled in proportion to --batch-size; 0: whatever
-    --batch-size is."""
+    """Batch size that --lr is for: it is scaled to --batch-size. 0: not scaled."""
     warmup_epochs: float = 0.0
     """Epochs in which the rate rises to what it would be, from a tenth of it."""
     momentum: float = 0.9
@@ -210,13 +196,11 @@ class OptimisationOptions:
     label_smoothing: float = 0.0
     """Share of the training target that is spread over all classes, in [0, 1)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What is computed in; 16 bits by autocast over float32 parameters, float16 with scaled
-    loss."""
+    """What is computed in; 16 bits by autocast over float32 parameters."""
     clip_grad: float = 0.0
     """Largest norm of the gradient of all parameters together; 0: any."""
     ema: float = 0.0
-    """Decay per step, in [0, 1), of a moving average of the weights, which is then what is
-    tested and kept; 0: none."""
+    """Decay per step, in [0, 1), of averaged weights, which are tested and kept; 0: none."""
     non_finite: Literal["stop", "skip"] = "stop"
     """What to do about a loss or gradient that is not finite. skip: leave out its step."""
     max_skipped: int = 10
@@ -236,8 +220,7 @@ class OutputOptions:
     ] = None
     """Folder for the run's files: its options, scores, curves, checkpoints and weights."""
     resume: Literal["auto", "never"] = "auto"
-    """What to do with the run that --work-dir holds. auto: go on with it if it has the same
-    options, else it is an error; never: it is an error."""
+    """The run that --work-dir holds. auto: go on if its options are the same; never: an error."""
     overwrite: bool = False
     """Replace the run that --work-dir holds."""
     checkpoint_steps: int = 0
@@ -247,8 +230,7 @@ class OutputOptions:
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay; the best epoch's stays too."""
     best_by: Annotated[str | None, _recipe_default("METRIC", "error; of labels, auroc")] = None
-    """What of a test says which epoch is the best, whose weights are exported: loss, error or a
-    column of scores.csv."""
+    """Which epoch's weights are exported: by loss, error or a column of scores.csv."""
     tensorboard: bool = False
     """Write the scores for TensorBoard too, which must be installed."""
     system_interval: int = 100
@@ -265,10 +247,14 @@ class MachineOptions:
     """What computes the dense blocks."""
     compile: bool = False
     """Compile the network with torch.compile; each dense block breaks its graph."""
-    cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    """Start each dense block as one CUDA graph. auto: on a GPU, but for --compile, --budget,
-    --offload, --step-in-backward, and --sync-batch-norm, whose graphs no GPUs have replayed yet:
-    one that hangs says nothing."""
+    cuda_graphs: Annotated[
+        Literal["auto", "on", "off"],
+        tyro.conf.arg(
+            help="Start each dense block as one CUDA graph. auto: on a GPU, but for --compile, "
+            "--budget, --offload, --step-in-backward, and --sync-batch-norm, whose graphs no GPUs "
+            "have replayed yet: one that hangs says nothing."
+        ),
+    ] = "auto"
     tf32: Annotated[
         Literal["on", "off"] | None, _recipe_default("{on,off}", "as torch's convolutions do: on")
     ] = None
@@ -276,8 +262,7 @@ class MachineOptions:
     deterministic: bool = False
     """Allow only algorithms that give the same bits every time. On processors all of them do."""
     hang_timeout: float = 600.0
-    """End a run that has not moved for so many seconds and name the process that hangs; 0: never.
-    Between several processes only."""
+    """Seconds after which a run of several processes that stands still is ended; 0: never."""
     threads: Annotated[
         int | None, _recipe_default("THREADS", "$OMP_NUM_THREADS, else the cores per process")
     ] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import types
 from pathlib import Path
@@ -110,9 +111,35 @@ def test_every_option_of_every_command_is_described(
 ) -> None:
     assert not status(command, "--help")
     _, options = capsys.readouterr().out.split("show this help message and exit")
-    for entry in re.split(r"\n│ (?=-)", options)[1:]:
+    for entry in re.split(r"\n[│ ] (?=-\w|--\w)", options)[1:]:
         words = entry.replace("│", " ").split("(default:")[0].split()
         assert len(words) > 2, entry
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_one_column_of_full_lines(
+    command: str,
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert not status(command, "--help")
+    first = re.compile(r"\n(?=\W*options |\W*positional arguments )")
+    about, panels = first.split(capsys.readouterr().out, maxsplit=1)
+    assert all(len(line) <= 80 for line in about.splitlines()[1:])
+    lines = panels.splitlines()
+    widest = max(map(len, lines))
+    assert widest <= min(columns, 100)
+    assert not any(line.count("╭") > 1 or re.search(r" ---+ +---+", line) for line in lines)
+    room = widest - (4 if "╭" in panels else 2)
+    texts = [line[2:].rstrip("│ ") for line in lines]
+    for text, following in itertools.pairwise(texts):
+        is_option_alone = text[:1] != " " and "  " not in text
+        if text and following.startswith("    ") and not is_option_alone:
+            word = following.split()[0]
+            assert len(text) + 1 + len(word) > room, f"{text} | {word}"
 
 
 def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
