@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from . import ROOT, page, targets
-from .sheet import Row, Sheet, rows_of
+from .sheet import Row, Sheet, as_json, rows_of, told
 
 # by how much of the time each may take; what one leaves over is the others'
 SECTIONS = {
@@ -35,23 +34,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        print("error: torch sees no GPU here", file=sys.stderr)
+    fault = _wrong_device(options.device)
+    if fault is not None:
+        print(f"error: {fault}", file=sys.stderr)
         return 2
     if options.section is not None:
         _section(options)
         return 0
     options.output.mkdir(parents=True, exist_ok=True)
-    rows = _all_sections(options)
-    (options.output / "report.json").write_text(
-        json.dumps({name: [asdict(row) for row in found] for name, found in rows.items()}, indent=1)
-    )
+    rows = {"run": _about(options), **_all_sections(options)}
+    (options.output / "report.json").write_text(as_json(rows))
     (options.output / "report.html").write_text(page.html(rows))
     failed = [row for found in rows.values() for row in found if row.verdict == "fail"]
     print(f"\n{page.summary(rows)}")
     for row in failed:
         print(f"  {row}")
-    print(f"report: {options.output / 'report.html'}, to be attached to an issue")
+    print(f"report: {options.output}/report.html and report.json, to be attached to an issue")
     return 1 if failed else 0
 
 
@@ -73,6 +71,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     return parser
+
+
+def _wrong_device(name: str) -> str | None:
+    kind, colon, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (colon and not index.isdecimal())):
+        return f"--device expects cuda, cuda:N or cpu, got {name}"
+    count = torch.cuda.device_count()
+    if kind == "cuda" and count == 0:
+        return "torch sees no GPU here"
+    if colon and int(index) >= count:
+        return f"--device {name}: torch sees {count} GPUs, the last is cuda:{count - 1}"
+    return None
+
+
+def _about(options: argparse.Namespace) -> list[Row]:
+    """What was asked, and of what."""
+    began = datetime.datetime.now(datetime.timezone.utc)
+    device = torch.device(options.device)
+    name = "cpu, no GPU"
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)} ({device})"
+    left_out = [each for each in SECTIONS if each not in options.sections]
+    said = {
+        "begun": f"{began:%Y-%m-%d %H:%M} UTC",
+        "device": name,
+        "networks": "tiny" if options.tiny or device.type != "cuda" else "full size",
+        "time allowed": f"{options.minutes:g} minutes",
+        "sections not asked for": ", ".join(left_out) or "none",
+    }
+    return [Row("run", what, "said", note=which) for what, which in said.items()]
 
 
 def _section(options: argparse.Namespace) -> None:
@@ -109,7 +137,7 @@ def _all_sections(options: argparse.Namespace) -> dict[str, list[Row]]:
         fault = _run(options, name, seconds)
         rows[name] = rows_of(path)
         if fault is not None:
-            rows[name].append(Row("section", name, "fail", note=fault))
+            rows[name].append(told(Row("section", name, "fail", note=fault)))
             print(rows[name][-1])
         rows[name].append(Row("section", "time", "said", time.monotonic() - began, "s"))
     if "speed" in rows:

@@ -19,10 +19,10 @@ from .sheet import Sheet
 def run(sheet: Sheet, device: torch.device, tiny: bool) -> None:
     network = TINY[0]
     for what, check in (
-        ("two steps with --deterministic", _deterministic),
-        ("CUDA graphs", _graphs),
-        ("ten steps that wait for nothing", _waits),
-        ("the last GPU while the first is current", _last_device),
+        ("two runs with --deterministic", _deterministic),
+        ("steps by CUDA graphs", _graphs),
+        ("steps of the trainer that never wait for the GPU", _waits),
+        ("a network on the last GPU while the first is current", _last_device),
         ("launches of a layer", _launches),
     ):
         if not sheet.has_time("checks", what, 5):
@@ -64,7 +64,7 @@ def _deterministic(sheet: Sheet, what: str, network: Network, device: torch.devi
     finally:
         torch.use_deterministic_algorithms(False)
     equal = all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
-    sheet.check("checks", what, equal, note="weights and buffers, bit for bit")
+    sheet.check("checks", what, equal, note="three steps; weights and buffers compared bit for bit")
 
 
 def _graphs(sheet: Sheet, what: str, network: Network, device: torch.device) -> None:
@@ -103,7 +103,7 @@ def _waits(sheet: Sheet, what: str, network: Network, device: torch.device) -> N
         trainer.network.train()
         trainer.step(images, labels, network.batch, lr=0.1)
         if device.type != "cuda":
-            sheet.skip("checks", what, "no GPU to wait for")
+            sheet.skip("checks", what, "no GPU")
             return
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -111,13 +111,15 @@ def _waits(sheet: Sheet, what: str, network: Network, device: torch.device) -> N
                 trainer.step(images, labels, network.batch, lr=0.1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    sheet.check("checks", what, True, note="of the engine, with clipping and averaged weights")
+    sheet.check(
+        "checks", what, True, note="ten, with clipping and averaged weights; to wait is an error"
+    )
 
 
 def _last_device(sheet: Sheet, what: str, network: Network, device: torch.device) -> None:
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     if count < 2:
-        sheet.skip("checks", what, f"{count} GPUs")
+        sheet.skip("checks", what, "one GPU; it takes two" if count else "no GPU")
         return
     last = torch.device("cuda", count - 1)
     with torch.cuda.device(0):
@@ -143,9 +145,10 @@ def _launches(sheet: Sheet, what: str, network: Network, device: torch.device) -
         ]
         found[save] = (counts[0] - counts[1]) / len(config)
         if save != "naive":
-            note = "kernels of forward and backward, at most 12; naive in the next row but one"
+            note = "kernels of forward and backward, at most 12"
             sheet.check("checks", f"{what}, {save}", found[save] <= 12, found[save], note)
-    sheet.measured("checks", f"{what}, naive", found["naive"], "kernels")
+    note = "kernels of forward and backward of the naive network"
+    sheet.measured("checks", f"{what}, naive", found["naive"], "", note)
 
 
 def _counted(sheet: Sheet, what: str, network: Network) -> None:
@@ -158,7 +161,7 @@ def _counted(sheet: Sheet, what: str, network: Network) -> None:
     images = torch.randn(2, 3, 8, 8)
     for save in ("features", "bottlenecks"):
         found = launches.per_layer(save, network.arguments(), images).layer
-        note = "kernels of forward and backward, at most 12; counted, launched nowhere"
+        note = "kernels of forward and backward, at most 12; counted where nothing is launched"
         sheet.check("checks", f"{what}, {save}", found <= 12, found, note)
 
 

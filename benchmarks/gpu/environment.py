@@ -24,6 +24,4 @@ def run(sheet: Sheet, device: torch.device, tiny: bool) -> None:
         for what, which in versions.items():
             sheet.add(Row("environment", what, "said", note=which))
         sheet.add(Row("environment", "processor", "said", note=machine.processor()))
-    sheet.add(Row("environment", "revision", "said", note=machine.short_revision()))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    sheet.add(Row("environment", "measured on", "said", note=f"{device}: {name}"))
+        sheet.add(Row("environment", "revision", "said", note=machine.short_revision()))

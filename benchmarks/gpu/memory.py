@@ -32,12 +32,14 @@ def run(sheet: Sheet, device: torch.device, tiny: bool) -> None:
     for network, save in cases:
         for name, dtype in networks.DTYPES.items():
             what = f"{network.name}, {save}, {name}"
-            if sheet.has_time("prediction", what, 0 if tiny else 8):
+            if sheet.has_time("peak", what, 0 if tiny else 8):
                 _predict(sheet, what, network, save, dtype, device)
     for network in (TINY[0],) if tiny else (deep,):
         if sheet.has_time("budget", network.name, 0 if tiny else 15):
             _budget(sheet, network, device)
-    if not tiny and sheet.has_time("16 GB", large.name, 15):
+    if tiny:
+        sheet.skip("16 GB", large.name, "tiny networks alone")
+    elif sheet.has_time("16 GB", large.name, 15):
         _card(sheet, large, device)
 
 
@@ -47,16 +49,17 @@ def _predict(
     model = networks.ours(save)(network)
     kind: Any = device.type
     found = effdense.estimate(model, network.shape, dtype=dtype, device=kind)
-    sheet.add(Row("prediction", what, "predicted", found.peak / 2**20, "MiB", "allocated"))
+    note = f"allocated at most, on a {'GPU' if kind == 'cuda' else 'CPU'}"
+    sheet.add(Row("peak", what, "predicted", found.peak / 2**20, "MiB", note))
     if device.type != "cuda":
-        sheet.skip("prediction", what, "no GPU, whose allocator counts")
+        sheet.skip("peak", f"{what}, measured", "no GPU")
         return
     try:
         allocated, reserved = _peak(model, network, dtype, device)
     except torch.cuda.OutOfMemoryError as error:
-        sheet.failed("prediction", what, error)
+        sheet.failed("peak", what, error)
         return
-    sheet.measured("prediction", what, allocated / 2**20, "MiB", "allocated at most")
+    sheet.measured("peak", what, allocated / 2**20, "MiB", "allocated at most")
     if found.reserved is not None:
         note = f"predicted {found.reserved / 2**20:.0f} MiB"
         sheet.measured("reserved", what, reserved / 2**20, "MiB", note)
@@ -97,7 +100,7 @@ def _budget(sheet: Sheet, network: Network, device: torch.device) -> None:
     plan.apply(model)
     what = f"{network.name}, {show_size(budget)}"
     if device.type != "cuda":
-        sheet.skip("budget", what, "no GPU, whose allocator counts")
+        sheet.skip("budget", what, "no GPU")
         return
     allocated, reserved = _peak(model, network, torch.float32, device)
     note = f"{allocated / 2**20:.0f} MiB allocated, {reserved / 2**20:.0f} reserved"
@@ -106,9 +109,6 @@ def _budget(sheet: Sheet, network: Network, device: torch.device) -> None:
 
 def _card(sheet: Sheet, network: Network, device: torch.device) -> None:
     """Whether it would train on a card of 16 GB: by what it reserves here."""
-    if device.type != "cuda":
-        sheet.skip("16 GB", network.name, "no GPU, whose allocator counts")
-        return
     _, reserved = _peak(networks.ours("features")(network), network, torch.bfloat16, device)
     # the driver and libraries want some of it
     sheet.check(

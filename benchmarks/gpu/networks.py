@@ -36,6 +36,10 @@ class Network(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         return (self.batch, 3, *[self.pixels] * self.dims)
 
+    @property
+    def channels_last(self) -> torch.memory_format:
+        return torch.channels_last if self.dims == 2 else torch.channels_last_3d
+
 
 FULL = (
     Network("(100, k12) batch 64", "densenet_bc", 100, 12, 64, 32),
@@ -79,15 +83,21 @@ class Step:
         model: on the device already.
         network: whose input it is given.
         dtype: bfloat16 means autocast.
+        channels_last: how the images lie.
     """
 
     def __init__(
-        self, model: nn.Module, network: Network, dtype: torch.dtype, device: torch.device
+        self,
+        model: nn.Module,
+        network: Network,
+        dtype: torch.dtype,
+        device: torch.device,
+        channels_last: bool = True,
     ) -> None:
         self.model, self._dtype, self._device = model, dtype, device
         self.images = torch.randn(network.shape, device=device)
-        if network.dims == 2:
-            self.images = self.images.contiguous(memory_format=torch.channels_last)
+        if channels_last:
+            self.images = self.images.contiguous(memory_format=network.channels_last)
         self._labels = torch.arange(network.batch, device=device) % 10
         self.optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, foreach=True)
 

@@ -23,6 +23,7 @@ def run(sheet: Sheet, device: torch.device, tiny: bool) -> None:
     if device.type != "cuda":
         for dtype in (torch.float32, torch.float64):
             _operations(sheet, device, dtype)
+        sheet.skip("Triton kernels", "every variant of the README's networks", "no GPU")
         return
     for dtype in select.TRITON_DTYPES:
         ways: dict[str, Any] = {"": nullcontext}

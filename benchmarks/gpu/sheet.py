@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from effdense.errors import first_line
+
+from . import ROOT
 
 Verdict = Literal["pass", "fail", "skipped", "measured", "predicted", "said"]
 
@@ -26,7 +31,7 @@ class Row:
     note: str = ""
 
     def __str__(self) -> str:
-        value = "" if self.value is None else f"{self.value:.4g} {self.unit}".strip()
+        value = "" if self.value is None else f"{show(self.value)} {self.unit}".strip()
         return f"{self.verdict:9} {self.group}: {self.what}  {value}  {self.note}".rstrip()
 
 
@@ -43,6 +48,7 @@ class Sheet:
         return self._end - time.monotonic()
 
     def add(self, row: Row) -> None:
+        row = told(row)
         print(row, flush=True)
         with self._path.open("a") as file:
             file.write(json.dumps(dataclasses.asdict(row)) + "\n")
@@ -67,6 +73,32 @@ class Sheet:
             return True
         self.skip(group, what, "no time left")
         return False
+
+
+def show(value: float) -> str:
+    """In four figures, but whole from 1,000 on."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def told(row: Row) -> Row:
+    """As others may read it: without the folders of who ran it, and in numbers that JSON has."""
+    note = row.note
+    for folder, name in ((ROOT, "."), (Path.home(), "~")):
+        if folder != folder.parent:
+            note = re.sub(rf"{re.escape(str(folder))}(?![\w.-])", name, note)
+    if row.value is None or math.isfinite(row.value):
+        return dataclasses.replace(row, note=note)
+    note = f"{row.value}; {note}" if note else str(row.value)
+    return dataclasses.replace(row, note=note, value=None)
+
+
+def as_json(rows: Mapping[str, Sequence[Row]]) -> str:
+    """All rows by section, a line each."""
+    sections = []
+    for name, found in rows.items():
+        lines = [f"  {json.dumps(dataclasses.asdict(row), allow_nan=False)}" for row in found]
+        sections.append(f" {json.dumps(name)}: [\n" + ",\n".join(lines) + "\n ]")
+    return "{\n" + ",\n".join(sections) + "\n}\n"
 
 
 def rows_of(path: Path) -> list[Row]:

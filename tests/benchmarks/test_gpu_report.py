@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from gpu import __main__ as command
-from gpu import page, targets
+from gpu import networks, page, speed, targets
 from gpu import sheet as sheets
 from gpu import tests as tests_section
 from gpu.sheet import Row, Sheet, rows_of
@@ -64,15 +64,16 @@ def test_the_command_runs_with_nothing_but_torch_and_triton(tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert list(found) == [*sections, "targets"]
+    assert list(found) == ["run", *sections, "targets"]
     assert all(row["verdict"] != "fail" for rows in found.values() for row in rows)
     verdicts = {name: {row["verdict"] for row in rows} for name, rows in found.items()}
     assert "pass" in verdicts["operations"]
     assert {"predicted", "skipped"} <= verdicts["memory"]
     assert {"measured", "skipped"} <= verdicts["speed"]
-    assert "measured" in verdicts["targets"]
+    # a ratio of tiny networks on a processor would be taken for one
+    assert verdicts["targets"] == {"skipped"}
     whats = {row["what"]: row for row in found["checks"]}
-    assert whats["two steps with --deterministic"]["verdict"] == "pass"
+    assert whats["two runs with --deterministic"]["verdict"] == "pass"
     assert whats["launches of a layer, features"]["verdict"] == "pass"
     html = (tmp_path / "report" / "report.html").read_text()
     assert "Images a second: (16, k4) batch 4, float32" in html
@@ -143,7 +144,8 @@ def test_targets_are_against_the_best_naive_network() -> None:
     ]
     assert targets.rows(slow, "cuda")[0].verdict == "fail"
     # figures of a processor are neither
-    assert targets.rows(ROWS["speed"], "cpu")[0].verdict == "measured"
+    on_processor = targets.rows(ROWS["speed"], "cpu")[0]
+    assert (on_processor.verdict, on_processor.value) == ("skipped", None)
 
 
 def test_a_sheet_keeps_its_rows_and_its_time(
@@ -167,6 +169,19 @@ def test_a_sheet_keeps_its_rows_and_its_time(
         Row("g", "slow", "skipped", note="no time left"),
         Row("g", "f", "fail", note="ValueError: first"),
     ]
+
+
+@pytest.mark.parametrize("network", networks.FULL, ids=lambda network: network.name)
+def test_each_way_takes_the_networks_it_is_given(network: networks.Network) -> None:
+    ways = {way.name: way for way in speed.WAYS if way.takes(network) and not way.compiled}
+    assert any(name.startswith("naive") for name in ways)
+    for way in ways.values():
+        if way.save is None:
+            with torch.device("meta"):
+                assert way.build(network)(torch.empty(network.shape)).shape[0] == network.batch
+    # a rival is measured as it is fastest
+    assert ("naive, channels first" in ways) == (network.dims == 3)
+    assert ("torchvision, memory efficient" in ways) == network.name.startswith("densenet121 batch")
 
 
 @pytest.mark.slow
@@ -238,3 +253,76 @@ def test_every_subject_has_tests_for_gpus() -> None:
     counts = dict(re.findall(r"(tests/\S+): (\d+)", done.stdout))
     assert counts.keys() == {"tests/device/test_on_a_device.py", *files}, done.stdout + done.stderr
     assert sum(map(int, counts.values())) > 500
+
+
+def test_what_was_not_run_is_said_with_its_reasons() -> None:
+    rows = {
+        "run": [Row("run", "device", "said", note="cpu, no GPU")],
+        "checks": [Row("checks", "a", "skipped", note="no GPU")],
+        "speed": [
+            Row("one", "b", "skipped", note="no GPU"),
+            Row("one", "c", "skipped", note="no time left"),
+            Row("section", "time", "said", 1234.5, "s"),
+        ],
+        "memory": [Row("section", "time", "said", 0.5, "s")],
+    }
+    html = page.html(rows)
+    assert "<title>effdense without a GPU</title>" in html
+    assert "figures mean nothing" in html
+    left_out = html.partition("What was not run, and why")[2].partition("</ul>")[0]
+    assert "<li>no GPU: What must hold on a device (1), Speed (1)</li>" in left_out
+    assert "<li>no time left: Speed (1)</li>" in left_out
+    assert "Took 1,234 s." in html
+    # whose it is, also where it is alone
+    alone = page.html({"targets": targets.rows(ROWS["speed"][:3], "cuda")})
+    assert "(1, 2) &lt;3&gt;, float32" in alone.partition("<h2>Targets</h2>")[2]
+    # a section that left nothing says so
+    assert "Nothing was found in its time." in html.partition("<h2>Memory</h2>")[2]
+    run = [Row("run", "device", "said", note="A Card (cuda:0)")]
+    assert "<h1>effdense on A Card (cuda:0)</h1>" in page.html({**ROWS, "run": run})
+    tiny = [*run, Row("run", "networks", "said", note="tiny")]
+    assert "Run on tiny networks: figures mean nothing" in page.html({**ROWS, "run": tiny})
+
+
+def test_a_report_names_no_folders_of_who_ran_it(tmp_path: Path) -> None:
+    home = Path.home()
+    sheet = Sheet(tmp_path / "rows.jsonl", 5.0)
+    sheet.failed("g", "w", OSError(f"{REPOSITORY}/kernels/a.py and {home}/b, not {home}less/c"))
+    (row,) = rows_of(tmp_path / "rows.jsonl")
+    assert row.note == f"OSError: ./kernels/a.py and ~/b, not {home}less/c"
+
+
+def test_the_data_are_json_a_row_a_line(tmp_path: Path) -> None:
+    sheet = Sheet(tmp_path / "rows.jsonl", 5.0)
+    sheet.check("g", "nan", False, float("nan"), "at most 1")
+    sheet.check("g", "inf", False, float("inf"))
+    rows = rows_of(tmp_path / "rows.jsonl")
+    assert [(row.value, row.note) for row in rows] == [(None, "nan; at most 1"), (None, "inf")]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    text = sheets.as_json({"checks": rows, "empty": []})
+    found = json.loads(text, parse_constant=refuse)
+    assert [row["what"] for row in found["checks"]] == ["nan", "inf"]
+    assert found["empty"] == []
+    assert sum("verdict" in line for line in text.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("mps", "--device expects cuda, cuda:N or cpu, got mps"),
+        ("cuda:x", "--device expects cuda, cuda:N or cpu, got cuda:x"),
+        ("cuda", "torch sees no GPU here"),
+        ("cuda:2", "--device cuda:2: torch sees 2 GPUs, the last is cuda:1"),
+    ],
+)
+def test_a_device_that_is_not_there(
+    device: str, said: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    count = 2 if device == "cuda:2" else 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert command.main(["--device", device, "--output", str(tmp_path / "report")]) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
+    assert not (tmp_path / "report").exists()
