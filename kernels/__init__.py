@@ -32,6 +32,9 @@ __all__ = [
     "dropout",
     "finish_gradient",
     "launch",
+    "launch_search",
+    "launch_table",
+    "layouts",
     "statistics",
     "traffic",
 ]

@@ -42,15 +42,9 @@ from effdense.kernels import (
     finish_gradient,
     statistics,
 )
-from effdense.kernels.launch import (
-    PADDING,
-    Architecture,
-    Launcher,
-    LaunchTable,
-    alignment,
-    cdiv,
-    interpreted,
-)
+from effdense.kernels.launch import Launcher, interpreted
+from effdense.kernels.launch_table import Architecture, LaunchTable
+from effdense.kernels.layouts import PADDING, alignment, cdiv
 from effdense.kernels.machine_code import Call, MachineCode, Record, compile_call, key_of, read
 from effdense.machine.environment import cache_folder
 

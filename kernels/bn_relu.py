@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from effdense.backends.base import Normalization
-from effdense.kernels.launch import Launcher, cdiv, empty, jit, layouts, matrices, pad, written
+from effdense.kernels.launch import Launcher, jit
+from effdense.kernels.layouts import cdiv, empty, layouts, matrices, pad, written
 from effdense.kernels.sums import add_sums, prepare_sums
 from effdense.kernels.tiles import (
     backward_terms,

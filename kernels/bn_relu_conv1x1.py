@@ -21,17 +21,8 @@ from torch import Tensor
 
 from effdense.backends.base import Normalization, Statistics
 from effdense.kernels.bn_relu import bn_relu_reference
-from effdense.kernels.launch import (
-    Launcher,
-    cdiv,
-    empty,
-    interpreted,
-    jit,
-    layouts,
-    matrices,
-    pad,
-    written,
-)
+from effdense.kernels.launch import Launcher, interpreted, jit
+from effdense.kernels.layouts import cdiv, empty, layouts, matrices, pad, written
 from effdense.kernels.statistics import prepare_combination
 from effdense.kernels.tiles import (
     column_statistics,

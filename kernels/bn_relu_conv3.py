@@ -41,7 +41,9 @@ from torch import Tensor
 from effdense.backends.base import Normalization, Statistics
 from effdense.kernels.bn_relu import bn_relu_reference
 from effdense.kernels.bn_relu_conv1x1 import operand_type
-from effdense.kernels.launch import Launch, Launcher, cdiv, empty, jit, layouts, matrices, written
+from effdense.kernels.launch import Launcher, jit
+from effdense.kernels.launch_table import Launch
+from effdense.kernels.layouts import cdiv, empty, layouts, matrices, written
 from effdense.kernels.statistics import prepare_combination
 from effdense.kernels.tiles import column_statistics, normalization, normalized
 

@@ -40,16 +40,9 @@ from effdense.kernels.bn_relu_conv3 import (
     taps_inside,
     weight_strides,
 )
-from effdense.kernels.launch import (
-    Launch,
-    Launcher,
-    cdiv,
-    empty,
-    jit,
-    layouts,
-    matrices,
-    written,
-)
+from effdense.kernels.launch import Launcher, jit
+from effdense.kernels.launch_table import Launch
+from effdense.kernels.layouts import cdiv, empty, layouts, matrices, written
 from effdense.kernels.tiles import (
     backward_terms,
     normalization,

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from effdense.backends.base import Deferred, Normalization
 from effdense.kernels.bn_relu import bn_relu_reference
-from effdense.kernels.launch import Launcher, cdiv, empty, jit, layouts, matrices, pad, written
+from effdense.kernels.launch import Launcher, jit
+from effdense.kernels.layouts import cdiv, empty, layouts, matrices, pad, written
 from effdense.kernels.sums import add_sums, prepare_sums
 from effdense.kernels.tiles import (
     backward_terms,

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from effdense.backends import dropout
-from effdense.kernels.launch import Launcher, cdiv, jit, layouts, matrices, written
+from effdense.kernels.launch import Launcher, jit
+from effdense.kernels.layouts import cdiv, layouts, matrices, written
 from effdense.kernels.tiles import store_columns
 
 _GAMMA = tl.constexpr(dropout.GAMMA)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from effdense.kernels.launch import Launcher, cdiv, jit, layouts, matrices, pad, written
+from effdense.kernels.launch import Launcher, jit
+from effdense.kernels.layouts import cdiv, layouts, matrices, pad, written
 from effdense.kernels.tiles import columns_loaded, store_columns
 
 

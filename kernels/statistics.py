@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from effdense.backends.base import Statistics
-from effdense.kernels.launch import Launch, Launcher, cdiv, empty, jit, layouts, matrices, pad
+from effdense.kernels.launch import Launcher, jit
+from effdense.kernels.launch_table import Launch
+from effdense.kernels.layouts import cdiv, empty, layouts, matrices, pad
 from effdense.kernels.tiles import columns_loaded
 
 RANGES, COLUMNS = 256, 16

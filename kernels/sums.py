@@ -15,7 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from effdense.backends.base import Deferred, Normalization
-from effdense.kernels.launch import Launch, Launcher, cdiv, empty, jit
+from effdense.kernels.launch import Launcher, jit
+from effdense.kernels.launch_table import Launch
+from effdense.kernels.layouts import cdiv, empty
 
 COLUMNS = 64
 SUMS = Launch(num_warps=4, num_stages=1)

@@ -82,7 +82,7 @@ def _variants(
 
 def _met(network: Network, device: torch.device, dtype: torch.dtype) -> Iterator[Any]:
     from effdense.backends.dry_run import DryRun
-    from effdense.kernels.launch import Architecture
+    from effdense.kernels.launch_table import Architecture
 
     dry = DryRun(Architecture.of(device), tf32_convolutions())
     with dry.on_meta(), computing_in(None if dtype == torch.float32 else dtype):

@@ -32,7 +32,7 @@ from effdense import reference
 from effdense.backends import select
 from effdense.backends.triton_backend import INTERPRETED, TritonBackend
 from effdense.block import slabs
-from effdense.kernels.launch import Architecture, LaunchTable
+from effdense.kernels.launch_table import Architecture, LaunchTable
 
 if TYPE_CHECKING:
     from .case import Case

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effdense.kernels.launch import Architecture, Launcher, LaunchTable, Untrusted
+from effdense.kernels.launch import Launcher, Untrusted
+from effdense.kernels.launch_table import Architecture, LaunchTable
 
 from .select import on_meta
 from .triton_backend import TritonBackend

@@ -39,6 +39,8 @@ from effdense.kernels import (
     dropout,
     finish_gradient,
     launch,
+    launch_search,
+    launch_table,
     statistics,
 )
 
@@ -76,7 +78,7 @@ class TritonBackend(Stepwise):
 
     def __init__(
         self,
-        table: Callable[..., launch.Launch] | None = None,
+        table: Callable[..., launch_table.Launch] | None = None,
         *,
         tf32: bool | None = None,
         search: bool | None = None,
@@ -151,16 +153,16 @@ class TritonBackend(Stepwise):
     ) -> None:
         table = launcher.table
         shape = operation, like.shape, like.stride(), like.dtype, bottleneck
-        if shape in self._searched or not isinstance(table, launch.SearchedLaunchTable):
+        if shape in self._searched or not isinstance(table, launch_search.SearchedLaunchTable):
             return
         self._searched.add(shape)
         scratch = [_copied(a) for a in args]
-        launchers: dict[launch.Launch, launch.Launcher] = {}
+        launchers: dict[launch_table.Launch, launch.Launcher] = {}
 
-        def run(chosen: launch.Launch) -> None:
+        def run(chosen: launch_table.Launch) -> None:
             if chosen not in launchers:
 
-                def choose(asked: str, *shape: Any) -> launch.Launch:
+                def choose(asked: str, *shape: Any) -> launch_table.Launch:
                     return chosen if asked == operation else table(asked, *shape)
 
                 launchers[chosen] = launch.Launcher(choose, self._precision)
@@ -171,13 +173,15 @@ class TritonBackend(Stepwise):
     def _launcher(self, device: torch.device) -> launch.Launcher:
         table = self._table
         if table is None:
-            architecture = launch.Architecture("interpreter")
+            architecture = launch_table.Architecture("interpreter")
             if not INTERPRETED:
-                architecture = launch.Architecture.of(device)
-            table = launch.LaunchTable(architecture)
+                architecture = launch_table.Architecture.of(device)
+            table = launch_table.LaunchTable(architecture)
             if self._search and architecture.kind != "interpreter":
                 name = torch.cuda.get_device_name(device)
-                table = launch.SearchedLaunchTable(architecture, name, self._search_directory)
+                table = launch_search.SearchedLaunchTable(
+                    architecture, name, self._search_directory
+                )
         number = -1 if device.index is None else device.index
         trusted = checks_of(device).trusted if self._checked else None
         launcher = self._launchers[number] = launch.Launcher(table, self._precision, trusted)
@@ -343,7 +347,7 @@ class TritonBackend(Stepwise):
             # the search comes first: the vendor's is compared with the best of ours
             ours()
             table = self._launchers[source.get_device()].table
-            assert isinstance(table, launch.SearchedLaunchTable)
+            assert isinstance(table, launch_search.SearchedLaunchTable)
             alternatives = {"ours": ours, "vendor": lambda: vendors(source, *scratch)}
             chosen = table.choose(operation, source, source.shape[1], k, alternatives)
             self._vendor_chosen[shape] = None if chosen is None else chosen == "vendor"

@@ -46,7 +46,9 @@ from effdense.kernels import (
     finish_gradient,
     statistics,
 )
-from effdense.kernels.launch import Launch, Launcher, Untrusted, Variant, cdiv
+from effdense.kernels.launch import Launcher, Untrusted, Variant
+from effdense.kernels.launch_table import Launch
+from effdense.kernels.layouts import cdiv
 
 from .self_check import describe, tolerance
 

@@ -142,7 +142,7 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> str:
 
 def _kernels_of_networks(device: torch.device, dtype: torch.dtype) -> str:
     from ..backends.dry_run import DryRun
-    from ..kernels.launch import Architecture
+    from ..kernels.launch_table import Architecture
 
     return checked_variants(device, dtype, DryRun(Architecture.of(device), tf32_convolutions()))
 

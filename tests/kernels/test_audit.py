@@ -110,7 +110,7 @@ def test_an_audit_goes_on_where_it_was(tmp_path: Path) -> None:
 FAULTS = """
 import sys
 from effdense.kernels import audit
-from effdense.kernels.launch import Launch, LaunchTable
+from effdense.kernels.launch_table import Launch, LaunchTable
 
 def table(self, operation, like, channels, bottleneck=0):
     return {launch}

@@ -15,14 +15,9 @@ from torch.distributed import HashStore, Store
 pytest.importorskip("triton")
 
 from effdense.backends.told import Told
-from effdense.kernels.launch import (
-    Architecture,
-    Launch,
-    LaunchTable,
-    SearchedLaunchTable,
-    alignment,
-    power_of_two,
-)
+from effdense.kernels.launch_search import SearchedLaunchTable
+from effdense.kernels.launch_table import Architecture, Launch, LaunchTable
+from effdense.kernels.layouts import alignment, power_of_two
 
 H100 = Architecture("cuda", 90, 132)
 

@@ -30,7 +30,8 @@ from effdense.kernels import (
     statistics,
     traffic,
 )
-from effdense.kernels.launch import Architecture, Launcher, LaunchTable
+from effdense.kernels.launch import Launcher
+from effdense.kernels.launch_table import Architecture, LaunchTable
 
 Tensor = torch.Tensor
 SHAPE = (2, 8, 8)

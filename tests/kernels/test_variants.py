@@ -24,7 +24,9 @@ import effdense
 from effdense.autocast import computing_in
 from effdense.backends import variants
 from effdense.backends.dry_run import DryRun
-from effdense.kernels.launch import PADDING, Architecture, Launcher, Untrusted, pad
+from effdense.kernels.launch import Launcher, Untrusted
+from effdense.kernels.launch_table import Architecture
+from effdense.kernels.layouts import PADDING, pad
 
 variants._Again.start = lambda *_: (lambda *_: None)
 case, architecture, dtype, options = map(json.loads, sys.argv[1:])

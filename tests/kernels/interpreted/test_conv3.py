@@ -17,7 +17,8 @@ from effdense.kernels.bn_relu_conv3_backward import (
     bn_relu_conv3_backward,
     bn_relu_conv3_backward_reference,
 )
-from effdense.kernels.launch import Launch, Launcher
+from effdense.kernels.launch import Launcher
+from effdense.kernels.launch_table import Launch
 from effdense.kernels.statistics import statistics_reference
 from tests.helpers.kernel_arena import Arena, assert_as_good, in_float64
 from tests.helpers.program_order import in_every_order, programs_in

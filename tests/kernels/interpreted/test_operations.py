@@ -19,7 +19,9 @@ from effdense.kernels import bn_relu_pool as pool_kernels
 from effdense.kernels import finish_gradient as finish_kernels
 from effdense.kernels import statistics as statistics_kernels
 from effdense.kernels import sums as sum_kernels
-from effdense.kernels.launch import Launch, Launcher, pad
+from effdense.kernels.launch import Launcher
+from effdense.kernels.launch_table import Launch
+from effdense.kernels.layouts import pad
 from tests.helpers.kernel_arena import EPS32, Arena, assert_as_good, in_float64, ones, unpending
 
 Tensor = torch.Tensor

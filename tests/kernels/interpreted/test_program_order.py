@@ -15,7 +15,8 @@ from effdense import kernels
 from effdense.backends.self_check import _cases
 from effdense.backends.triton_backend import TritonBackend
 from effdense.kernels import bn_relu_conv3
-from effdense.kernels.launch import Launch, Launcher
+from effdense.kernels.launch import Launcher
+from effdense.kernels.launch_table import Launch
 from tests.helpers.kernel_arena import Arena
 from tests.helpers.program_order import in_every_order
 

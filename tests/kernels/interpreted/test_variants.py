@@ -16,7 +16,8 @@ from effdense.backends import select, triton_backend, variants
 from effdense.backends.dry_run import DryRun
 from effdense.backends.triton_backend import TritonBackend, checks_of
 from effdense.commands import env
-from effdense.kernels.launch import Architecture, InterpretedStart, Launch
+from effdense.kernels.launch import InterpretedStart
+from effdense.kernels.launch_table import Architecture, Launch
 
 Tensor = torch.Tensor
 CPU = torch.device("cpu")
