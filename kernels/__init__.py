@@ -1,9 +1,11 @@
 """Triton kernels for the dense block; imported as ``effdense.kernels`` and only so.
 
 One operation a file; each file reads from top to bottom: the same thing in plain PyTorch,
-the kernels, their launchers. Importing this package imports no Triton, its modules do, all
-but ``traffic``: what each operation reads and writes, the table that docs/traffic.md shows
-and the rooflines of the benchmarks are made of.
+the kernels, their launchers. What these share, each upon the one before: ``layouts``, how
+matrices lie; ``launch_table``, tile sizes; ``launch``, how kernels are started, and
+``launch_search``, tile sizes by trial. Importing this package imports no Triton; the kernels,
+``launch`` and ``launch_search`` do. ``traffic`` is what each operation reads and writes, the
+table that docs/traffic.md shows and the rooflines of the benchmarks are made of.
 
 Names inside kernels: ``p_*`` pointers, ``s_*`` row strides, ``i_*`` program indices,
 ``o_*`` offsets, ``m_*`` masks, ``b_*`` tiles of values, with shapes in brackets.

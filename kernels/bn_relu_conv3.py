@@ -22,8 +22,9 @@ NOTE [ Columns at any offset ]
 A layer's k columns of X and D begin wherever the layers before it end, at a multiple of
 2, 4 or 8 elements, and Triton knows of a pointer that it is divisible by 16 bytes or
 nothing. Launchers pass a pointer rounded down to such an address and the columns between
-as an integer of the group that ALIGN_K divides (see NOTE [ Aligned integers ]): accesses
-are then as wide as the offset allows, never the 128 bits that it forbids.
+as an integer of the group that ALIGN_K divides (see layouts.py, NOTE [ Aligned
+integers ]): accesses are then as wide as the offset allows, never the 128 bits that it
+forbids.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How kernels are started: tile sizes, splits over rows, and what is kept between launches.
+"""How kernels are declared and started, and what is kept between launches.
 
 A launcher of an operation looks a :class:`Start` up by the layout of its matrices; where there
 is none yet, it has the :class:`Launcher` prepare one, which derives integers, alignment,
@@ -43,7 +43,8 @@ def jit(function: Callable[..., None] | None = None, /, **groups: tuple[str, ...
 
     Args:
         groups: by the name of a constant (ALIGN), the integers that are passed divided by
-            their common power of two, which is that constant. See NOTE [ Aligned integers ].
+            their common power of two, which is that constant. See layouts.py, NOTE [ Aligned
+            integers ].
 
     Pointers are called ``p_*``. Those of matrices, which have a row stride ``s_*``, and of
     partial results (``p_part*``) are specialised for 16-byte alignment; vectors are not, since
@@ -203,7 +204,6 @@ class Launcher:
     Args:
         table: chooses tiles, as :class:`LaunchTable` does.
         precision: of float32 products, "tf32" or "ieee".
-
         trusted: the variants that may run; None for all.
 
     ``prepared`` is for the operations' own use: by operation and layout of their matrices,

@@ -76,5 +76,5 @@ def store_columns(p_tile, b_values, m_p, o_c, C):
 
 @triton.jit
 def columns_loaded(o_c, C, PAD: tl.constexpr):
-    """Which columns to load: those below C, and with PAD up to its multiple; see launch.py."""
+    """Which columns to load: those below C, and with PAD up to its multiple; see layouts.py."""
     return o_c < (C + (PAD - 1)) // PAD * PAD
