@@ -3,7 +3,8 @@
 NOTE [ slabs ]
 A line is what one index of the first spatial dimension holds: a line of pixels of an image, a
 plane of a volume. Where images are small a slab is some of them, else some of the lines of one.
-Every line of x is made in one slab, whose windows may reach into the lines of the one before.
+Every line of x is made in one slab, whose windows may reach into the lines of the one before;
+the last one's may have no other.
 
 NOTE [ pooling before the norm ]
 scale x + shift, rounded, and the ReLU behind it never fall as x grows where gamma is positive,
@@ -72,6 +73,8 @@ class Moments:
         self.mean, self.var = torch.empty_like(like), torch.empty_like(like)
 
     def add(self, rows: Tensor) -> None:
+        if not len(rows):
+            return
         if not self.count:
             self._ops.statistics(rows, Statistics(self.mean, self.var))
             self.count = len(rows)
@@ -102,6 +105,19 @@ class Window(NamedTuple):
     def last(self, pooled: int) -> int:
         """Behind the last one."""
         return self.first(pooled) + self.dilation * (self.kernel - 1) + 1
+
+
+class Group(NamedTuple):
+    """Windows of a slab, and the lines that they read."""
+
+    pooled: slice
+    """The lines of the output that they make."""
+    x: Tensor
+    """The lines, (n, C, lines, *spatial)."""
+    first: int
+    """Which line of the image the first of them is; above it there is padding."""
+    padding: int
+    """That pooling has to add along the lines."""
 
 
 class Pooling:
@@ -152,33 +168,22 @@ class Pooling:
         ``moments`` are given all of x, and ``keep`` (N, *spatial, C) gets it.
         """
         out: Tensor | None = None
-        held: Tensor | None = None
-        for slab in self.slabs():
-            if slab.first == 0:
-                held = None
-            x = source.lines(slab.images, slab.first, slab.last)
+        for slab, x, held in self._with_held(source):
             if moments is not None:
                 moments.add(rows_of(x))
             if keep is not None:
                 keep[slab.images, slab.first : slab.last] = x.movedim(1, -1)
-            if held is not None:
-                x = torch.cat([held, x], 2)
-            start = slab.last - x.shape[2]
-            found = self.extremes(slab, x, start)[0].movedim(1, -1)
             if out is None:
-                out = found.new_empty((self.images, *self.pooled, self.channels))
-            out[slab.images, slab.pooled] = found
-            # what the next slab's windows read too, without the rest's memory
-            wanted = x[:, :, max(0, self.window.first(slab.pooled.stop) - start) :]
-            held = None if slab.whole else _like(wanted, wanted.shape).copy_(wanted)
-            del x, wanted, found  # before the next slab's are made
+                out = self._pooled_like(x, self.images)
+            for group in self._groups(slab, x, held):
+                out[slab.images, group.pooled] = self._max_pool(group)[0].movedim(1, -1)
+                del group  # it may be a view of x
+            del x, held  # before the next slab's are made
         if out is None:
             if moments is not None:
                 moments.mean.zero_()
                 moments.var.zero_()
-            out = source.lines(slice(0, 0), 0, self.lines).new_empty(
-                (0, *self.pooled, self.channels)
-            )
+            out = self._pooled_like(source.lines(slice(0, 0), 0, self.lines), 0)
         return out
 
     def reduce(
@@ -195,23 +200,21 @@ class Pooling:
         pixels = norm.mean.new_empty(shape, dtype=torch.int32)
         masked = grad_output.new_empty(shape)
         flat = None if all_positive(norm.gamma) else norm.gamma == 0
-        for slab in self.slabs():
-            first = max(0, self.window.first(slab.pooled.start))
-            last = min(self.lines, self.window.last(slab.pooled.stop - 1))
-            first, last = (0, self.lines) if slab.whole else (first, last)
-            x = source.lines(slab.images, first, last)
-            found = self.extremes(slab, x, first)[1].movedim(1, -1)
-            if flat is not None:
-                found = torch.where(flat, self.firsts(slab, x).movedim(1, -1), found)
-            pixels[slab.images, slab.pooled] = found
-            if first:
-                found -= first * self.line
-            by_image = rows_of(x).view(len(found), -1, self.channels)
-            maxima = by_image.gather(1, found.flatten(1, -2)).flatten(0, 1)
+        for slab, x, held in self._with_held(source):
+            maxima = self._pooled_like(x, len(x), slab.pooled)
+            for group in self._groups(slab, x, held):
+                found = self._max_pool(group)
+                if flat is not None:
+                    found = self._first_where(flat, group, *found)
+                largest, where = (each.movedim(1, -1) for each in found)
+                begin = group.pooled.start - slab.pooled.start
+                maxima[:, begin : begin + largest.shape[1]] = largest
+                pixels[slab.images, group.pooled] = where.add_(group.first * self.line)
+                del group, found, largest, where
             grad = rows_of(grad_output[slab.images, :, slab.pooled])
             out = masked[slab.images, slab.pooled].flatten(0, -2)
-            sums = self.ops.bn_relu_backward_reduce(maxima, norm, grad, None, out)
-            del x, found, by_image, maxima, grad, out  # before the next slab's are made
+            sums = self.ops.bn_relu_backward_reduce(maxima.flatten(0, -2), norm, grad, None, out)
+            del x, held, maxima, grad, out  # before the next slab's are made
             if s is None or t is None:
                 s, t = sums
                 continue
@@ -242,30 +245,87 @@ class Pooling:
             yield slab, channels_first(dx, images, size)
             del dx, x  # before the next slab's are made
 
-    def extremes(self, slab: Slab, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Windows' largest x, and at which pixels of their images, (n, C, *pooled).
+    def _with_held(self, source: Source) -> Iterator[tuple[Slab, Tensor, Tensor | None]]:
+        """Each slab, its lines of x, and those right above them that its windows read too."""
+        held: Tensor | None = None
+        for slab in self.slabs():
+            if slab.first == 0:
+                held = None
+            x = source.lines(slab.images, slab.first, slab.last)
+            yield slab, x, held
+            if not slab.whole:
+                above = 0 if held is None else held.shape[2]
+                begin = self.window.first(slab.pooled.stop) - slab.first
+                if begin < 0 and above:
+                    assert held is not None
+                    wanted = torch.cat([held[:, :, max(0, above + begin) :], x], 2)
+                else:
+                    wanted = x[:, :, max(0, begin) :]
+                # without the rest's memory
+                held = _like(wanted, wanted.shape).copy_(wanted)
+                del wanted
+            del x  # before the next slab's is made
 
-        ``x`` are the slab's images' lines from ``start`` on, up to the last that is read at least.
-        """
+    def _groups(self, slab: Slab, x: Tensor, held: Tensor | None) -> Iterator[Group]:
+        """The slab's windows: those that read its own lines alone read them where they are."""
         if slab.whole:
-            return self._max_pool(x, self.window.padding)
-        first, last = self.window.first(slab.pooled.start), self.window.last(slab.pooled.stop - 1)
-        x = x[:, :, max(first, start) - start : min(last, self.lines) - start]
-        outside = max(0, -first), max(0, last - self.lines)
-        if any(outside):
-            shape = [(*x.shape[:2], n, *x.shape[3:]) for n in outside]
-            above, below = (_like(x, size).fill_(-math.inf) for size in shape)
-            x = torch.cat([above, x, below], 2)
-        found, pixels = self._max_pool(x, 0)
-        return found, pixels.add_(first * self.line)
+            yield Group(slab.pooled, x, 0, self.window.padding)
+            return
+        window, (start, stop) = self.window, (slab.pooled.start, slab.pooled.stop)
+        inner = start
+        while inner < stop and window.first(inner) < slab.first:
+            inner += 1
+        outer = stop
+        while outer > inner and window.last(outer - 1) > slab.last:
+            outer -= 1
+        for begin, end in ((start, inner), (inner, outer), (outer, stop)):
+            if begin == end:
+                continue
+            first, last = window.first(begin), window.last(end - 1)
+            own = x[:, :, max(0, first - slab.first) : last - slab.first]
+            parts = [own]
+            if first < slab.first:
+                wanted = slab.first - max(0, first)
+                if held is not None and wanted:
+                    parts.insert(0, held[:, :, -wanted:])
+            outside = max(0, -first), max(0, last - self.lines)
+            for n, at in zip(outside, (0, len(parts) + 1), strict=True):
+                if n:
+                    size = (*own.shape[:2], n, *own.shape[3:])
+                    parts.insert(at, _like(own, size).fill_(-math.inf))
+            lines = own if len(parts) == 1 else torch.cat(parts, 2)
+            del own, parts
+            yield Group(slice(begin, end), lines, first, 0)
 
-    def firsts(self, slab: Slab, like: Tensor) -> Tensor:
-        """At which pixels windows begin, (1, 1, *pooled)."""
-        first = max(0, self.window.first(slab.pooled.start))
-        last = min(self.lines, self.window.last(slab.pooled.stop - 1))
-        first, last = (0, self.lines) if slab.whole else (first, last)
-        nothing = like.new_zeros((1, 1, last - first, *self.spatial[1:]))
-        return self.extremes(slab, nothing, first)[1]
+    def _max_pool(self, group: Group) -> tuple[Tensor, Tensor]:
+        """Windows' largest x, and where in the group's lines, (n, C, *pooled)."""
+        windows = [self.window._replace(padding=group.padding), *self.windows[1:]]
+        kernel, stride, paddings, dilation = zip(*windows, strict=True)
+        return MAX_POOL[type(self.pool)](
+            group.x, kernel, stride, paddings, dilation, self.pool.ceil_mode, return_indices=True
+        )
+
+    def _first_where(
+        self, flat: Tensor, group: Group, largest: Tensor, pixels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What ``_max_pool`` found, but windows' first pixels in the channels that are flat."""
+        x = group.x
+        where = torch.zeros((), dtype=torch.int64, device=x.device)
+        lines = (slice(0, n) for n in self.pooled[1:])
+        offsets = (group.first, *[0] * len(self.spatial[1:]))
+        both = zip(self.windows, (group.pooled, *lines), self.spatial, offsets, strict=True)
+        for dim, (window, outputs, size, offset) in enumerate(both, 2):
+            first = torch.arange(outputs.start, outputs.stop, device=x.device)
+            first = (first * window.stride - window.padding).clamp_(min=0) - offset
+            x = x.index_select(dim, first)
+            where = where.unsqueeze(-1) * size + first
+        of_channel = flat.view(-1, *[1] * (x.dim() - 2))
+        return torch.where(of_channel, x, largest), torch.where(of_channel, where, pixels)
+
+    def _pooled_like(self, x: Tensor, images: int, lines: slice | None = None) -> Tensor:
+        """Room for the output of some images, or of some of its lines, (images, *pooled, C)."""
+        high = self.pooled[0] if lines is None else lines.stop - lines.start
+        return x.new_empty((images, high, *self.pooled[1:], self.channels))
 
     def scatter(self, slab: Slab, grad: Tensor, pixels: Tensor) -> Tensor:
         """The gradient of the slab's lines of x, (n, C, lines, *spatial).
@@ -288,13 +348,6 @@ class Pooling:
             found = F.pad(found, [*[0, 0] * (len(self.spatial) - 1), above, below])
         begin = slab.first - first + above
         return found[:, :, begin : begin + slab.last - slab.first]
-
-    def _max_pool(self, x: Tensor, padding: int) -> tuple[Tensor, Tensor]:
-        windows = [self.window._replace(padding=padding), *self.windows[1:]]
-        kernel, stride, paddings, dilation = zip(*windows, strict=True)
-        return MAX_POOL[type(self.pool)](
-            x, kernel, stride, paddings, dilation, self.pool.ceil_mode, return_indices=True
-        )
 
     def _spread(
         self, grad: Tensor, pixels: Tensor, first: int, last: int, window: Window

@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autocast import autocast_dtype, without_autocast
@@ -328,33 +327,26 @@ class _Convolution(NamedTuple):
 
     def again_from(self, pooling: Pooling, source: Source) -> Source:
         """All of its output, slab by slab as in forward."""
-        x: Tensor | None = None
-        images: dict[int, Tensor] = {}
-        for slab in pooling.slabs():
-            part = source.lines(slab.images, slab.first, slab.last)
-            if slab.whole:
-                images[slab.images.start] = part
-                continue
-            part = part.movedim(1, -1)
-            if x is None:
-                x = part.new_empty((self.shape[0], *self.shape[2:], self.shape[1]))
-            x[slab.images, slab.first : slab.last] = part
-            del part  # before the next slab's is made
-        seen = sum(len(part) for part in images.values())
-        if images and seen < self.shape[0]:
-            # a simulation leaves images out
-            part = next(iter(images.values()))
-            images[-1] = part.new_empty((self.shape[0] - seen, *part.shape[1:]))
-        return _Images(images) if x is None else _Given(x.movedim(-1, 1), None)
+        parts = {
+            (slab.images.start, slab.first, slab.last): source.lines(
+                slab.images, slab.first, slab.last
+            )
+            for slab in pooling.slabs()
+        }
+        left_out = self.shape.numel() - sum(part.numel() for part in parts.values())
+        if left_out and parts:
+            # by a simulation
+            parts[-1, -1, -1] = next(iter(parts.values())).new_empty(left_out)
+        return _Parts(parts)
 
 
-class _Images(NamedTuple):
-    """x by groups of images, in the same groups as it is asked for."""
+class _Parts(NamedTuple):
+    """x by slabs, as which it is asked for too."""
 
-    by_first: dict[int, Tensor]
+    by_slab: dict[tuple[int, int, int], Tensor]
 
     def lines(self, images: slice, first: int, last: int) -> Tensor:
-        return self.by_first[images.start]
+        return self.by_slab[images.start, first, last]
 
 
 class _Convolved(NamedTuple):
@@ -368,6 +360,10 @@ class _Convolved(NamedTuple):
     sign: Tensor | None
 
     def lines(self, images: slice, first: int, last: int) -> Tensor:
+        if first == last:
+            shape = self.convolution.shape
+            size = (len(self.image[images]), 0, *shape[3:], shape[1])
+            return self.signed.new_empty(size).movedim(-1, 1)
         part, padding = self._read(images, first, last)
         return torch.ops.aten.convolution(part, self.signed, None, *self._geometry(padding))
 
@@ -384,9 +380,8 @@ class _Convolved(NamedTuple):
                 dx, part, self.signed, None, *geometry, [*needs, False]
             )
             if dimage is not None:
-                first, last = self._reach(slab.first, slab.last)
-                inside = slice(max(0, first), min(last, self.image.shape[2]))
-                begin = 0 if padding else inside.start - first
+                inside = self._inside(slab.first, slab.last)
+                begin = 0 if slab.whole else inside.start - self._reach(slab.first, slab.last)[0]
                 own = found[0][:, :, begin : begin + inside.stop - inside.start]
                 dimage[slab.images, :, inside] += own
             if needs[1]:
@@ -406,18 +401,28 @@ class _Convolved(NamedTuple):
         begin = first * stride - padding
         return begin, begin + (last - first - 1) * stride + dilation * (kernel - 1) + 1
 
+    def _inside(self, first: int, last: int) -> slice:
+        """Which of these are the image's; none where all is padding."""
+        begin, end = self._reach(first, last)
+        lines = self.image.shape[2]
+        return slice(min(max(0, begin), lines, end), min(max(0, end), lines))
+
     def _read(self, images: slice, first: int, last: int) -> tuple[Tensor, int]:
         """What the convolution reads for some lines, and the padding that is left to it."""
         part, padding = self.image[images], self.convolution.padding[0]
-        if (first, last) != (0, self.convolution.shape[2]):
-            begin, end = self._reach(first, last)
-            lines, padding = part.shape[2], 0
-            part = part[:, :, max(0, begin) : min(end, lines)].to(self.signed.dtype)
-            outside = max(0, -begin), max(0, end - lines)
-            if any(outside):
-                part = F.pad(part, [*[0, 0] * (part.dim() - 3), *outside])
-        # its output takes its input's layout
-        part = channels_last(part.to(self.signed.dtype))
+        dtype = self.signed.dtype
+        if (first, last) == (0, self.convolution.shape[2]):
+            # its output takes its input's layout
+            part = channels_last(part.to(dtype))
+        else:
+            padding = 0
+            (begin, end), inside = self._reach(first, last), self._inside(first, last)
+            image, above = part[:, :, inside], inside.start - begin
+            size = (len(part), end - begin, *part.shape[3:], part.shape[1])
+            part = image.new_empty(size, dtype=dtype).movedim(-1, 1)
+            part[:, :, :above].zero_()
+            part[:, :, above : above + image.shape[2]] = image
+            part[:, :, above + image.shape[2] :].zero_()
         if part.shape[1] == 1 and part.dim() > 3:
             # one channel is in either order of memory; torch goes by its stride
             strides = list(part.stride())

@@ -159,11 +159,13 @@ VOLUMES: dict[str, tuple[Any, Any]] = {
     "of even windows": ((4, 1, 1, 1), (2, 2, 0, 1)),
     "of unlike dimensions": (((1, 3, 5), (1, 2, 1), (0, 1, 3), 1), ((3, 2, 1), (2, 1, 3), 0, 1)),
     "of overlapping and dilated windows": ((3, 1, 2, 2), (3, 2, 1, 2)),
+    "of padding that whole windows are in": ((2, 1, 4, 1), (3, 2, 1, 1)),
+    "of pooling line by line": ((3, 1, 1, 1), (3, 1, 1, 1)),
     "of windows apart": ((3, 3, 0, 1), ((2, 1, 2), (3, 2, 2), 0, 1)),
 }
 
 
-@pytest.mark.parametrize("save", ["features", "slabs"])
+@pytest.mark.parametrize("save", ["features", "slabs", "bottlenecks"])
 @pytest.mark.parametrize("lines", [1, 5, 8])
 @pytest.mark.parametrize("name", VOLUMES)
 def test_volumes_of_odd_sizes_in_odd_slabs_equal_naive(
