@@ -23,3 +23,9 @@ DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 """Of torch.optim."""
+
+ScheduleName = Literal["multistep", "cosine"]
+"""Of the learning rate."""
+
+AugmentName = Literal["paper", "trivial-augment", "mixup", "none"]
+"""What is done to training images."""

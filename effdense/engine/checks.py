@@ -170,71 +170,36 @@ def check(config: Any, world_size: int) -> None:
         _check_data(config, require)
 
 
-# What only image files may have otherwise.
-_USUAL = {"channels": 3, "window": None, "normalization": "imagenet"}
 # What data from Python may have of a kind of its own.
 _OF_FILES = ("image_size", "channels", "crop")
 
 
 def _check_data(config: Any, require: Callable[[bool, str, str], None]) -> None:
     """What follows from the name of a data set."""
-    volumes, files = config.spatial_dims == 3, config.data in FILES
-    for met, option, what in (
-        (
-            config.augment not in ("trivial-augment", "mixup") or not volumes,
-            "augment",
-            "paper or none for volumes",
-        ),
-        (
-            config.augment != "trivial-augment" or config.data not in ("digits", "fake"),
-            "augment",
-            f"something else for {config.data}, which has no pictures of 8 bits",
-        ),
-        (
-            (config.table is None) == (config.data != "csv"),
-            "table",
-            "given with --data csv, and only then",
-        ),
-        (
-            config.task != "multilabel" or config.data == "csv",
-            "task",
-            f"left out: {config.data} has one class an image",
-        ),
-        (
-            not volumes or (config.data in ("imagefolder", "csv") and config.channels == 1),
-            "spatial_dims",
-            "2 but for imagefolder and csv, and one channel",
-        ),
-        *(
-            (
-                files or getattr(config, option) == default,
-                option,
-                f"left out: {config.data} is no set of image files",
-            )
-            for option, default in _USUAL.items()
-        ),
-        (
-            config.normalization == "measured" or config.channels == 3,
-            "normalization",
-            "measured for one channel",
-        ),
-        *(
-            (
-                volumes or getattr(config, option) is None,
-                option,
-                "three positive numbers, with --spatial-dims 3",
-            )
-            for option in ("spacing", "crop")
-        ),
-        (
-            files or config.data == "fake" or config.image_size == RECIPES[config.data].image_size,
-            "image_size",
-            f"left out for {config.data}, whose images have one size",
-        ),
-        (
-            not config.download or config.data in ("cifar10", "cifar100", "svhn"),
-            "download",
-            f"left out: {config.data} is not something to download",
-        ),
-    ):
-        require(met, option, what)
+    volumes, files, data = config.spatial_dims == 3, config.data in FILES, config.data
+    if volumes:
+        require(config.augment in ("paper", "none"), "augment", "paper or none for volumes")
+        grey = data in ("imagefolder", "csv") and config.channels == 1
+        require(grey, "spatial_dims", "2 but for imagefolder and csv, and one channel")
+    else:
+        for option in ("spacing", "crop"):
+            absent = getattr(config, option) is None
+            require(absent, option, "three positive numbers, with --spatial-dims 3")
+    if not files:
+        for option, usual in {"channels": 3, "window": None, "normalization": "imagenet"}.items():
+            as_usual = getattr(config, option) == usual
+            require(as_usual, option, f"left out: {data} is no set of image files")
+        sized = data == "fake" or config.image_size == RECIPES[data].image_size
+        require(sized, "image_size", f"left out for {data}, whose images have one size")
+    if data in ("digits", "fake"):
+        trivial = config.augment == "trivial-augment"
+        what = f"something else for {data}, which has no pictures of 8 bits"
+        require(not trivial, "augment", what)
+    listed = (config.table is None) == (data != "csv")
+    require(listed, "table", "given with --data csv, and only then")
+    one_class = config.task != "multilabel" or data == "csv"
+    require(one_class, "task", f"left out: {data} has one class an image")
+    normalized = config.normalization == "measured" or config.channels == 3
+    require(normalized, "normalization", "measured for one channel")
+    downloaded = not config.download or data in ("cifar10", "cifar100", "svhn")
+    require(downloaded, "download", f"left out: {data} is not something to download")

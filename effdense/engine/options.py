@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from ..choices import BackendName, NetworkName, OptimizerName, Save
+from ..choices import AugmentName, BackendName, NetworkName, OptimizerName, Save, ScheduleName
 from ..errors import UserError
 from ..machine.environment import usable_cores
 from .checks import check, check_types
@@ -24,9 +24,13 @@ from .recipes import ADAPTIVE_LR, OWN, RECIPES, UNAUGMENTED_DROP_RATE, VOLUMES, 
 DataName = Literal[
     "digits", "cifar10", "cifar100", "svhn", "imagefolder", "webdataset", "csv", "fake"
 ]
+NormalizationName = Literal["imagenet", "measured"]
 
 
-def _recipe_default(metavar: str, note: str = "the data set's") -> Any:
+def _recipe_default(metavar: Any, note: str = "the data set's") -> Any:
+    """Of a value that is open; ``metavar`` names it, or is the type whose values it has."""
+    if not isinstance(metavar, str):
+        metavar = f"{{{','.join(get_args(metavar))}}}"
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {note})")
 
 
@@ -44,12 +48,7 @@ class DataOptions:
     """Folder that holds the data set."""
     download: bool = False
     """Fetch the data set (cifar10, cifar100, svhn) into --data-dir if it is not there."""
-    svhn_train_only: bool = False
-    """Leave out SVHN's 531,131 extra images, which the paper trains on besides the 73,257."""
-    augment: Annotated[
-        Literal["paper", "trivial-augment", "mixup", "none"] | None,
-        _recipe_default("{paper,trivial-augment,mixup,none}"),
-    ] = None
+    augment: Annotated[AugmentName | None, _recipe_default(AugmentName)] = None
     """Augmentation of the training images; see effdense recipes."""
     spatial_dims: Literal[2, 3] = 2
     """2: images; 3: volumes, NIfTI or .npy, of imagefolder and csv."""
@@ -86,8 +85,8 @@ class DataOptions:
     window: Annotated[tuple[float, float] | None, _recipe_default("LOW HIGH", "all values")] = None
     """Values of image files that become black and white; needed for floats and 32-bit integers."""
     normalization: Annotated[
-        Literal["imagenet", "measured"] | None,
-        _recipe_default("{imagenet,measured}", "imagenet, or measured for one channel"),
+        NormalizationName | None,
+        _recipe_default(NormalizationName, "imagenet, or measured for one channel"),
     ] = None
     """Mean and deviation of image files; measured: on the training images, once."""
     balance: Literal["none", "loss", "sampling"] = "none"
@@ -104,9 +103,7 @@ class DataOptions:
 class NetworkOptions:
     """What learns."""
 
-    arch: Annotated[
-        NetworkName | None, _recipe_default(f"{{{','.join(get_args(NetworkName))}}}")
-    ] = None
+    arch: Annotated[NetworkName | None, _recipe_default(NetworkName)] = None
     """Network. densenet_bc: the paper's CIFAR family; the others: its ImageNet family."""
     depth: Annotated[int | None, _recipe_default("LAYERS")] = None
     """Depth of densenet_bc, layers: 6 n + 4."""
@@ -185,9 +182,7 @@ class OptimisationOptions:
     """L2 penalty on every parameter."""
     exempt_norms: bool = False
     """Leave norms and biases out of --weight-decay."""
-    schedule: Annotated[
-        Literal["multistep", "cosine"] | None, _recipe_default("{multistep,cosine}")
-    ] = None
+    schedule: Annotated[ScheduleName | None, _recipe_default(ScheduleName)] = None
     """Learning rate over time. multistep: divided by 10 at each milestone; cosine: down to 0."""
     milestones: Annotated[tuple[float, ...] | None, _recipe_default("FRACTION [FRACTION ...]")] = (
         None
@@ -219,10 +214,8 @@ class OutputOptions:
         Path | None, _recipe_default("PATH", "the first free one of runs/DATA-1, runs/DATA-2, ...")
     ] = None
     """Folder for the run's files: its options, scores, curves, checkpoints and weights."""
-    resume: Literal["auto", "never"] = "auto"
-    """The run that --work-dir holds. auto: go on if its options are the same; never: an error."""
     overwrite: bool = False
-    """Replace the run that --work-dir holds."""
+    """Replace the run that --work-dir holds, which else is gone on with, by the same options."""
     checkpoint_steps: int = 0
     """Write a checkpoint after so many steps, besides those at each epoch's end; 0: none."""
     checkpoint_minutes: float = 15.0
@@ -347,7 +340,6 @@ _ASIDE = frozenset(
         "table",
         "download",
         "work_dir",
-        "resume",
         "overwrite",
         "checkpoint_steps",
         "checkpoint_minutes",
@@ -374,7 +366,7 @@ class ResolvedConfig(Recipe, TrainConfig):
     """A run's options; None is left only where there is nothing to be said."""
 
     channels: int
-    normalization: Literal["imagenet", "measured"]
+    normalization: NormalizationName
     num_workers: int
     threads: int
 

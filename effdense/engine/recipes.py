@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from ..choices import NetworkName
+from ..choices import AugmentName, NetworkName, ScheduleName
 from ..machine.tables import columns
 
 FILES = ("imagefolder", "webdataset", "csv")
@@ -27,10 +27,10 @@ class Recipe:
     epochs: int
     batch_size: int
     lr: float
-    schedule: Literal["multistep", "cosine"]
+    schedule: ScheduleName
     milestones: tuple[float, ...]
     weight_decay: float
-    augment: Literal["paper", "trivial-augment", "mixup", "none"]
+    augment: AugmentName
     image_size: int
 
 

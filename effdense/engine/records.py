@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 import yaml
+from yaml import YAMLError
 
 from effdense.machine.environment import source_revision, versions
 
 from ..errors import UserError
-from .checkpoint import CheckpointStore, Position, flush, flush_folder, refuse_newer
+from .checkpoint import Position, flush, flush_folder, refuse_newer
 from .distributed import World
 from .lock import Lock
 from .mistakes import Mistake
@@ -51,16 +52,12 @@ FORMAT = 1
 """Of config.yaml, and of what exported weights say of their run."""
 _RUN_FILES = (
     "config.yaml",
-    "train.csv",
-    "test.csv",
-    "scores.csv",
+    *LOG_COLUMNS,
     "classes.csv",
     "confusion.csv",
     "mistakes.csv",
-    "system.csv",
     "loss.png",
     "error.png",
-    "speed.csv",
     "learning-rate.png",
     "images-per-second.png",
     "memory.png",
@@ -183,35 +180,29 @@ class WorkDir:
             lock = Lock(path)
             work_dir = cls(path, lock, is_new)
             try:
-                work_dir._take_over(config, facts or {}, launch)
+                if held := [path / name for name in _RUN_FILES if (path / name).exists()]:
+                    work_dir._agree(held, config, facts or {}, launch)
+                for leftover in path.glob(".[0-9]*-*"):
+                    leftover.unlink()
             except BaseException:
                 work_dir.close()
                 raise
         return work_dir
-
-    def _take_over(self, config: ResolvedConfig, facts: Mapping[str, Any], launch: str) -> None:
-        held = [self.path / name for name in _RUN_FILES if (self.path / name).exists()]
-        if held:
-            self._agree(held, config, facts, launch)
-        for leftover in self.path.glob(".[0-9]*-*"):
-            leftover.unlink()
 
     def _agree(
         self, held: Sequence[Path], config: ResolvedConfig, facts: Mapping[str, Any], launch: str
     ) -> None:
         """Raise a UserError where the run of these files is another, unless it may be replaced."""
         differences = self._differences(config, facts)
-        goes_on = config.resume == "auto" and not differences
-        if config.overwrite and not (goes_on and _launched_by(self.path, launch)):
+        if config.overwrite and (differences or not _launched_by(self.path, launch)):
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
             for file in held:
                 if file.is_file():
                     file.unlink()
-        elif not goes_on and self._is_begun(held):
-            why = f" with other options: {'; '.join(differences)}" if differences else ""
+        elif differences and self._is_begun(held):
             raise UserError(
-                f"{self.path} already holds a run{why} ({held[0].name}): choose another "
-                f"--work-dir, or add --overwrite to replace it"
+                f"{self.path} already holds a run with other options: {'; '.join(differences)} "
+                f"({held[0].name}): choose another --work-dir, or add --overwrite to replace it"
             )
 
     def _is_begun(self, held: Iterable[Path]) -> bool:
@@ -288,10 +279,6 @@ class WorkDir:
             self.write_file("confusion.csv", _csv_text([["class", *score.answers], *table]))
         mistakes = [(name(mistake.number), *mistake) for mistake in score.mistakes]
         self.write_file("mistakes.csv", _csv_text([("image", *Mistake._fields), *mistakes]))
-
-    def checkpoints(self, keep: int) -> CheckpointStore:
-        """The run's checkpoints."""
-        return CheckpointStore(self.path / CHECKPOINTS, keep)
 
     def write_config(self, config: ResolvedConfig, world: World, facts: Mapping[str, Any]) -> None:
         """config.yaml: every option, and what else reproduces the run."""
@@ -379,9 +366,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} holds no run: there is no config.yaml") from None
     except UserError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"cannot read {file}: it is not what a run writes") from None
-    except yaml.YAMLError:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, YAMLError):
         raise UserError(f"cannot read {file}: it is not what a run writes") from None
     return dict(held)
 

@@ -93,15 +93,9 @@ class Tally:
         # older runs counted samples alone, each of which was judged
         self._sums.copy_(sums if len(sums) == 4 else sums[[0, 1, 2, 2]])
 
-    def score(self) -> Score:
-        """The result over all processes; a collective."""
-        return self._score(summed(self._sums))
-
-    def own_score(self) -> Score:
-        """The result of this process alone."""
-        return self._score(self._sums)
-
-    def _score(self, sums: Tensor) -> Score:
+    def score(self, *, own: bool = False) -> Score:
+        """The result over all processes, a collective; or this process's own."""
+        sums = self._sums if own else summed(self._sums)
         loss, wrong, judged, samples = sums.tolist()
         return Score(loss / max(samples, 1), 100 * wrong / max(judged, 1), round(samples))
 

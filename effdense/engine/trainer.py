@@ -360,7 +360,7 @@ class Trainer:
             if (step + 1) % _STEPS_BETWEEN_CHECKS == 0:
                 self.check()
             if progress.is_due():
-                progress.show(self._tally.own_score(), self.waited)
+                progress.show(self._tally.score(own=True), self.waited)
             after_step(len(batches) - step - 1)
         return self.check()
 

@@ -47,7 +47,7 @@ from .networks import (
 from .normalization import settle_normalization
 from .options import GIVEN, ResolvedConfig, TrainConfig, of_given_data
 from .progress import Progress, Speed, held_memory
-from .records import LOG_COLUMNS, CsvLog, WorkDir, saved
+from .records import CHECKPOINTS, LOG_COLUMNS, CsvLog, WorkDir, saved
 from .rehearsal import replan_if_needed
 from .report import html_report
 from .resumption import Keeper, go_on, weights_in
@@ -196,7 +196,9 @@ def _run(
         metrics = ["loss", "error", *metric_names(task)]
         if config.best_by is not None and config.best_by not in metrics:
             raise UserError(f"--best-by must be one of {', '.join(metrics)}, got {config.best_by}")
-    network = _made_together(config, data, world, model)
+    # on rank 0 first: somebody's model may fetch its weights
+    network = in_turns(0 if world.is_main else 1, lambda: make_network(config, data, model))
+    network.to(world.device)
     facts: dict[str, Any] = {
         "model": {
             "name": network_name(config),
@@ -229,7 +231,7 @@ def _run(
                 )
             if world.is_main:
                 work_dir = stack.enter_context(closing(WorkDir.claim(config, facts, world.launch)))
-                store = work_dir.checkpoints(config.keep_checkpoints)
+                store = CheckpointStore(work_dir.path / CHECKPOINTS, config.keep_checkpoints)
         progress = Progress(config, world, held)
         progress.say(_headline(config, world, data, facts["model"]["parameters"]))
         with all_or_none():
@@ -319,7 +321,10 @@ def _train(
         except TrainingError as error:
             raise TrainingError(f"{error}{records.left()}") from None
         images = (steps_per_epoch - done) * config.batch_size
-        speed = _speed(trainer, progress, images, time.monotonic() - began)
+        # of the slowest and the largest process
+        own = [time.monotonic() - began, trainer.waited, progress.peak_memory()]
+        slowest, waited, memory = largest(own)
+        speed = Speed(images, slowest, waited, round(memory))
         test = trainer.evaluate(data.test, progress)
         badness = standings.add(epoch, test)
         with all_or_none():
@@ -336,13 +341,6 @@ def _train(
     with all_or_none():
         records.finish()
     return standings
-
-
-def _speed(trainer: Trainer, progress: Progress, images: int, seconds: float) -> Speed:
-    """Of the slowest and the largest process; a collective."""
-    own = [seconds, trainer.waited, progress.peak_memory()]
-    slowest, waited, memory = largest(own)
-    return Speed(images, slowest, waited, round(memory))
 
 
 class _Records:
@@ -488,14 +486,6 @@ def _answers(model: nn.Module | None, given: tuple[Any, Any]) -> int | None:
     if not isinstance(answer, Tensor) or answer.dim() != 2:
         raise UserError("the model must answer a tensor (N, classes) for images (N, ...)")
     return answer.shape[1]
-
-
-def _made_together(
-    config: ResolvedConfig, data: ImageData, world: World, model: nn.Module | None
-) -> nn.Module:
-    """The network on every process, on rank 0 first: somebody's model may fetch its weights."""
-    made = in_turns(0 if world.is_main else 1, lambda: make_network(config, data, model))
-    return made.to(world.device)
 
 
 def _headline(config: ResolvedConfig, world: World, data: ImageData, num_parameters: int) -> str:

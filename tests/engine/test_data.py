@@ -196,12 +196,7 @@ def test_svhn_from_files_of_its_own_format(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(datasets.SVHN, "split_list", listed)
 
     both = loaded(data="svhn", data_dir=tmp_path)
-    alone = loaded(data="svhn", data_dir=tmp_path, svhn_train_only=True)
-    for split, parts in (
-        (both.train, ["train", "extra"]),
-        (alone.train, ["train"]),
-        (both.test, ["test"]),
-    ):
+    for split, parts in ((both.train, ["train", "extra"]), (both.test, ["test"])):
         images, got = read_all(split)
         raw = np.concatenate([content[part][0] for part in parts]).astype(np.float32)
         torch.testing.assert_close(images, torch.from_numpy(raw / 255))
@@ -210,8 +205,7 @@ def test_svhn_from_files_of_its_own_format(tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(read_all(both.train, epoch=1)[0], read_all(both.train)[0])
 
     (tmp_path / "extra_32x32.mat").unlink()
-    assert len(loaded(data="svhn", data_dir=tmp_path, svhn_train_only=True).train) == 5
-    with pytest.raises(UserError, match="--svhn-train-only"):
+    with pytest.raises(UserError, match=r"SVHN is not in .*extra_32x32\.mat"):
         loaded(data="svhn", data_dir=tmp_path)
 
 

@@ -124,10 +124,9 @@ def _from_torchvision(config: ResolvedConfig, download: bool) -> ImageData:
         if config.data == "svhn":
             name, where = "SVHN", "train_32x32.mat, extra_32x32.mat and test_32x32.mat"
             addresses = [url for url, *_ in datasets.SVHN.split_list.values()]
-            train, test = svhn("train"), svhn("test")
-            if not config.svhn_train_only:
-                extra = svhn("extra")
-                train = torch.cat([train[0], extra[0]]), torch.cat([train[1], extra[1]])
+            # the paper trains on both
+            images, labels = zip(svhn("train"), svhn("extra"), strict=True)
+            train, test = (torch.cat(images), torch.cat(labels)), svhn("test")
             num_classes, names = 10, ()
         else:
             ten = config.data == "cifar10"
@@ -145,11 +144,10 @@ def _from_torchvision(config: ResolvedConfig, download: bool) -> ImageData:
                 f"could not fetch {name} into {root}: {error}; fetch {' and '.join(addresses)} "
                 f"by hand and put {where} into {root}"
             ) from None
-        alone = "; --svhn-train-only does without the extra images" if name == "SVHN" else ""
         raise UserError(
             f"{name} is not in {root}, or damaged: add --download to fetch it from "
             f"{' and '.join(addresses)}, or put {where} there yourself (--data-dir names another "
-            f"folder){alone}"
+            f"folder)"
         ) from None
     return _in_memory(config, train, test, num_classes, names)
 

@@ -116,21 +116,10 @@ def _see_no_circle(root: Path) -> None:
     Links are followed when images are listed, and by the system 40 times at most: two in one
     folder are 2^40 ways around.
     """
-    # folders that are left to be looked into, each with those it lies in
-    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(str(root), frozenset())]
-    while waiting:
-        path, around = waiting.pop()
-        try:
-            about = os.stat(path)
-            with os.scandir(path) as entries:
-                folders = [entry.path for entry in entries if entry.is_dir()]
-        # one that cannot be read is passed over when images are listed, or said
-        except OSError:
-            continue
-        itself = about.st_dev, about.st_ino
-        if itself in around:
+    for path, _, _ in os.walk(root, followlinks=True):
+        around = (folder for folder in Path(path).parents if folder.is_relative_to(root))
+        if os.path.realpath(path) in map(os.path.realpath, around):
             raise UserError(f"{root}: the link {path[:200]} in it leads back to where it lies")
-        waiting += [(folder, around | {itself}) for folder in folders]
 
 
 class Listed:
