@@ -88,15 +88,14 @@ def _wrong_device(name: str) -> str | None:
 def _about(options: argparse.Namespace) -> list[Row]:
     """What was asked, and of what."""
     began = datetime.datetime.now(datetime.timezone.utc)
-    device = torch.device(options.device)
-    name = "cpu, no GPU"
-    if device.type == "cuda":
-        name = f"{torch.cuda.get_device_name(device)} ({device})"
+    # its name is the environment's to ask for: who asks may hold a part of its memory, or all of
+    # it where a GPU takes one process at a time
+    on_gpu = options.device.startswith("cuda")
     left_out = [each for each in SECTIONS if each not in options.sections]
     said = {
         "begun": f"{began:%Y-%m-%d %H:%M} UTC",
-        "device": name,
-        "networks": "tiny" if options.tiny or device.type != "cuda" else "full size",
+        "device": options.device if on_gpu else "cpu, no GPU",
+        "networks": "tiny" if options.tiny or not on_gpu else "full size",
         "time allowed": f"{options.minutes:g} minutes",
         "sections not asked for": ", ".join(left_out) or "none",
     }

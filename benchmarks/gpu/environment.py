@@ -25,3 +25,6 @@ def run(sheet: Sheet, device: torch.device, tiny: bool) -> None:
             sheet.add(Row("environment", what, "said", note=which))
         sheet.add(Row("environment", "processor", "said", note=machine.processor()))
         sheet.add(Row("environment", "revision", "said", note=machine.short_revision()))
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)} ({device})"
+        sheet.add(Row("environment", "measured on", "said", note=name))

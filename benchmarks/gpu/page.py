@@ -83,9 +83,9 @@ def summary(rows: Mapping[str, Sequence[Row]]) -> str:
 
 def html(rows: Mapping[str, Sequence[Row]]) -> str:
     said = {row.what: row.note for row in rows.get("run", ())}
-    device = said.get("device", "a GPU")
-    without = device.startswith("cpu")
-    title = "effdense without a GPU" if without else f"effdense on {device}"
+    without = said.get("device", "").startswith("cpu")
+    names = [row.note for row in rows.get("environment", ()) if row.what == "measured on"]
+    title = "effdense without a GPU" if without else f"effdense on {[*names, 'a GPU'][0]}"
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(summary(rows))}</p>"]
     if without or said.get("networks") == "tiny":
         how = "Run without a GPU, on tiny networks" if without else "Run on tiny networks"

@@ -278,8 +278,11 @@ def test_what_was_not_run_is_said_with_its_reasons() -> None:
     assert "(1, 2) &lt;3&gt;, float32" in alone.partition("<h2>Targets</h2>")[2]
     # a section that left nothing says so
     assert "Nothing was found in its time." in html.partition("<h2>Memory</h2>")[2]
-    run = [Row("run", "device", "said", note="A Card (cuda:0)")]
-    assert "<h1>effdense on A Card (cuda:0)</h1>" in page.html({**ROWS, "run": run})
+    run = [Row("run", "device", "said", note="cuda")]
+    assert "<h1>effdense on a GPU</h1>" in page.html({**ROWS, "run": run})
+    card = [Row("environment", "measured on", "said", note="A Card (cuda:0)")]
+    named = page.html({**ROWS, "run": run, "environment": card})
+    assert "<h1>effdense on A Card (cuda:0)</h1>" in named
     tiny = [*run, Row("run", "networks", "said", note="tiny")]
     assert "Run on tiny networks: figures mean nothing" in page.html({**ROWS, "run": tiny})
 
@@ -326,3 +329,21 @@ def test_a_device_that_is_not_there(
     assert command.main(["--device", device, "--output", str(tmp_path / "report")]) == 2
     assert capsys.readouterr().err == f"error: {said}\n"
     assert not (tmp_path / "report").exists()
+
+
+def test_the_command_itself_leaves_the_gpu_to_its_sections(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    def asked(*anything: Any) -> None:
+        raise AssertionError("a process that holds a GPU's context takes its memory, or all of it")
+
+    for name in ("get_device_name", "get_device_properties", "set_device", "init"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(command, "_all_sections", lambda options: {"speed": ROWS["speed"][:3]})
+    assert command.main(["--device", "cuda:0", "--output", str(tmp_path)]) == 0
+    found = {
+        row["what"]: row["note"]
+        for row in json.loads((tmp_path / "report.json").read_text())["run"]
+    }
+    assert (found["device"], found["networks"]) == ("cuda:0", "full size")
