@@ -21,25 +21,17 @@ def require_tensorboard() -> None:
         raise UserError("--tensorboard: it is not installed; pip install tensorboard")
 
 
-class Board:
-    """Writes to ``folder``; None: nowhere."""
+def add_scores(folder: Path, epoch: int, train: Score, test: Score, speed: Speed) -> None:
+    """Write an epoch's scores; what was there of it and of later ones is replaced."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
-
-    def add(self, epoch: int, train: Score, test: Score, speed: Speed) -> None:
-        """Write an epoch's scores; what was there of it and of later ones is replaced."""
-        if self._folder is None:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        # TensorBoard drops what a purged step and later ones had before
-        writer: Any = SummaryWriter(str(self._folder), purge_step=epoch)
-        with writer:
-            for part, score in (("train", train), ("test", test)):
-                shown = {"loss": score.loss, "error": score.error, "samples": score.samples}
-                for name, value in {**shown, **score.metrics}.items():
-                    writer.add_scalar(f"{name}/{part}", value, epoch)
-            writer.add_scalar("images per second", speed.images_per_second, epoch)
-            writer.add_scalar("waiting for images (%)", speed.wait_percent, epoch)
-            writer.add_scalar("memory (MiB)", speed.memory / 2**20, epoch)
+    # TensorBoard drops what a purged step and later ones had before
+    writer: Any = SummaryWriter(str(folder), purge_step=epoch)
+    with writer:
+        for part, score in (("train", train), ("test", test)):
+            shown = {"loss": score.loss, "error": score.error, "samples": score.samples}
+            for name, value in {**shown, **score.metrics}.items():
+                writer.add_scalar(f"{name}/{part}", value, epoch)
+        writer.add_scalar("images per second", speed.images_per_second, epoch)
+        writer.add_scalar("waiting for images (%)", speed.wait_percent, epoch)
+        writer.add_scalar("memory (MiB)", speed.memory / 2**20, epoch)

@@ -57,7 +57,7 @@ from .standings import Standings
 from .start import load_start, read_start, with_network_of_run
 from .tasks import make_task
 from .telemetry import Telemetry
-from .tensorboard import Board, require_tensorboard
+from .tensorboard import add_scores, require_tensorboard
 from .trainer import Trainer, wants_graphs
 from .watchdog import Watchdog
 
@@ -377,8 +377,6 @@ class _Records:
         for line in said:
             progress.say(line)
         self.standings = Standings(config.best_by or trainer.task.best_by, texts)
-        shown = work_dir if config.tensorboard else None
-        self._board = Board(shown.path / "tensorboard" if shown else None)
 
     def left(self) -> str:
         """What a run that has to stop can go on from, to be put after why it stops."""
@@ -409,7 +407,8 @@ class _Records:
             path = self._work_dir.path
             plots.draw([path], path, plots.SCORES, self.standings.best)
             self._drawn_at = time.monotonic()
-        self._board.add(epoch, train, test, speed)
+        if self._trainer.config.tensorboard:
+            add_scores(self._work_dir.path / "tensorboard", epoch, train, test, speed)
         if self._on_epoch is not None:
             self._on_epoch(Epoch(epoch, train, test, lr, speed, self._work_dir.path))
 

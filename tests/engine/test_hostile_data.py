@@ -69,6 +69,15 @@ def test_two_links_around_each_other_are_named_at_once(tmp_path: Path) -> None:
         Folder(tmp_path, read_pixels, IMAGES)
 
 
+def test_names_that_are_no_utf_8_are_read(tmp_path: Path) -> None:
+    (tmp_path / "cats").mkdir()
+    path = tmp_path / "cats" / os.fsdecode(b"\xff\xe9.png")
+    Image.new("RGB", (4, 6), (7, 8, 9)).save(path)
+    folder = Folder(tmp_path, read_pixels, IMAGES)
+    assert folder.name(0) == str(path)
+    assert folder.read(0)[:, 0, 0].tolist() == [7, 8, 9]
+
+
 def _circle(path: Path) -> Path:
     """A link to a link to it."""
     other = path.with_name("other")

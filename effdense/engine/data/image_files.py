@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -63,8 +64,25 @@ class Source(Protocol):
         """
 
 
-class Folder:
-    """A :class:`Source` of one folder per class.
+class _Files:
+    """A :class:`Source` of the image files of a split."""
+
+    def __init__(self, root: Path, part: Part, read: Callable[[Path], Tensor]) -> None:
+        self._root, self._names, self._read = root, part.names, read
+        self.labels = part.labels
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return str(self._root / self._names[index].decode(errors="surrogateescape"))
+
+    def read(self, index: int) -> Tensor:
+        return self._read(Path(self.name(index)))
+
+
+class Folder(_Files):
+    """Of one folder per class.
 
     Raises:
         UserError: if ``root`` is not such a folder.
@@ -73,22 +91,21 @@ class Folder:
     def __init__(self, root: Path, read: Callable[[Path], Tensor], kinds: tuple[str, ...]) -> None:
         from torchvision import datasets
 
-        self._read = read
         others = Counter[str]()
         _see_no_circle(root)
 
         def is_image(path: str) -> bool:
-            found = path.lower().endswith(kinds)
-            others[Path(path).suffix or "no suffix"] += not found
-            return found
+            is_one = path.lower().endswith(kinds)
+            others[Path(path).suffix or "no suffix"] += not is_one
+            return is_one
 
         try:
-            self._folder = datasets.ImageFolder(str(root), is_valid_file=is_image, allow_empty=True)
+            found = datasets.ImageFolder(str(root), is_valid_file=is_image, allow_empty=True)
         except OSError as error:
             raise UserError(
                 f"{root} is not a folder of images, one folder per class: {error}"
             ) from None
-        if not len(self._folder):
+        if not len(found):
             raise UserError(f"{root} is not a folder of images: none of {', '.join(kinds)} in it")
         for file in root.iterdir():
             others["files in no class's folder"] += file.is_file()
@@ -97,17 +114,9 @@ class Folder:
             for kind, count in sorted(others.items())
             if count
         ]
-        self.classes: list[str] = self._folder.classes
-        self.labels = torch.tensor(self._folder.targets)
-
-    def __len__(self) -> int:
-        return len(self._folder)
-
-    def name(self, index: int) -> str:
-        return str(self._folder.samples[index][0])
-
-    def read(self, index: int) -> Tensor:
-        return self._read(Path(self.name(index)))
+        self.classes: list[str] = found.classes
+        names = np.array([path.encode(errors="surrogateescape") for path, _ in found.samples])
+        super().__init__(Path(), Part(names, torch.tensor(found.targets)), read)
 
 
 def _see_no_circle(root: Path) -> None:
@@ -122,27 +131,17 @@ def _see_no_circle(root: Path) -> None:
             raise UserError(f"{root}: the link {path[:200]} in it leads back to where it lies")
 
 
-class Listed:
-    """A :class:`Source` of the images that a table lists."""
+class Listed(_Files):
+    """Of the images that a table lists."""
 
     def __init__(self, root: Path, part: Part, read: Callable[[Path], Tensor]) -> None:
-        self._root, self._names, self._read = root, part.names, read
-        self.labels = part.labels
+        super().__init__(root, part, read)
         first = Path(self.name(0))
         if not first.is_file():
             raise UserError(
                 f"the table's image {first} is not there: name the folder of its images with "
                 f"--data-dir"
             )
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        return str(self._root / self._names[index].decode())
-
-    def read(self, index: int) -> Tensor:
-        return self._read(Path(self.name(index)))
 
 
 class _Sample(NamedTuple):
