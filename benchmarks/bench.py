@@ -117,19 +117,21 @@ MEASUREMENTS = (
     ),
     Measurement(
         "throughput-100-compiled",
-        f"benchmarks/throughput.py --depth 100 --growth-rate 12 --batch-size 64 {_COMPILED}",
-        20,
+        "benchmarks/throughput.py --depth 100 --growth-rate 12 --batch-size 64 --rounds 3 "
+        f"{_COMPILED}",
+        12,
     ),
     Measurement(
         "throughput-190",
-        f"benchmarks/throughput.py --depth 190 --growth-rate 40 --batch-size 8 {_SMALL_RACE}",
-        15,
+        "benchmarks/throughput.py --depth 190 --growth-rate 40 --batch-size 8 --rounds 3 "
+        f"--no-strict {_SMALL_RACE}",
+        8,
     ),
     Measurement(
         "throughput-250",
-        "benchmarks/throughput.py --depth 250 --growth-rate 24 --batch-size 16 --no-strict "
-        f"{_RACE}",
-        10,
+        "benchmarks/throughput.py --depth 250 --growth-rate 24 --batch-size 16 --rounds 5 "
+        f"--no-strict {_RACE}",
+        7,
     ),
     Measurement(
         "throughput-121-1",
