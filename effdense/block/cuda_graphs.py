@@ -38,6 +38,10 @@ class CudaGraphs:
     def __str__(self) -> str:
         if self.fault is not None:
             return f"no CUDA graphs: {self.fault}"
+        if self._recording is not None and not self.stages and not self.left_out:
+            return (
+                'no CUDA graphs: the model has none of effdense\'s stages (save="all" is autograd)'
+            )
         said = [f"{len(self.stages)} stages by CUDA graphs"]
         said += [f"{name} without: {reason}" for name, reason in self.left_out.items()]
         return "; ".join(said) + "; other batch sizes and evaluation run without"

@@ -545,3 +545,10 @@ def test_gradients_in_ddps_buckets(device: ReplayingDevice) -> None:
     finally:
         torch.distributed.destroy_process_group()
     assert_equal(found[1], found[0])
+
+
+def test_a_network_of_plain_autograd_is_said_to_have_no_stages(device: ReplayingDevice) -> None:
+    graphs = effdense.cuda_graphs(ours(save="all")(), images(3, 3, 10, 9, dtype=torch.float32))
+    assert str(graphs).startswith("no CUDA graphs: the model has none of effdense's stages")
+    graphs = effdense.cuda_graphs(ours(save=("all", "input"))(), images(3, 3, 10, 9).float())
+    assert "2 stages by CUDA graphs" in str(graphs)
