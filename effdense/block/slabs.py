@@ -309,18 +309,19 @@ class Pooling:
         self, flat: Tensor, group: Group, largest: Tensor, pixels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What ``_max_pool`` found, but windows' first pixels in the channels that are flat."""
-        x = group.x
-        where = torch.zeros((), dtype=torch.int64, device=x.device)
+        where = torch.zeros((), dtype=torch.int64, device=pixels.device)
         lines = (slice(0, n) for n in self.pooled[1:])
         offsets = (group.first, *[0] * len(self.spatial[1:]))
-        both = zip(self.windows, (group.pooled, *lines), self.spatial, offsets, strict=True)
-        for dim, (window, outputs, size, offset) in enumerate(both, 2):
-            first = torch.arange(outputs.start, outputs.stop, device=x.device)
+        dims = zip(self.windows, (group.pooled, *lines), self.spatial, offsets, strict=True)
+        for window, outputs, size, offset in dims:
+            first = torch.arange(outputs.start, outputs.stop, device=pixels.device)
             first = (first * window.stride - window.padding).clamp_(min=0) - offset
-            x = x.index_select(dim, first)
             where = where.unsqueeze(-1) * size + first
-        of_channel = flat.view(-1, *[1] * (x.dim() - 2))
-        return torch.where(of_channel, x, largest), torch.where(of_channel, where, pixels)
+        x = group.x.flatten(2).index_select(2, where.flatten()).view(largest.shape)
+        of_channel = flat.view(-1, *[1] * where.dim())
+        # in place: none of the three is small
+        torch.where(of_channel, x, largest, out=largest)
+        return largest, torch.where(of_channel, where, pixels, out=pixels)
 
     def _pooled_like(self, x: Tensor, images: int, lines: slice | None = None) -> Tensor:
         """Room for the output of some images, or of some of its lines, (images, *pooled, C)."""

@@ -98,6 +98,7 @@ def test_live_bytes_are_predicted_within_a_hundredth(
         (lambda: reference.densenet_bc(40, 12), (8, 3, 32, 32)),
         (lambda: effdense.densenet121(), (2, 3, 96, 96)),
         (lambda: effdense.densenet121(save="bottlenecks"), (1, 3, 224, 224)),
+        (lambda: effdense.DenseNet(16, (4, 6, 4), spatial_dims=1), (16, 3, 1024)),
         (lambda: _volumes(), (1, 1, 96, 80, 96)),
         (lambda: _volumes(save="bottlenecks"), (2, 1, 64, 64, 64)),
     ],
