@@ -329,7 +329,9 @@ def measure(each: Measurement, folder: Path, revision: str) -> bool:
     # not yet among the results, and seen by no report
     partial = ROOT / "results" / "bench" / f"{each.name}.csv"
     partial.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *shlex.split(each.command), "--output", str(partial)]
+    # as anybody would write it: rows say by which command they were measured
+    output = str(partial.relative_to(ROOT))
+    command = [sys.executable, *shlex.split(each.command), "--output", output]
     paths = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])
     if subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}).returncode != 0:
         return False

@@ -146,6 +146,13 @@ def test_the_newest_results_reach_the_floors(name: str, floor: float) -> None:
     assert bench.times_as_fast(newest) >= floor
 
 
+def test_commands_that_are_kept_name_no_folder_of_a_machine() -> None:
+    paths = list(report.KEPT.glob("*/*.csv"))
+    commands = {(path, row["command"]) for path in paths for row in results.read(path)}
+    assert len(commands) >= len(paths) > 10
+    assert [(path.name, said) for path, said in commands if " /" in said] == []
+
+
 def test_what_is_measured_makes_every_picture() -> None:
     names = [each.name for each in bench.MEASUREMENTS]
     assert len(set(names)) == len(names)
