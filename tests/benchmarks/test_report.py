@@ -97,6 +97,31 @@ def test_ratios_are_formed_within_each_round(tmp_path: Path) -> None:
     assert "3.00 [2.40, 3.60]" in line
 
 
+def test_times_of_two_runs_are_not_compared(tmp_path: Path) -> None:
+    names = ("naive", "checkpoint", "effdense-features")
+    paths = [tmp_path / f"{name}.csv" for name in ("memory", "one", "two")]
+    with Recorder(paths[0], "memory", "cpu", 1) as recorder:
+        for name in names:
+            recorder.add(name, CASE, "peak", 2**30, "B")
+    for path, threads, raced in ((paths[1], 1, names), (paths[2], 2, names[::2])):
+        with Recorder(path, "throughput", "cpu", threads) as recorder:
+            for name in raced:
+                recorder.add(name, CASE, "step time", 4.0 / threads, "s", sample=0)
+    kept = report.Kept([row for path in paths for row in results.read(path)])
+    shown = report.peaks(CASE)(kept)
+    assert [line.split("|")[-2].strip() for line in shown.splitlines()[3:6]] == ["4.00"] * 3
+    header, _, *lines = report.speed(kept).splitlines()
+    assert [cell.rpartition(", ")[2].strip() for cell in header.split("|")[2:-1]] == [
+        "1 thread",
+        "2 threads",
+    ]
+    assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines[:3]] == [
+        ["4.00", "2.00"],
+        ["4.00", ""],
+        ["4.00", "2.00"],
+    ]
+
+
 def test_a_table_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "README.md").write_text("<!-- table: nobody -->\n<!-- end -->\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
