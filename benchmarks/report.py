@@ -271,16 +271,21 @@ def _source(row: Row) -> tuple[str, ...]:
     return tuple(row[name] for name in about)
 
 
+def _threads(row: Row) -> str:
+    """Such as ", 2 threads"; nothing where it isn't known."""
+    plural = "" if row["threads"] == "1" else "s"
+    return f", {row['threads']} thread{plural}" if row["threads"] else ""
+
+
 def _sources(rows: Iterable[Row]) -> str:
     """Where figures are from, a line for each run."""
     lines = []
     for row in {_source(row): row for row in rows}.values():
         memory = f", {float(row['memory_bytes']) / 2**30:.1f} GiB" if row["memory_bytes"] else ""
         command = re.sub(r" --output \S+", "", row["command"])
-        threads = f", {row['threads']} thread{'s' if row['threads'] != '1' else ''}"
         lines.append(
             f"- {row['gpu'] or row['processor']}, {row['cores']} cores{memory}"
-            f"{threads if row['threads'] else ''}, torch {row['torch']}, Python {row['python']}, "
+            f"{_threads(row)}, torch {row['torch']}, Python {row['python']}, "
             f"revision {row['git_revision'][:7]}, {row['date'][:10]}: `{command}`"
         )
     return "\n".join(lines)
@@ -310,7 +315,7 @@ def peaks(case: Case, names: Sequence[str] = tuple(NAMES)) -> Callable[[Kept], s
             run = {n: newest[name][0][n] for n in ("processor", "gpu", "git_revision")}
             share = f"1/{naive / nbytes:.1f}" if naive and naive != nbytes else ""
             row = [NAMES[name], mebibytes(nbytes), f"{nbytes / floor.total:.2f}", share]
-            races = Kept(r for r in times.rows if all(r[n] == run[n] for n in run)).runs()
+            races = times.of("throughput", "step time", None, **run).runs()
             # the one with most of them: threads may differ, and what they share the processor with
             race = max(
                 races, key=lambda each: len({*names} & {*each.values("provider")}), default=None
@@ -454,12 +459,11 @@ def speed(kept: Kept) -> str:
     columns: list[tuple[str, Case, Kept]] = []
     for case in dict.fromkeys(_case(row) for row in found.rows):
         own = found.of("throughput", "step time", case)
-        newest = own.newest()[-1:] or own.rows[-1:]
-        runs = own.of("throughput", "step time", git_revision=newest[0]["git_revision"]).runs()
+        newest = {row["git_revision"] for row in own.newest()}
+        runs = [each for each in own.runs() if each.rows[0]["git_revision"] in newest]
         for run in runs:
-            threads = f", {run.rows[0]['threads']} threads" if len(runs) > 1 else ""
-            whole = kept.run(_source(run.rows[0]))
-            columns.append((_network(case) + threads.replace("1 threads", "1 thread"), case, whole))
+            head = f"{_network(case)}{_threads(run.rows[0])}" if len(runs) > 1 else _network(case)
+            columns.append((head, case, kept.run(_source(run.rows[0]))))
     cells, sources = [], []
     for name in NAMES:
         times = [

@@ -29,6 +29,14 @@ def channels_first(matrix: Tensor, images: int, spatial: list[int] | tuple[int, 
     return matrix.view(images, *spatial, matrix.shape[1]).movedim(-1, 1)
 
 
+def room(
+    like: Tensor, size: tuple[int, ...] | torch.Size, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Uninitialised memory for (N, c, *spatial) in channels-last order, beside ``like``."""
+    images, channels, *spatial = size
+    return like.new_empty((images, *spatial, channels), dtype=dtype).movedim(-1, 1)
+
+
 def channels(start: int, stop: int, width: int, newest_first: bool) -> slice:
     """Features ``start`` to ``stop``, in the order in which they were made, of ``width``.
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends.base import Backend, Correction, Normalization, Statistics
-from ..backends.layout import channels_first
+from ..backends.layout import channels_first, room
 from ..backends.layout import rows as rows_of
 
 MAX_POOL: dict[type[nn.Module], Any] = {
@@ -262,7 +262,7 @@ class Pooling:
                 else:
                     wanted = x[:, :, max(0, begin) :]
                 # without the rest's memory
-                held = _like(wanted, wanted.shape).copy_(wanted)
+                held = room(wanted, wanted.shape).copy_(wanted)
                 del wanted
             del x  # before the next slab's is made
 
@@ -292,7 +292,7 @@ class Pooling:
             for n, at in zip(outside, (0, len(parts) + 1), strict=True):
                 if n:
                     size = (*own.shape[:2], n, *own.shape[3:])
-                    parts.insert(at, _like(own, size).fill_(-math.inf))
+                    parts.insert(at, room(own, size).fill_(-math.inf))
             lines = own if len(parts) == 1 else torch.cat(parts, 2)
             del own, parts
             yield Group(slice(begin, end), lines, first, 0)
@@ -361,11 +361,7 @@ class Pooling:
             list, zip(*[window, *self.windows[1:]], strict=True)
         )
         size = (*grad.shape[:2], last - first, *self.spatial[1:])
-        x = channels_first(
-            grad.new_empty((grad.shape[0] * math.prod(size[2:]), self.channels)),
-            grad.shape[0],
-            size[2:],
-        )
+        x = room(grad, size)
         ceil = self.pool.ceil_mode
         if x.dim() > 3:
             backward = _BACKWARD[x.dim() - 4]
@@ -389,9 +385,3 @@ def _pooled_size(size: int, window: Window, ceil: bool) -> int:
     if ceil and (found - 1) * window.stride >= size + window.padding:
         found -= 1
     return found
-
-
-def _like(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Room for another size in the layout of x, channels last."""
-    matrix = x.new_empty((size[0] * math.prod(size[2:]), size[1]))
-    return channels_first(matrix, size[0], size[2:])

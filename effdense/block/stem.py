@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..autocast import autocast_dtype, without_autocast
 from ..backends.base import Backend, Normalization, Statistics, accumulate_dtype
 from ..backends.empty import EmptyBackend
-from ..backends.layout import channels_first, channels_last, like_parameter
+from ..backends.layout import channels_first, channels_last, like_parameter, room
 from ..backends.layout import rows as rows_of
 from ..backends.select import get_backend
 from ..backends.sharing import as_base
@@ -362,8 +362,7 @@ class _Convolved(NamedTuple):
     def lines(self, images: slice, first: int, last: int) -> Tensor:
         if first == last:
             shape = self.convolution.shape
-            size = (len(self.image[images]), 0, *shape[3:], shape[1])
-            return self.signed.new_empty(size).movedim(-1, 1)
+            return room(self.signed, (len(self.image[images]), shape[1], 0, *shape[3:]))
         part, padding = self._read(images, first, last)
         return torch.ops.aten.convolution(part, self.signed, None, *self._geometry(padding))
 
@@ -418,8 +417,7 @@ class _Convolved(NamedTuple):
             padding = 0
             (begin, end), inside = self._reach(first, last), self._inside(first, last)
             image, above = part[:, :, inside], inside.start - begin
-            size = (len(part), end - begin, *part.shape[3:], part.shape[1])
-            part = image.new_empty(size, dtype=dtype).movedim(-1, 1)
+            part = room(image, (*part.shape[:2], end - begin, *part.shape[3:]), dtype)
             part[:, :, :above].zero_()
             part[:, :, above : above + image.shape[2]] = image
             part[:, :, above + image.shape[2] :].zero_()
