@@ -14,10 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..version import __version__
 from .memory import total_bytes
 
 _PACKAGES = (
-    "effdense",
     "torch",
     "torchvision",
     "triton",
@@ -53,6 +53,8 @@ def processor() -> str:
 def versions() -> dict[str, str]:
     """Versions of Python, the system and the packages that a result may depend on."""
     found = {"python": platform.python_version(), "system": platform.platform()}
+    # what runs, whatever was installed or built from these files before
+    found["effdense"] = __version__
     for package in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
