@@ -31,7 +31,9 @@ def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def like(self: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
         given: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        return poisoned(*size, **given | options)
+        # None is as good as nothing, as torch has it
+        given |= {name: value for name, value in options.items() if value is not None}
+        return poisoned(*size, **given)
 
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(torch.Tensor, "new_empty", like)
