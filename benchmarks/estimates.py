@@ -62,6 +62,7 @@ def run(options: Options) -> int:
     index, parts = options.which
     path = options.output or Path("results") / f"estimates-{index}-of-{parts}.csv"
     missed, rows = 0, []
+    torch.set_num_threads(options.threads)  # those of predictions too
     with Recorder(path, "estimates", "cpu", options.threads) as recorder:
         print(headline(recorder.environment))
         for each in GRID[index - 1 :: parts]:

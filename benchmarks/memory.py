@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from harness import counts, providers, results
 from harness.case import Case, CaseOptions, objection
 from harness.measure import Memory, estimated, memory, predicted_peak
@@ -169,6 +170,7 @@ def run(options: Options) -> None:
     case, names, cases = options.case, options.names, options.cases
     path = options.output or Path("results") / f"{result_name(options, case)}.csv"
     here = "cpu" if options.predict else case.device
+    torch.set_num_threads(options.threads)  # those of predictions too
     with Recorder(path, "memory", here, options.threads) as recorder:
         print(headline(recorder.environment))
         if options.predict:

@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(options: Options) -> None:
+    torch.set_num_threads(options.threads)  # those of predictions too
     try:
         network = models.configuration("densenet_bc", options.depth, options.growth_rate)
         with torch.device("meta"):

@@ -119,7 +119,8 @@ def estimate(
         step_in_backward: whether :func:`effdense.step_in_backward` is used.
         cuda_graphs: whether :func:`effdense.cuda_graphs` is, on "cuda" only: what the graphs keep
             for good comes on top. A prediction that was never measured.
-        device: "cpu" or "cuda": which backend's temporaries are counted.
+        device: "cpu" or "cuda": which backend's temporaries are counted; on "cpu" those of as many
+            threads as torch has here.
 
     Raises:
         ValueError: for an argument outside its range, or an input that the model refuses.

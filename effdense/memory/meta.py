@@ -397,6 +397,35 @@ def _batch_norm_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     )
 
 
+def _convolution(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # torch's rule forgets the layouts of input and weight, of which a device keeps channels-last
+    x, weight, _, _, _, _, transposed = args[:7]
+    by_rows = _is_channels_last(x) or _is_channels_last(weight)
+    # in double a volume's is row-major on CPUs, as everything is in cuDNN
+    double = x.dtype == torch.float64 and (x.dim() == 5 or stands_for() == "cuda")
+    if transposed or double or not by_rows:
+        return NotImplemented
+    images, channels, *spatial = _aten.convolution.default(*args, **kwargs).shape
+    return _empty((images, *spatial, channels), x.dtype).movedim(-1, 1)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """As torch reads strides, also of one channel or one pixel, which are in either layout."""
+    if x.dim() < 4:
+        return False
+    least = 0
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.stride(dim) < max(least, 1) or (dim == 0 and least == x.stride(1)):
+            return False
+        least = x.stride(dim) * x.shape[dim]
+    return True
+
+
+def _max_pool3d_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # on CUDA in row-major order, whatever the input's
+    return _empty(args[1].shape, args[1].dtype) if stands_for() == "cuda" else NotImplemented
+
+
 def _convolution_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # torch's rule forgets the input's layout, which would cost a copy that no device makes
     found = _aten.convolution_backward.default(*args, **kwargs)
@@ -404,7 +433,9 @@ def _convolution_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 _RULES: dict[Any, Rule] = {
+    _aten.convolution.default: _convolution,
     _aten.convolution_backward.default: _convolution_backward,
+    _aten.max_pool3d_with_indices_backward.default: _max_pool3d_backward,
     _aten.native_batch_norm.default: _batch_norm,
     _aten.native_batch_norm_backward.default: _batch_norm_backward,
     _aten.new_empty.default: _new,

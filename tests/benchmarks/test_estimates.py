@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
 import estimates
+import memory
 import pareto
 import pytest
+import torch
 from harness import results
 from harness.grid import GRID, from_request
 
@@ -72,3 +78,31 @@ def test_plans_are_measured_and_drawn(tmp_path, capsys):
     assert len(timed) >= 4
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "naive" in capsys.readouterr().out
+
+
+class _Began(Exception):
+    pass
+
+
+@pytest.fixture
+def _threads_of_this_process() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads_of_this_process")
+@pytest.mark.parametrize("module", [estimates, memory, pareto], ids=lambda module: module.__name__)
+def test_predictions_are_of_as_many_threads_as_are_measured(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiled loops' memory goes by threads, a simulation's of this process."""
+
+    def begun(*arguments: Any) -> None:
+        raise _Began
+
+    monkeypatch.setattr(module, "Recorder", begun)
+    threads = torch.get_num_threads() + 2
+    with pytest.raises(_Began):
+        module.run(module.Options(threads=threads))
+    assert torch.get_num_threads() == threads

@@ -100,6 +100,11 @@ def test_live_bytes_are_predicted_within_a_hundredth(
         (lambda: effdense.densenet121(save="bottlenecks"), (1, 3, 224, 224)),
         (lambda: effdense.DenseNet(16, (4, 6, 4), spatial_dims=1), (16, 3, 1024)),
         (lambda: _volumes(), (1, 1, 96, 80, 96)),
+        # all of the stem's peak in one slab
+        (
+            lambda: effdense.DenseNet(16, (4, 6, 4), 32, spatial_dims=3, small_inputs=False),
+            (1, 3, 64, 64, 64),
+        ),
         (lambda: _volumes(save="bottlenecks"), (2, 1, 64, 64, 64)),
     ],
 )
