@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from harness import counts, results
 from harness.case import Case
@@ -54,6 +54,15 @@ NAMES = {
     "effdense-input": 'effdense, `save="input"`',
     "effdense-slabs": 'effdense, `save="slabs"`',
     "effdense-step-in-backward": 'effdense, `save="features"`, steps in backward',
+}
+# the columns of the table of steps
+RACED = {
+    "naive": "naive",
+    "naive-channels-last": "naive, channels-last",
+    "checkpoint": "checkpointed",
+    "effdense-bottlenecks": '`"bottlenecks"`',
+    "effdense-features": '`"features"`',
+    "effdense-input": '`"input"`',
 }
 SHARE = "speed, of naive-channels-last's"
 DEEP = Case("densenet_bc", 250, 24, 32, 32)
@@ -266,29 +275,36 @@ def _spread(rows: Sequence[Row], digits: int = 2) -> str:
     return middle if low == middle == high else f"{middle} [{low}, {high}]"
 
 
+def _seconds(rows: Sequence[Row]) -> str:
+    """To three digits, as clocks and neighbours allow."""
+    return _spread(rows, 2 if rows and _quantiles(rows)[0] >= 1 else 3)
+
+
 def _source(row: Row) -> tuple[str, ...]:
     about = ("processor", "gpu", "git_revision", "command", "threads", "torch")
     return tuple(row[name] for name in about)
 
 
 def _threads(row: Row) -> str:
-    """Such as ", 2 threads"; nothing where it isn't known."""
+    """Such as "2 threads"; nothing where it isn't known."""
     plural = "" if row["threads"] == "1" else "s"
-    return f", {row['threads']} thread{plural}" if row["threads"] else ""
+    return f"{row['threads']} thread{plural}" if row["threads"] else ""
 
 
 def _sources(rows: Iterable[Row]) -> str:
-    """Where figures are from, a line for each run."""
-    lines = []
+    """Where figures are from: each machine and revision, and a line for each run there."""
+    found: dict[str, list[str]] = {}
     for row in {_source(row): row for row in rows}.values():
         memory = f", {float(row['memory_bytes']) / 2**30:.1f} GiB" if row["memory_bytes"] else ""
-        command = re.sub(r" --output \S+", "", row["command"])
-        lines.append(
-            f"- {row['gpu'] or row['processor']}, {row['cores']} cores{memory}"
-            f"{_threads(row)}, torch {row['torch']}, Python {row['python']}, "
-            f"revision {row['git_revision'][:7]}, {row['date'][:10]}: `{command}`"
+        where = (
+            f"{row['gpu'] or row['processor']}, {row['cores']} cores{memory}, "
+            f"torch {row['torch']}, Python {row['python']}, "
+            f"revision {row['git_revision'][:7]}, {row['date'][:10]}"
         )
-    return "\n".join(lines)
+        command = re.sub(r" --output \S+", "", row["command"])
+        threads = f", {_threads(row)}" if row["threads"] else ""
+        found.setdefault(where, []).append(f"- `{command}`{threads}")
+    return "\n\n".join("\n".join([f"{where}:", "", *runs]) for where, runs in found.items())
 
 
 def _with_sources(header: Sequence[str], cells: Sequence[Sequence[str]], rows: list[Row]) -> str:
@@ -321,7 +337,7 @@ def peaks(case: Case, names: Sequence[str] = tuple(NAMES)) -> Callable[[Kept], s
                 races, key=lambda each: len({*names} & {*each.values("provider")}), default=None
             )
             timed = race.newest(provider=name) if race else []
-            rows.append([*row, _spread(timed)])
+            rows.append([*row, _seconds(timed)])
             sources += timed
         if naive is None:
             for predicted in kept.of("memory", "predicted peak", case).newest(provider="naive"):
@@ -453,54 +469,89 @@ def _of_a_product(kept: Kept, case: Case, provider: str) -> str:
     return f"{100 * share[-1]:.0f} %" if share else ""
 
 
-def speed(kept: Kept) -> str:
-    """Seconds per step of the networks that have them, and what they are of a rival's."""
-    found = kept.of("throughput", "step time")
-    columns: list[tuple[str, Case, Kept]] = []
+class Race(NamedTuple):
+    """A run of one network's steps."""
+
+    title: str
+    case: Case
+    run: Kept
+
+
+def _races(kept: Kept) -> list[Race]:
+    """The newest of each network; of one with several, by their threads."""
+    found, races = kept.of("throughput", "step time"), []
     for case in dict.fromkeys(_case(row) for row in found.rows):
         own = found.of("throughput", "step time", case)
         newest = {row["git_revision"] for row in own.newest()}
         runs = [each for each in own.runs() if each.rows[0]["git_revision"] in newest]
         for run in runs:
-            head = f"{_network(case)}{_threads(run.rows[0])}" if len(runs) > 1 else _network(case)
-            columns.append((head, case, kept.run(_source(run.rows[0]))))
+            threads = f", {_threads(run.rows[0])}" if len(runs) > 1 else ""
+            whole = kept.run(_source(run.rows[0]))
+            races.append(Race(f"{_network(case)}{threads}", case, whole))
+    return races
+
+
+def _step_times(race: Race, names: Iterable[str]) -> list[list[Row]]:
+    return [race.run.of("throughput", "step time", race.case).newest(provider=n) for n in names]
+
+
+def speed(kept: Kept) -> str:
+    """Seconds per step of the networks that have them."""
+    cells, sources = [], []
+    for race in _races(kept):
+        times = _step_times(race, RACED)
+        cells.append([race.title, *map(_seconds, times)])
+        sources += [row for rows in times for row in rows]
+    return _with_sources(["s/step", *RACED.values()], cells, sources)
+
+
+def shares(kept: Kept) -> str:
+    """Of the same runs as ``speed``: of a rival's speed, and of what the processor can do."""
+    names, cells = ("effdense-features", "effdense-bottlenecks"), []
+    for race in _races(kept):
+        row = [_spread(_shares(race.run, race.case, name)) for name in names]
+        row += [_of_a_product(race.run, race.case, name) for name in names]
+        cells.append([race.title, *row])
+    columns = [RACED[name] for name in names]
+    header = [f"{name}, times as fast" for name in columns]
+    return table(["", *header, *(f"{name}, of a product's speed" for name in columns)], cells)
+
+
+def compiled(kept: Kept) -> str:
+    """Steps beside those of networks that torch.compile made."""
+    races = [
+        race
+        for race in _races(kept)
+        if any(name.startswith("compile") for name in race.run.values("provider"))
+    ]
     cells, sources = [], []
     for name in NAMES:
-        times = [
-            run.of("throughput", "step time", c).newest(provider=name) for _, c, run in columns
-        ]
+        times = [_step_times(race, [name])[0] for race in races]
         if any(times):
-            cells.append([NAMES[name], *map(_spread, times)])
+            cells.append([NAMES[name], *map(_seconds, times)])
             sources += [row for rows in times for row in rows]
-    for name in ("effdense-features", "effdense-bottlenecks"):
-        shares = [_spread(_shares(run, case, name)) for _, case, run in columns]
-        cells.append(
-            [f"naive channels-last / {name.removeprefix('effdense-')}, per round", *shares]
-        )
-    for name in ("effdense-features", "effdense-bottlenecks"):
-        shares = [_of_a_product(run, case, name) for _, case, run in columns]
-        cells.append([f"{name.removeprefix('effdense-')}, of a matrix product's speed", *shares])
-    return _with_sources(["s/step", *(name for name, _, _ in columns)], cells, sources)
+    return _with_sources(["s/step", *(race.title for race in races)], cells, sources)
 
 
 def ratios(kept: Kept) -> str:
-    """How many times as fast as naive channels-last, by run."""
+    """How many times as fast as naive channels-last, of runs that ``shares`` doesn't show."""
     found = kept.of("throughput", SHARE)
-    timed = {(_case(row), row["git_revision"]) for row in kept.of("throughput", "step time").rows}
-    cells, sources = [], []
+    shown = {(race.case, race.run.rows[0]["git_revision"]) for race in _races(kept)}
     runs = dict.fromkeys((_case(row), row["git_revision"]) for row in found.rows)
-    for case, revision in runs:
-        own = found.of("throughput", SHARE, case, git_revision=revision)
-        if case in timed and revision in kept.of("throughput", "step time", case).values(
-            "git_revision"
-        ):
-            continue
-        for name in own.values("provider"):
-            rows = own.newest(provider=name)
-            what = [NAMES[name], f"{rows[0]['processor']}, {revision[:7]}"]
-            cells.append([_network(case), *what, _spread(rows)])
-            sources += rows
-    return _with_sources(["times as fast as naive channels-last", "", "", ""], cells, sources)
+    own = [
+        found.of("throughput", SHARE, case, git_revision=revision)
+        for case, revision in runs
+        if (case, revision) not in shown
+    ]
+    names = [name for name in NAMES if any(name in run.values("provider") for run in own)]
+    cells, sources = [], []
+    for run in own:
+        rows = [run.newest(provider=name) for name in names]
+        first = run.rows[0]
+        about = [_network(_case(first)), f"{first['processor']}, {first['git_revision'][:7]}"]
+        cells.append([*about, *map(_spread, rows)])
+        sources += [row for each in rows for row in each]
+    return _with_sources(["times as fast", "", *(NAMES[name] for name in names)], cells, sources)
 
 
 def revisions(kept: Kept) -> str:
@@ -516,7 +567,9 @@ def revisions(kept: Kept) -> str:
             pairs = zip(new, old, strict=True)
             ratios = [a | {"value": str(float(a["value"]) / float(b["value"]))} for a, b in pairs]
             what = f"{_network(case)}, {name.removeprefix('effdense-')}"
-            cells.append([what, older.partition("@")[2], *map(_spread, (old, new, ratios))])
+            cells.append(
+                [what, older.partition("@")[2], *map(_seconds, (old, new)), _spread(ratios)]
+            )
             sources += new
     header = ["s/step", "older revision", "there", "here", "of its time, per round"]
     return _with_sources(header, cells, sources)
@@ -749,6 +802,8 @@ TABLES: dict[str, Callable[[Kept], str]] = {
     "predictions": predictions,
     "growth": growth,
     "speed": speed,
+    "shares": shares,
+    "compiled": compiled,
     "ratios": ratios,
     "revisions": revisions,
     "scaling": scaling,

@@ -92,9 +92,8 @@ def test_ratios_are_formed_within_each_round(tmp_path: Path) -> None:
         for i, (rival, own) in enumerate([(2.0, 1.0), (6.0, 2.0), (4.0, 1.0)]):
             recorder.add("naive-channels-last", CASE, "step time", rival, "s", sample=i)
             recorder.add("effdense-features", CASE, "step time", own, "s", sample=i)
-    shown = report.speed(report.Kept(results.read(path)))
-    line = next(line for line in shown.splitlines() if "features, per round" in line)
-    assert "3.00 [2.40, 3.60]" in line
+    shown = report.shares(report.Kept(results.read(path)))
+    assert "3.00 [2.40, 3.60]" in shown.splitlines()[-1].split("|")[2]
 
 
 def test_times_of_two_runs_are_not_compared(tmp_path: Path) -> None:
@@ -110,16 +109,30 @@ def test_times_of_two_runs_are_not_compared(tmp_path: Path) -> None:
     kept = report.Kept([row for path in paths for row in results.read(path)])
     shown = report.peaks(CASE)(kept)
     assert [line.split("|")[-2].strip() for line in shown.splitlines()[3:6]] == ["4.00"] * 3
-    header, _, *lines = report.speed(kept).splitlines()
-    assert [cell.rpartition(", ")[2].strip() for cell in header.split("|")[2:-1]] == [
-        "1 thread",
-        "2 threads",
-    ]
-    assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines[:3]] == [
-        ["4.00", "2.00"],
-        ["4.00", ""],
-        ["4.00", "2.00"],
-    ]
+    _, _, *lines = report.speed(kept).splitlines()
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[:2]]
+    assert [title.rpartition(", ")[2] for title, *_ in found] == ["1 thread", "2 threads"]
+    columns = list(report.RACED)
+    times = [dict(zip(columns, row[1:], strict=True)) for row in found]
+    assert [[row[name] for name in names] for row in times] == [["4.00"] * 3, ["2.00", "", "2.00"]]
+
+
+def test_short_times_have_more_digits(tmp_path: Path) -> None:
+    path = tmp_path / "race.csv"
+    with Recorder(path, "throughput", "cpu", 1) as recorder:
+        for i, own in enumerate([0.0264, 0.0271, 0.0268]):
+            recorder.add("naive", CASE, "step time", own, "s", sample=i)
+    assert "0.027 [0.027, 0.027]" not in (shown := report.speed(report.Kept(results.read(path))))
+    assert "| 0.027 |" in shown
+
+
+def test_runs_of_one_machine_and_revision_stand_together(tmp_path: Path) -> None:
+    one = rows(tmp_path, 10, date="2026-01-02")
+    two = [row | {"provider": "checkpoint", "command": "benchmarks/other.py"} for row in one]
+    three = [row | {"git_revision": "b" * 12} for row in two]
+    shown = report._sources([*one, *two, *three]).split("\n\n")
+    assert ["revision 0123456" in shown[0], "revision bbbbbbb" in shown[2]] == [True, True]
+    assert [part.count("\n- ") + 1 for part in shown[1::2]] == [2, 1]
 
 
 def test_a_table_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +182,7 @@ def test_samples_make_the_tables_that_stated_figures_make(tmp_path: Path) -> Non
     flops = counts.training_flops(CASE)
     race: list[tuple[Any, ...]] = [("effdense-features", CASE, "step time", 2.0, 0, {})]
     race += [("machine", CASE, "matrix product", flops, 0, {})]
-    assert "50 %" in report.speed(recorded("throughput", race))
+    assert "50 %" in report.shares(recorded("throughput", race))
 
     configuration = GRID[0]
     grid: list[tuple[Any, ...]] = [
