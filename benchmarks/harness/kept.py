@@ -1,17 +1,19 @@
-"""Where results are kept: a folder for each machine, date and revision, a CSV file for each run."""
+"""What is kept: a folder for each machine, date and revision, and in it a CSV file for each run."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from effdense.engine.records import write_atomically
 from effdense.errors import UserError
 
-from .results import ENVIRONMENT_COLUMNS
+from . import results
+from .case import Case
+from .results import ENVIRONMENT_COLUMNS, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "benchmarks" / "results"
@@ -66,3 +68,69 @@ def seconds_of(folder: Path) -> dict[str, float]:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def case_of(row: Row) -> Case:
+    numbers = {name: int(row[name]) for name in ("depth", "growth_rate", "batch_size")}
+    numbers |= {name: int(row[name]) for name in ("image_size", "spatial_dims")}
+    return Case(row["arch"], **numbers, dtype=row["dtype"], device=row["device"])  # type: ignore[arg-type]
+
+
+def figure_of(row: Row) -> tuple[str, ...]:
+    """What a row is a sample of."""
+    about: tuple[str, ...] = (
+        "benchmark",
+        "arch",
+        "depth",
+        "growth_rate",
+        "batch_size",
+        "image_size",
+        "dtype",
+    )
+    about += ("spatial_dims", "device", "provider", "metric", "processes", "steps")
+    return tuple(row[name] for name in about)
+
+
+def source_of(row: Row) -> tuple[str, ...]:
+    about = ("processor", "gpu", "git_revision", "command", "threads", "torch")
+    return tuple(row[name] for name in about)
+
+
+class Kept:
+    """Rows of all results files, the oldest first."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = sorted(rows, key=lambda row: row["date"])
+
+    @classmethod
+    def read(cls, folder: Path = KEPT) -> Kept:
+        return cls(row for path in sorted(folder.glob("*/*.csv")) for row in results.read(path))
+
+    def of(self, benchmark: str, metric: str, case: Case | None = None, **columns: str) -> Kept:
+        """The rows of a metric that have these values."""
+        columns |= {"benchmark": benchmark, "metric": metric}
+        return Kept(
+            row
+            for row in self.rows
+            if all(row[name] == value for name, value in columns.items())
+            and (case is None or case_of(row) == case)
+        )
+
+    def newest(self, **columns: str) -> list[Row]:
+        """The rows of the newest run among those that have these values."""
+        rows = [row for row in self.rows if all(row[n] == v for n, v in columns.items())]
+        rows = [row for row in rows if row["value"]]
+        return [row for row in rows if source_of(row) == source_of(rows[-1])]
+
+    def runs(self) -> list[Kept]:
+        """Those of each run that has a value, the newest last: times of two are not compared."""
+        sources = dict.fromkeys(source_of(row) for row in self.rows if row["value"])
+        return [self.run(source) for source in sources]
+
+    def run(self, source: tuple[str, ...]) -> Kept:
+        """Those of one run."""
+        return Kept(row for row in self.rows if source_of(row) == source)
+
+    def values(self, column: str) -> list[str]:
+        """What is in a column, each once."""
+        return list(dict.fromkeys(row[column] for row in self.rows))

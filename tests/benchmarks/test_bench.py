@@ -13,6 +13,8 @@ import pytest
 import report
 from harness import results
 from harness.case import Case
+from harness.kept import Kept
+from tables import runs, speed
 
 from effdense.errors import UserError
 
@@ -132,12 +134,12 @@ def test_the_newest_results_reach_the_floors(name: str, floor: float) -> None:
     case = {"throughput-100": ("densenet_bc", 100, 12, 64, 32)}.get(
         name, ("densenet121", 0, 0, 8, 224)
     )
-    times = report.Kept.read().of("throughput", "step time", Case(*case)).rows
+    times = Kept.read().of("throughput", "step time", Case(*case)).rows
     samples = [row for row in times if not row["statistic"]]
     if not samples:
         (stated,) = [
             row
-            for row in report.Kept.read().of("throughput", report.SHARE, Case(*case)).rows
+            for row in Kept.read().of("throughput", speed.SHARE, Case(*case)).rows
             if row["provider"] == "effdense-features" and row["statistic"] == "0.5"
         ]
         assert float(stated["value"]) >= floor
@@ -180,7 +182,7 @@ def test_precision_records_both_runs(tmp_path: Path) -> None:
     precision.main(["--epochs", "1", "--threads", "1", "--output", str(path)])
     rows = results.read(path)
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
-    shown = report.precision(report.Kept(rows))
+    shown = runs.precision(Kept(rows))
     ends = [row["value"] for row in rows if row["metric"] == "test error"]
     assert len(ends) == 2
     assert all(f"{float(end):.2f}" in shown for end in ends)

@@ -6,8 +6,9 @@ import csv
 
 import installation
 import pytest
-import report
 from harness import results
+from harness.kept import Kept
+from tables import runs
 
 from effdense.errors import UserError
 
@@ -41,7 +42,7 @@ def test_each_step_is_timed_and_its_environment_weighed(commands, tmp_path):
         rows = list(csv.DictReader(file))
     sizes = [float(row["value"]) for row in rows if row["metric"] == "environment"]
     assert sizes == [1024, 2048, 3072]
-    table = report.installation(report.Kept(results.read(path)))
+    table = runs.installation(Kept(results.read(path)))
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:5]] == [
         "installed for training",
         "training",

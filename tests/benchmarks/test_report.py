@@ -12,7 +12,9 @@ import report
 from harness import counts, results
 from harness.case import Case
 from harness.grid import GRID
+from harness.kept import Kept
 from harness.results import Recorder, Row
+from tables import memory, parts, runs, speed
 
 from effdense.errors import UserError
 
@@ -58,7 +60,7 @@ def test_results_are_kept_by_machine_day_and_revision(tmp_path: Path) -> None:
     other = [row | {"provider": "checkpoint"} for row in first]
     report.keep(other, "one", tmp_path)
     report.keep(rows(tmp_path, 20, date="2026-01-02T04:00:00+00:00"), "two", tmp_path)
-    found = report.Kept.read(tmp_path).rows
+    found = Kept.read(tmp_path).rows
     assert [(row["provider"], int(row["value"]) >> 20) for row in found] == [
         ("checkpoint", 10),
         ("naive", 20),
@@ -79,7 +81,7 @@ def test_what_nobody_can_measure_again_is_not_kept(tmp_path: Path) -> None:
 def test_the_newest_run_is_shown(tmp_path: Path) -> None:
     old = rows(tmp_path, 10, date="2026-01-01", git_revision="a" * 12)
     new = rows(tmp_path, 20, 30, date="2026-01-02", git_revision="b" * 12)
-    shown = report.peaks(CASE)(report.Kept([*new, *old]))
+    shown = memory.peaks(CASE)(Kept([*new, *old]))
     assert "25 |" in shown
     assert "10 |" not in shown
     assert "revision bbbbbbb" in shown
@@ -92,7 +94,7 @@ def test_ratios_are_formed_within_each_round(tmp_path: Path) -> None:
         for i, (rival, own) in enumerate([(2.0, 1.0), (6.0, 2.0), (4.0, 1.0)]):
             recorder.add("naive-channels-last", CASE, "step time", rival, "s", sample=i)
             recorder.add("effdense-features", CASE, "step time", own, "s", sample=i)
-    shown = report.shares(report.Kept(results.read(path)))
+    shown = speed.shares(Kept(results.read(path)))
     assert "3.00 [2.40, 3.60]" in shown.splitlines()[-1].split("|")[2]
 
 
@@ -106,13 +108,13 @@ def test_times_of_two_runs_are_not_compared(tmp_path: Path) -> None:
         with Recorder(path, "throughput", "cpu", threads) as recorder:
             for name in raced:
                 recorder.add(name, CASE, "step time", 4.0 / threads, "s", sample=0)
-    kept = report.Kept([row for path in paths for row in results.read(path)])
-    shown = report.peaks(CASE)(kept)
+    kept = Kept([row for path in paths for row in results.read(path)])
+    shown = memory.peaks(CASE)(kept)
     assert [line.split("|")[-2].strip() for line in shown.splitlines()[3:6]] == ["4.00"] * 3
-    _, _, *lines = report.speed(kept).splitlines()
+    _, _, *lines = speed.speed(kept).splitlines()
     found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[:2]]
     assert [title.rpartition(", ")[2] for title, *_ in found] == ["1 thread", "2 threads"]
-    columns = list(report.RACED)
+    columns = list(speed.RACED)
     times = [dict(zip(columns, row[1:], strict=True)) for row in found]
     assert [[row[name] for name in names] for row in times] == [["4.00"] * 3, ["2.00", "", "2.00"]]
 
@@ -122,7 +124,7 @@ def test_short_times_have_more_digits(tmp_path: Path) -> None:
     with Recorder(path, "throughput", "cpu", 1) as recorder:
         for i, own in enumerate([0.0264, 0.0271, 0.0268]):
             recorder.add("naive", CASE, "step time", own, "s", sample=i)
-    assert "0.027 [0.027, 0.027]" not in (shown := report.speed(report.Kept(results.read(path))))
+    assert "0.027 [0.027, 0.027]" not in (shown := speed.speed(Kept(results.read(path))))
     assert "| 0.027 |" in shown
 
 
@@ -130,7 +132,7 @@ def test_runs_of_one_machine_and_revision_stand_together(tmp_path: Path) -> None
     one = rows(tmp_path, 10, date="2026-01-02")
     two = [row | {"provider": "checkpoint", "command": "benchmarks/other.py"} for row in one]
     three = [row | {"git_revision": "b" * 12} for row in two]
-    shown = report._sources([*one, *two, *three]).split("\n\n")
+    shown = parts.sources_of([*one, *two, *three]).split("\n\n")
     assert ["revision 0123456" in shown[0], "revision bbbbbbb" in shown[2]] == [True, True]
     assert [part.count("\n- ") + 1 for part in shown[1::2]] == [2, 1]
 
@@ -143,12 +145,12 @@ def test_a_table_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_samples_make_the_tables_that_stated_figures_make(tmp_path: Path) -> None:
-    def recorded(benchmark: str, figures: list[tuple[Any, ...]]) -> report.Kept:
+    def recorded(benchmark: str, figures: list[tuple[Any, ...]]) -> Kept:
         path = tmp_path / f"{benchmark}.csv"
         with Recorder(path, benchmark, "cpu", 1) as recorder:
             for provider, case, metric, value, sample, more in figures:
                 recorder.add(provider, case, metric, value, "1", sample=sample, **more)
-        return report.Kept(results.read(path))
+        return Kept(results.read(path))
 
     seeds = [("naive", 1.0, 0), ("naive", 3.0, 1), ("effdense-features", 2.0, 0)]
     seeds += [("effdense-features", 5.0, 1)]
@@ -156,7 +158,7 @@ def test_samples_make_the_tables_that_stated_figures_make(tmp_path: Path) -> Non
     early = [("naive", CASE, "test error", 90.0, i, {"steps": 1}) for i in range(2)]
     float64 = dataclasses.replace(CASE, dtype="float64")
     apart = [("effdense-features", float64, "weight difference", 3e-15, 0, {"steps": 2})]
-    shown = report.convergence(recorded("convergence", [*early, *ends, *apart]))
+    shown = runs.convergence(recorded("convergence", [*early, *ends, *apart]))
     assert "2.00 ± 1.41" in shown
     assert "1.50 ± 0.71" in shown
     assert "3.0e-15" in shown
@@ -169,7 +171,7 @@ def test_samples_make_the_tables_that_stated_figures_make(tmp_path: Path) -> Non
         (name, CASE, "predicted slowdown", value, 0, {"kind": "formula"})
         for name, value in (("input", 1.25), ("features", 1.0))
     ]
-    shown = report.plans(recorded("pareto", [*times, *guesses]))
+    shown = speed.plans(recorded("pareto", [*times, *guesses]))
     lines = [line.split("|")[2:-1] for line in shown.splitlines()[2:4]]
     assert [[float(cell) for cell in line] for line in lines] == [[1.0, 1.25], [1.0, 1.5]]
 
@@ -177,12 +179,12 @@ def test_samples_make_the_tables_that_stated_figures_make(tmp_path: Path) -> Non
         ("naive", CASE, "weak step time", seconds, 0, {"processes": n})
         for n, seconds in ((1, 1.0), (2, 1.25))
     ]
-    assert "3.2 (80 %)" in report.scaling(recorded("scaling", weak))
+    assert "3.2 (80 %)" in speed.scaling(recorded("scaling", weak))
 
     flops = counts.training_flops(CASE)
     race: list[tuple[Any, ...]] = [("effdense-features", CASE, "step time", 2.0, 0, {})]
     race += [("machine", CASE, "matrix product", flops, 0, {})]
-    assert "50 %" in report.shares(recorded("throughput", race))
+    assert "50 %" in speed.shares(recorded("throughput", race))
 
     configuration = GRID[0]
     grid: list[tuple[Any, ...]] = [
@@ -193,6 +195,6 @@ def test_samples_make_the_tables_that_stated_figures_make(tmp_path: Path) -> Non
         ("features", configuration, f"predicted {metric}", value, 0, {"kind": "formula"})
         for metric, value in (("live", 101), ("peak", 90))
     ]
-    shown = report.estimates(recorded("estimates", grid))
+    shown = memory.estimates(recorded("estimates", grid))
     assert "+1.000 %" in shown
     assert "-10.0 %" in shown

@@ -10,7 +10,9 @@ import report
 import revisions
 from harness import results
 from harness.case import Case
+from harness.kept import Kept
 from harness.results import Recorder
+from tables import speed
 
 CASE = Case("densenet_bc", 22, 6, 2, 8)
 
@@ -44,6 +46,6 @@ def test_ratios_are_formed_by_round(tmp_path: Path) -> None:
         for i, (old, new) in enumerate([(2.0, 1.0), (4.0, 4.0), (5.0, 15.0)]):
             recorder.add("effdense-features", CASE, "step time", new, "s", sample=i)
             recorder.add("effdense-features@0123456", CASE, "step time", old, "s", sample=i)
-    shown = report.revisions(report.Kept(results.read(path)))
+    shown = speed.revisions(Kept(results.read(path)))
     assert "0123456" in shown
     assert "1.00 [0.70, 2.20]" in shown

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import pytest
-import report
 import waiting
 from harness import results
+from harness.kept import Kept
+from tables import speed
 
 
 @pytest.mark.slow
 def test_each_setting_is_measured_alone_and_among_others(tmp_path, capsys, monkeypatch):
     settings = ("", "OMP_WAIT_POLICY=passive")
-    for module in (waiting, report):
+    for module in (waiting, speed):
         monkeypatch.setattr(module, "SETTINGS", settings)
     monkeypatch.setattr(waiting, "usable_cores", lambda: 1)
     path = tmp_path / "waiting.csv"
@@ -21,7 +22,7 @@ def test_each_setting_is_measured_alone_and_among_others(tmp_path, capsys, monke
         (place, setting or "default") for place in waiting.PLACES for setting in settings
     }
     assert all(float(row["value"]) > 0 for row in rows)
-    first, second = report.waiting(report.Kept(rows)).splitlines()[2:4]
+    first, second = speed.waiting(Kept(rows)).splitlines()[2:4]
     assert "alone" in first
     assert "among others" in second
 
