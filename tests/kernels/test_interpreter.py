@@ -52,3 +52,16 @@ def test_under_the_interpreter(
     done = started[file].result()
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
     assert " passed" in done.stdout
+
+
+def test_named_without_the_interpreter_they_say_what_is_missing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(HERE / "interpreted" / "test_operations.py")],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 4
+    assert "need TRITON_INTERPRET=1" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,9 @@ import pytest
 import torch
 
 from tests.helpers.kernel_arena import CANARY, GUARD
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.exit(f"the tests in {__name__.rpartition('.')[0]} need TRITON_INTERPRET=1", returncode=4)
 
 # torch notes once which functions a default device is for: torch.empty itself, not what replaces it
 with torch.device("meta"):
