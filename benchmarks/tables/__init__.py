@@ -16,6 +16,8 @@ TABLES: dict[str, Callable[[Kept], str]] = {
     "steps-in-backward": memory.steps_in_backward,
     "volumes": packages.volumes,
     "predictions": memory.predictions,
+    "timelines": memory.timelines,
+    "buckets": memory.buckets,
     "growth": memory.growth,
     "speed": speed.speed,
     "shares": speed.shares,

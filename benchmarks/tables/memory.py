@@ -109,6 +109,37 @@ def predictions(kept: Kept) -> str:
     return with_sources(header, cells, sources)
 
 
+def timelines(kept: Kept) -> str:
+    """The highest moments of live tensors of a volume's step."""
+    found = Kept(row for row in kept.rows if row["benchmark"] == "timeline")
+    found = Kept(row for row in found.rows if row["spatial_dims"] == "3")
+    cells, sources = [], []
+    for name in found.values("provider"):
+        rows = found.newest(provider=name)
+        live: dict[str, float] = {}
+        for row in rows:
+            if row["metric"].startswith("live "):
+                live[row["sample"]] = live.get(row["sample"], 0.0) + float(row["value"])
+        cells.append([NAMES[name], mebibytes(max(live.values()))])
+        sources += rows
+    return with_sources(
+        [f"{network(case_of(sources[0]))}, MiB", "live at the most"], cells, sources
+    )
+
+
+def buckets(kept: Kept) -> str:
+    """Resident size beside its prediction, of one of two processes that train together."""
+    found = kept.of("estimates", "peak")
+    run = [row for row in found.newest() if ", gradients " in row["arch"]]
+    cells = []
+    for row in run:
+        of = kept.of("estimates", "predicted peak", arch=row["arch"])
+        (known,) = of.newest(git_revision=row["git_revision"])
+        sizes = (mebibytes(float(each["value"])) for each in (known, row))
+        cells.append([row["arch"], *sizes])
+    return with_sources(["MiB", "predicted", "measured"], cells, run)
+
+
 def growth(kept: Kept) -> str:
     """Along depth, with the exponent of what is not parameters, gradients or momentum."""
     metric = "growth exponent along depth"

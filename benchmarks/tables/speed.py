@@ -9,7 +9,7 @@ from typing import NamedTuple
 from harness import counts
 from harness.case import Case
 from harness.kept import Kept, case_of, source_of
-from harness.results import Row
+from harness.results import Row, mebibytes
 from waiting import PLACES, SETTINGS
 
 from effdense.machine.tables import table
@@ -189,22 +189,28 @@ def scaling(kept: Kept) -> str:
 
 
 def plans(kept: Kept) -> str:
-    """Slowdowns of plans against the fastest, predicted and measured."""
-    rows = kept.of("pareto", "slowdown").newest() or kept.of("pareto", "step time").newest()
-    run = Kept(row for row in kept.rows if source_of(row) == source_of(rows[0]))
-    times = {
-        name: middle_and_spread(Kept(rows).newest(provider=name))[0]
-        for name in Kept(rows).values("provider")
-    }
-    predicted = {
+    """Memory and time of plans, predicted and measured, the fastest by prediction first."""
+    rows = kept.of("pareto", "step time").newest()
+    run = kept.run(source_of(rows[0]))
+    slowdowns = {
         row["provider"]: float(row["value"]) for row in run.of("pareto", "predicted slowdown").rows
     }
-    names = sorted(times.keys() & predicted.keys(), key=lambda name: predicted[name])
-    cells = [
-        ["predicted", *(f"{predicted[name]:.2f}" for name in names)],
-        ["measured", *(f"{times[name] / times[names[0]]:.2f}" for name in names)],
-    ]
-    return with_sources(["time of a plan, of the fastest's", *names], cells, rows)
+    first, cells = 0.0, []
+    for name in sorted({*run.values("provider")} & {*slowdowns}, key=lambda name: slowdowns[name]):
+        times = run.of("pareto", "step time").newest(provider=name)
+        if not times:
+            continue
+        sizes = [
+            mebibytes(float(row["value"]))
+            for metric in ("predicted peak", "peak")
+            for row in run.of("pareto", metric).newest(provider=name)
+        ]
+        time = middle_and_spread(times)[0]
+        first = first or time
+        shown = f"`{name.replace('+', ' ')}`"
+        cells.append([shown, *sizes, f"{slowdowns[name]:.2f}", f"{time / first:.2f}"])
+    header = ["save, a mode a block", "predicted MiB", "measured"]
+    return with_sources([*header, "predicted time, of the fastest's", "measured"], cells, rows)
 
 
 def waiting(kept: Kept) -> str:

@@ -171,9 +171,15 @@ def test_samples_make_the_tables_that_stated_figures_make(tmp_path: Path) -> Non
         (name, CASE, "predicted slowdown", value, 0, {"kind": "formula"})
         for name, value in (("input", 1.25), ("features", 1.0))
     ]
-    shown = speed.plans(recorded("pareto", [*times, *guesses]))
+    sizes: list[tuple[Any, ...]] = [
+        (name, CASE, metric, float(value << 20), 0, {})
+        for name, value in (("features", 3), ("input", 2))
+        for metric in ("peak", "predicted peak")
+    ]
+    shown = speed.plans(recorded("pareto", [*times, *guesses, *sizes]))
     lines = [line.split("|")[2:-1] for line in shown.splitlines()[2:4]]
-    assert [[float(cell) for cell in line] for line in lines] == [[1.0, 1.25], [1.0, 1.5]]
+    found = [[float(cell) for cell in line] for line in lines]
+    assert found == [[3, 3, 1.0, 1.0], [2, 2, 1.25, 1.5]]
 
     weak = [
         ("naive", CASE, "weak step time", seconds, 0, {"processes": n})
