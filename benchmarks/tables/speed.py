@@ -196,7 +196,7 @@ def plans(kept: Kept) -> str:
         row["provider"]: float(row["value"]) for row in run.of("pareto", "predicted slowdown").rows
     }
     first, cells = 0.0, []
-    for name in sorted({*run.values("provider")} & {*slowdowns}, key=lambda name: slowdowns[name]):
+    for name in sorted(slowdowns, key=lambda name: (slowdowns[name], name)):
         times = run.of("pareto", "step time").newest(provider=name)
         if not times:
             continue
