@@ -92,6 +92,10 @@ def test_splits_by_group_are_the_same_for_every_order_and_seed(path: Path) -> No
     rows = [f"{i}.png,{i % 2},{i // 3}" for i in range(60)]
     head = "image,label,patient\n"
     found = table(path, head + "\n".join(rows), group_column="patient", val_fraction=0.25)
+    assert found.notes == (
+        "there is no column split: 15 of 60 images are drawn at random to test on, "
+        "--val-fraction 0.25",
+    )
     tested = set(names(found.val))
     assert len(tested) == 15
     patients = {int(name[:-4]) // 3 for name in tested}
@@ -114,6 +118,24 @@ def test_splits_by_group_are_the_same_for_every_order_and_seed(path: Path) -> No
             "1 of 2 ps are in two splits, such as 7",
         ),
         ("image,label,split\na,x,train\na,x,val\n", {}, "1 of 1 images are in two splits"),
+        (
+            "image,label,split,p\na,x,train,1\nb,y,train,2\na,x,val,3\n",
+            {"group_column": "p"},
+            "1 of 2 images are in two splits, such as a:",
+        ),
+        ("image,label,split\nb/a,x,train\n./b//a,x,val\n", {}, "1 of 1 images are in two"),
+        (
+            "image,label,p\n" + "".join(f"a,x,{i}\n" for i in range(20)),
+            {"group_column": "p"},
+            "1 of 1 images are in two splits",
+        ),
+        (
+            "image,label,split\na,x,train\nb,x,val\n",
+            {"split_column": "spilt"},
+            "must have one column spilt, its header has image, label, split: name columns",
+        ),
+        ("image,label, Split\na,x,train\nb,x,val\n", {}, "must have one column split"),
+        ("image,label,split,split\na,x,train,val\nb,x,val,train\n", {}, "one column split"),
         ("image,label,split\na,x,holdout\n", {}, "line 2: split must be train, val or test"),
         ("image,label\na,x\nb\n", {}, "line 3: 1 cells, the header has 2"),
         ("image,label,split\na,x,train\n", {}, "no image with a label in the val split"),

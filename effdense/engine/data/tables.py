@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,8 @@ _SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     "test": "test",
 }
+_SPLIT = "split"
+"""The column that need not be there."""
 _LABELS = {"": math.nan, "nan": math.nan, "1": 1.0, "0": 0.0, "-1": -1.0}
 _LABELS |= {f"{value}.0": _LABELS[value] for value in ("1", "0", "-1")}
 _UNCERTAIN = {"zeros": 0.0, "ones": 1.0, "ignore": math.nan}
@@ -64,6 +67,9 @@ def read_table(config: ResolvedConfig) -> Table:
     wanted += [config.group_column] * bool(config.group_column)
     rows = _rows(path)
     _, header = next(rows)
+    alike = [column for column in header if column.strip().lower() == _SPLIT]
+    if config.split_column != _SPLIT or alike:
+        wanted.append(config.split_column)
     if absent := [column for column in wanted if header.count(column) != 1]:
         raise UserError(
             f"{path} must have one column {absent[0]}, its header has {', '.join(header[:20])}: "
@@ -91,10 +97,20 @@ def read_table(config: ResolvedConfig) -> Table:
             splits.append(part)
     if not names:
         raise UserError(f"{path} lists no image")
-    splits = splits or _drawn(groups, config.val_fraction)
-    _see_apart(path, config.group_column, groups, splits)
+    notes = []
+    if not splits:
+        splits = _drawn(groups, config.val_fraction)
+        notes.append(
+            f"there is no column {_SPLIT}: {splits.count('val'):,} of {len(splits):,} images are "
+            f"drawn at random to test on, --val-fraction {config.val_fraction:g}"
+        )
+    if config.group_column:
+        _see_apart(path, f"{config.group_column}s", groups, splits)
+    # one file may have several names, such as a.png and ./a.png
+    _see_apart(path, "images", [os.path.normpath(name).decode() for name in names], splits)
     held_out = "test" if {"val", "test"} <= set(splits) else ""
-    notes = [f"{splits.count('test'):,} test images are left alone"] if held_out else []
+    if held_out:
+        notes.append(f"{splits.count('test'):,} test images are left alone")
     meanings, classes = _meanings(config, different)
     values = meanings[said]
     known = ~values.isnan().all(1) if values.ndim == 2 else values >= 0
@@ -150,15 +166,15 @@ def _drawn(groups: Sequence[str], fraction: float) -> list[str]:
     return ["val" if group in testing else "train" for group in groups]
 
 
-def _see_apart(path: Path, column: str, groups: Sequence[str], splits: Sequence[str]) -> None:
-    """Raise a UserError where a group is in two splits."""
+def _see_apart(path: Path, kind: str, groups: Sequence[str], splits: Sequence[str]) -> None:
+    """Raise a UserError where one of ``groups``, which are of that kind, is in two splits."""
     pairs = set(zip(groups, splits, strict=True))
     if len(pairs) > len(set(groups)):
         counts = Counter(group for group, _ in pairs)
         apart = [group for group, count in counts.items() if count > 1]
         raise UserError(
-            f"{path}: {len(apart):,} of {len(counts):,} {f'{column}s' if column else 'images'} are "
-            f"in two splits, such as {apart[0]}: what is tested on must not be trained on"
+            f"{path}: {len(apart):,} of {len(counts):,} {kind} are in two splits, such "
+            f"as {apart[0]}: what is tested on must not be trained on"
         )
 
 
