@@ -50,8 +50,22 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def readable(parameter: Tensor) -> Tensor:
+    """A parameter or buffer as backends read it, by its address: its numbers one after the other.
+
+    Those of a weight wider than 1 may lie in any order. Itself where it is so; a copy, through
+    which autograd returns its gradient, of a slice or of a file's transposed matrix.
+    """
+    if parameter.is_contiguous() or (parameter.dim() > 1 and parameter.shape[-1] > 1):
+        return parameter
+    return parameter.contiguous()
+
+
 def like_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """A gradient in its parameter's shape, type and strides, which DDP's buckets have too."""
+    """A gradient in its parameter's shape, type and strides, which DDP's buckets have too.
+
+    In the usual strides where the parameter's leave gaps, or overlap.
+    """
     if gradient.dtype != parameter.dtype:
         gradient = gradient.to(parameter.dtype)
     if gradient.shape != parameter.shape:
@@ -61,6 +75,8 @@ def like_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
     if gradient.is_contiguous() and parameter.is_contiguous():
         # the same order of elements: only strides along sizes of 1 differ
         return gradient.as_strided(parameter.shape, parameter.stride())
-    return torch.empty_strided(
-        parameter.shape, parameter.stride(), dtype=gradient.dtype, device=gradient.device
-    ).copy_(gradient)
+    found = torch.empty_like(parameter)
+    if found.stride() != parameter.stride():
+        # parts of something wider: autograd wants their gradients in the usual order
+        found = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    return found.copy_(gradient)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..autocast import autocast_dtype
 from ..backends.dropout import draw_seed
 from ..backends.empty import EmptyBackend
-from ..backends.layout import channels
+from ..backends.layout import channels, readable
 from ..backends.select import get_backend
 from ..choices import Save
 from ..differentiation import Anchor
@@ -84,7 +84,9 @@ def run_stage(
         steps=steps,
     )
     seed = draw_seed(x.device) if dropping else None
-    output, mean, var, mean2, var2 = DenseStage.apply(spec, x, seed, *tensors)
+    # hundreds, nearly all of which are: a call for each would cost the host
+    given = [t if t is None or t.is_contiguous() else readable(t) for t in tensors]
+    output, mean, var, mean2, var2 = DenseStage.apply(spec, x, seed, *given)
     _move_buffers(layers, last, newest_first, batch.count, (mean, var, mean2, var2))
     return output
 

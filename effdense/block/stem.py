@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..autocast import autocast_dtype, without_autocast
 from ..backends.base import Backend, Normalization, Statistics, accumulate_dtype
 from ..backends.empty import EmptyBackend
-from ..backends.layout import channels_first, channels_last, like_parameter, room
+from ..backends.layout import channels_first, channels_last, like_parameter, readable, room
 from ..backends.layout import rows as rows_of
 from ..backends.select import get_backend
 from ..backends.sharing import as_base
@@ -157,9 +157,10 @@ def _apply(
 ) -> Tensor:
     """Run the stem on x, which is of the shape and on the device of ``like``."""
     spec, tensors = read_norm(norm)
+    given = [None if t is None else readable(t) for t in tensors]
     batch = batch_of(like, [spec])
     output, mean, var = _Stem.apply(
-        ops, batch, spec, pool, convolution, anchor, x, image, weight, *tensors
+        ops, batch, spec, pool, convolution, anchor, x, image, weight, *given
     )
     update_running_statistics([norm], [mean], [var], batch.count)
     return output

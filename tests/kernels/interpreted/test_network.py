@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import effdense
 from effdense.backends.triton_backend import TritonBackend
 from effdense.block import cuts
+from effdense.verification.comparison import step
 
 Tensor = torch.Tensor
 
@@ -165,3 +166,18 @@ def test_gradients_under_autocast(dtype: torch.dtype) -> None:
     ]
     # the interpreter truncates bfloat16 where torch rounds: up to twice the error of each step
     assert worst[0] <= 2 * worst[1] * (2 if dtype == torch.bfloat16 else 1)
+
+
+def test_parameters_that_are_views_of_other_orders() -> None:
+    torch.manual_seed(0)
+    model = effdense.DenseNet(5, (2, 2), 7, num_classes=10, small_inputs=True).eval()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                order = list(range(parameter.dim()))[::-1]
+                apart = torch.stack([parameter.detach().permute(order).contiguous()] * 2, -1)
+                setattr(module, name, torch.nn.Parameter(apart[..., 0].permute(order)))
+    ((images, _),) = batches(1, 5, 4)
+    steps = [step(with_backend(model, name), images) for name in ("triton", "torch")]
+    torch.testing.assert_close(steps[0].output, steps[1].output, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(steps[0].gradients, steps[1].gradients, rtol=1e-3, atol=1e-4)
