@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -58,6 +59,8 @@ def _difference(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def _deterministic(sheet: Sheet, what: str, network: Network, device: torch.device) -> None:
+    # which torch before 2.9 asks of products then
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
         pair = [_state_after(network, device) for _ in range(2)]

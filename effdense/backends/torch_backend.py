@@ -305,10 +305,11 @@ class _PartialStatistics:
             out.mean.copy_(self.means[0])
             torch.div(self.squares[0], self.rows, out=out.var)
             return
-        counts = torch.tensor(self.counts, dtype=self.dtype, device=self.means.device)
-        counts = counts.unsqueeze(1)
         # a simulation leaves tiles out
         means = self.means[: len(self.counts)]
+        # filled there: a tensor of these numbers would be copied from the host, which waits
+        counts = means.new_full((len(means), 1), self.counts[0])
+        counts[-1:].fill_(self.counts[-1])
         mean = (means * counts).sum(0) / self.rows
         between = (means - mean).square_().mul_(counts).sum(0)
         out.mean.copy_(mean)

@@ -481,7 +481,8 @@ class Checks:
                     f"effdense: {variant.operation.__name__} meets a kernel for the first time "
                     "while a CUDA graph is captured; take a step on these shapes before"
                 )
-            with torch.no_grad(), _disable_current_modes():
+            # random numbers of the CPU's generator, whatever the default device
+            with torch.no_grad(), _disable_current_modes(), torch.device("cpu"):
                 self._faults[variant] = self._fault(unknown, function, arguments, precision)
         if self._faults[variant]:
             raise Refused(self._faults[variant])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -67,8 +67,10 @@ def cuda_graphs(model: nn.Module, *inputs: Any) -> CudaGraphs:
     states are afterwards what they were.
 
     Args:
-        model: on a GPU, in the modes that it will be trained in; before or within
-            DistributedDataParallel. To be called within the autocast that it will be trained in.
+        model: on a GPU, in the modes that it will be trained in; before DistributedDataParallel
+            takes it, whose backwards belong to another stream than a capture's (with torch 2.14,
+            which can make an exception of them, also within it), and with no loss of an earlier
+            step alive. To be called within the autocast that it will be trained in.
         inputs: what it is called with, of the shapes of a training step.
 
     Known limitations: the captured stages' memory is theirs until ``release()``, about a step's
@@ -79,6 +81,7 @@ def cuda_graphs(model: nn.Module, *inputs: Any) -> CudaGraphs:
     Raises:
         ValueError: where no input is a tensor on a GPU.
     """
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     tensors = [each for each in inputs if isinstance(each, Tensor)]
@@ -86,6 +89,11 @@ def cuda_graphs(model: nn.Module, *inputs: Any) -> CudaGraphs:
         raise ValueError("cuda_graphs needs an input that is a tensor, of a training step's shape")
     recording = Recording(_device(tensors[0]), model)
     try:
+        if wrapped and not recording.device.records_stale_streams():
+            raise CannotCapture(
+                "this version of torch can't capture what DistributedDataParallel holds: call "
+                "cuda_graphs before it takes the model"
+            )
         recording.run(lambda: model(*inputs))
     except CannotCapture as error:
         fault = first_line(error)
@@ -123,9 +131,34 @@ class _CudaDevice:
         graph = torch.cuda.CUDAGraph()
         # other threads (loaders, NCCL's watchdog) go on with what a capture must not do
         options: Any = {"stream": self._stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, pool=self._pool, **options):
-            found = function()
+        before = torch.cuda.current_stream()
+        try:
+            with _stale_streams_recorded(), torch.cuda.graph(graph, pool=self._pool, **options):
+                found = function()
+        except BaseException:
+            self._leave(before)
+            raise
         return found, graph.replay
+
+    def _leave(self, stream: torch.cuda.Stream) -> None:
+        """What torch leaves undone where a capture can't be ended.
+
+        Its graph's context stays on the capture's stream, the allocator goes on to believe that a
+        capture is under way (and frees nothing that other streams used), and so does the random
+        generator. Each raises where there is nothing to be done.
+        """
+        torch.cuda.set_stream(stream)
+        index = self._device.index
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        with suppress(RuntimeError):
+            generator = torch.cuda.default_generators[index]
+            fresh = torch.Generator(self._device)
+            fresh.set_state(generator.get_state())
+            generator.graphsafe_set_state(fresh.graphsafe_get_state())
+
+    def records_stale_streams(self) -> bool:
+        return _override_stale_streams() is not None
 
     def records_collectives(self, group: Any) -> bool:
         return "cuda:nccl" in torch.distributed.get_backend_config(group)
@@ -135,3 +168,22 @@ class _CudaDevice:
 
     def set_random_state(self, state: Tensor) -> None:
         torch.cuda.set_rng_state(state, self._device)
+
+
+def _override_stale_streams() -> Callable[[bool], None] | None:
+    return getattr(torch.autograd.graph, "set_override_stale_capture_stream", None)
+
+
+@contextmanager
+def _stale_streams_recorded() -> Iterator[None]:
+    """Inside, what autograd holds for another stream (of a loss that lives) is captured, too."""
+    override = _override_stale_streams()
+    if override is None:
+        yield
+        return
+    before = torch._C._override_stale_capture_stream()
+    override(True)
+    try:
+        yield
+    finally:
+        override(before)

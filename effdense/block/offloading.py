@@ -105,7 +105,7 @@ class _Pinned:
 
     def __init__(self, flat: Tensor, folder: str | Path | None) -> None:
         stream = _stream(flat.device)
-        self._held = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+        self._held = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=True)
         stream.wait_stream(torch.cuda.current_stream(flat.device))
         with torch.cuda.stream(stream):
             self._held.copy_(flat, non_blocking=True)

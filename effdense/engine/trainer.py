@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -102,8 +103,7 @@ class Trainer:
         if config.channels_last:
             network.to(memory_format=self._channels_last)
         # every shape has a program of its own: one for all would depend on which came first
-        compiled = torch.compile(network, dynamic=False) if config.compile else network
-        self.model = data_parallel(cast(nn.Module, compiled), world)
+        self._compiled = torch.compile(network, dynamic=False) if config.compile else network
         self.optimizer = make_optimizer(
             config.optimizer,
             network.parameters(),
@@ -137,6 +137,11 @@ class Trainer:
     def tested(self) -> nn.Module:
         """The network that is tested and kept: the average of the weights, where there is one."""
         return self.network if self.average is None else self.average.module
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The network as it is trained, over all processes; its first use is a collective."""
+        return data_parallel(cast(nn.Module, self._compiled), self.world)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of ``--dtype`` for forward passes."""
@@ -265,12 +270,16 @@ class Trainer:
     def capture(self, image_shape: Sequence[int]) -> str | None:
         """Have the network's stages run by CUDA graphs where --cuda-graphs wants it.
 
+        Before :attr:`model` is used: what DistributedDataParallel holds of each parameter belongs
+        to the stream on which it was made, which no other stream's capture may touch.
+
         Args:
             image_shape: (channels, height, width).
 
         Returns:
             What came of it, None where it was not wanted.
         """
+        assert "model" not in vars(self)
         if not wants_graphs(self.config, self.world):
             return None
         own = share(torch.arange(self.config.batch_size), self.world.rank, self.world.world_size)
@@ -282,7 +291,7 @@ class Trainer:
         images = torch.randn(shape, generator=generator, device=device)
         if self.config.channels_last:
             images = images.contiguous(memory_format=self._channels_last)
-        self.network.train()
+        set_training(self.network)
         with self.autocast(), self._known_images(batch_size, 0, part_size):
             return str(cuda_graphs(self.network, images))
 

@@ -266,8 +266,8 @@ def _run(
         trainer.mark = watchdog.mark
         stack.enter_context(lost_processes(world, watchdog.doing))
         image_shape = data.in_channels, *config.image_shape
-        trainer.settle_buckets(image_shape)
         captured = trainer.capture(image_shape)
+        trainer.settle_buckets(image_shape)
         if captured is not None:
             facts["cuda_graphs"] = captured
             progress.say(captured)

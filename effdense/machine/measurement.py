@@ -91,15 +91,16 @@ def peak_memory(work: Callable[[], Any], warm_up: Callable[[], Any], device: str
         baseline = resident_bytes()
         work()
         return Peak(baseline, peak_resident_bytes() - baseline)
-    torch.cuda.set_device(device)
-    _settle(warm_up, device)
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    baseline = torch.cuda.memory_allocated(device)
-    work()
-    torch.cuda.synchronize(device)
-    return Peak(baseline, torch.cuda.max_memory_allocated(device) - baseline)
+    # of any index, or none
+    with torch.cuda.device(device):
+        _settle(warm_up, device)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        baseline = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return Peak(baseline, torch.cuda.max_memory_allocated() - baseline)
 
 
 def _settle(warm_up: Callable[[], Any], device: str) -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +26,7 @@ from effdense.machine.measurement import (
     MMAP_THRESHOLD,
     fresh_process,
     in_fresh_process,
+    peak_memory,
     process_environment,
 )
 
@@ -293,3 +294,24 @@ def test_a_gpu_is_measured_that_is_not_current(monkeypatch: pytest.MonkeyPatch) 
     assert measurement.peak_memory(told("work"), lambda: None, "cuda:1") == (3, 4)
     assert {place for what, place in asked if what != "work"} == {"cuda:1"}
     assert [what for what, _ in asked].count("work") == 3
+
+
+def test_a_gpu_may_be_named_without_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users name it, and as torch.cuda.set_device does not take it."""
+    used: list[str] = []
+
+    def device(name: str) -> Any:
+        used.append(name)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *where: None)
+    monkeypatch.setattr(measurement, "_settle", lambda warm_up, device: warm_up())
+    allocated = iter((10, 30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *where: next(allocated))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *where: next(allocated))
+    done: list[str] = []
+    found = peak_memory(lambda: done.append("work"), lambda: done.append("warm up"), "cuda")
+    assert (used, done) == (["cuda"], ["warm up", "work"])
+    assert found == measurement.Peak(10, 20)

@@ -11,7 +11,8 @@ import torch
 
 import effdense
 from effdense.engine import trainer as trainers
-from effdense.engine.distributed import joined_world
+from effdense.engine.distributed import data_parallel, joined_world
+from effdense.engine.freezing import freeze, set_training
 from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
 from effdense.engine.tasks import Classification
@@ -44,6 +45,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "steps left out": {"non_finite": "skip"},
     "channels last": {"channels_last": True, "optimizer": "adamw", "lr": 0.01},
     "deterministic": {"deterministic": True},
+    "norms that do not learn": {"freeze_norms": True},
+    "a block that does not learn": {"freeze": "1"},
 }
 
 
@@ -56,11 +59,12 @@ def steps(graphs: Any, **options: Any) -> list[torch.Tensor]:
     config = TrainConfig(
         data="fake", image_size=8, threads=1, cuda_graphs=graphs, **options
     ).resolved()
+    freeze(network, config)
     with joined_world("cpu", threads=1) as world:
         trainer = Trainer(network, config, world, Classification(tuple("abcde")))
         said = trainer.capture((3, 8, 8))
         assert (said is None) == (graphs == "off")
-        network.train()
+        set_training(network)
         found = []
         torch.manual_seed(5)
         size = config.batch_size
@@ -82,7 +86,10 @@ def test_steps_are_those_without_graphs(options: dict[str, Any], device: Replayi
     expected = steps("off", **options)
     assert not device.recordings
     actual = steps("auto", **options)
-    # more than the check of what was recorded
+    # beside the check of what was recorded
+    parts = 3 * options.get("accumulate", 1)
+    if "batch_size" not in options:  # whose last part is smaller
+        assert device.replays == (parts + 1) * len(device.recordings)
     assert device.replays > len(device.recordings)
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
@@ -100,7 +107,16 @@ def test_steps_of_processes_whose_norms_synchronise(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_is_the_run_without_graphs(device: ReplayingDevice, tmp_path: Path) -> None:
+def test_a_run_is_the_run_without_graphs(
+    device: ReplayingDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrapped(model: Any, world: Any) -> Any:
+        # what it would hold is of another stream than a capture's
+        when.append(len(device.recordings))
+        return data_parallel(model, world)
+
+    monkeypatch.setattr(trainers, "data_parallel", wrapped)
+    when: list[int] = []
     scores = []
     choices: tuple[Any, ...] = ("off", "on")
     for graphs in choices:
@@ -122,6 +138,7 @@ def test_a_run_is_the_run_without_graphs(device: ReplayingDevice, tmp_path: Path
         )
         scores.append([read(folder / name) for name in ("train.csv", "test.csv")])
     assert scores[0] == scores[1]
+    assert when == [0, len(device.recordings)]
     assert "3 stages by CUDA graphs" in (tmp_path / "on" / "config.yaml").read_text()
     assert "CUDA graphs" not in (tmp_path / "off" / "config.yaml").read_text()
 

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import effdense
+from effdense.backends.base import Statistics
+from effdense.backends.torch_backend import TorchBackend
 from effdense.engine import trainer as trainer_module
 from effdense.engine.data.images import NORMALIZATIONS, InMemory, ShiftAndFlip
 from effdense.engine.distributed import World, all_finite
@@ -106,6 +108,20 @@ def test_a_step_on_a_device(options: dict[str, Any]) -> None:
     step(trained)
     with NoReading(META), NoConstants():
         step(trained)
+
+
+def test_norms_of_many_tiles_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels don't run, torch operations take a norm's statistics by tiles of rows."""
+    monkeypatch.setattr(TorchBackend, "_tile_rows", lambda self, x: 100)
+    rows = torch.zeros(350, 6, device=META)
+    found = Statistics(rows[0].clone(), rows[0].clone())
+    with NoReading(META), NoConstants():
+        TorchBackend("cuda").statistics(rows, found)
+    values = torch.randn(350, 6, dtype=torch.float64) * 3 + 5
+    found = Statistics(torch.empty(6).double(), torch.empty(6).double())
+    TorchBackend("cpu").statistics(values, found)
+    torch.testing.assert_close(found.mean, values.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.var, values.var(0, correction=0), rtol=1e-12, atol=0)
 
 
 def test_a_batch_of_a_data_set_on_a_device() -> None:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import torchvision
 from torch import Tensor, nn
 
 import effdense
+from effdense.block import cuda_graphs
 from tests.helpers.compare import SMALL, images, norms_of, randomize_norms
 from tests.helpers.replaying import Operations, ReplayingDevice, replaying
 
@@ -518,6 +520,60 @@ def test_stages_that_can_not_be_captured_are_left_out(
     device.replays = 0
     assert_equal(train(model, CASES["features"]), train(plain, CASES["features"]))
     assert device.replays == 2 * 3 * len(graphs.stages)
+
+
+def test_a_capture_that_fails_leaves_the_device_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own context ends neither its stream nor the allocator's and the generator's part."""
+    calls: list[Any] = []
+    inside: list[bool] = []
+    overridden = getattr(torch._C, "_override_stale_capture_stream", None)
+
+    class Graph:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def __enter__(self) -> None:
+            if overridden is not None:
+                inside.append(overridden())
+
+        def __exit__(self, *_: Any) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    fresh, old = mock.MagicMock(), mock.MagicMock()
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    for name in ("Stream", "graph_pool_handle", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: name)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream before")
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "set_stream", calls.append)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: calls.append(given))
+    monkeypatch.setattr(torch.cuda, "default_generators", [None, old])
+    monkeypatch.setattr(torch, "Generator", lambda device: fresh)
+    device = cuda_graphs._CudaDevice(torch.device("cuda", 1))
+    with pytest.raises(RuntimeError, match="during capture"):
+        device.record(lambda: None)
+    assert calls == ["the stream before", (1, "graph_pool_handle")]
+    fresh.set_state.assert_called_once_with(old.get_state())
+    old.graphsafe_set_state.assert_called_once_with(fresh.graphsafe_get_state())
+    if overridden is not None:
+        assert inside == [True]
+        assert not overridden()
+
+
+def test_a_wrapped_model_is_captured_where_torch_can(device: ReplayingDevice) -> None:
+    case = CASES["features"]
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
+    try:
+        model = nn.parallel.DistributedDataParallel(case.make())
+        with (
+            mock.patch.object(device, "records_stale_streams", return_value=False),
+            pytest.warns(RuntimeWarning, match="call cuda_graphs before it takes the model"),
+        ):
+            assert not effdense.cuda_graphs(model, batch(case, 0)).stages
+        assert effdense.cuda_graphs(model, batch(case, 0)).stages
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_inputs_are_checked() -> None:

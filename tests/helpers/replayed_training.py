@@ -68,8 +68,8 @@ def _trained(world: World, run: Steps, graphs: Any) -> tuple[list[Tensor], str |
     )
     effdense.SyncBatchNorm.convert_sync_batchnorm(network)
     trainer = Trainer(network, config, world, Classification(tuple("abcde")))
-    trainer.settle_buckets(IMAGE_SHAPE)
     said = trainer.capture(IMAGE_SHAPE)
+    trainer.settle_buckets(IMAGE_SHAPE)
     network.train()
     found = []
     for step, size in enumerate(run.sizes):

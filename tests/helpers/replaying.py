@@ -165,6 +165,9 @@ class ReplayingDevice:
     def records_collectives(self, group: Any) -> bool:
         return True
 
+    def records_stale_streams(self) -> bool:
+        return True
+
     def random_state(self) -> Tensor:
         return torch.get_rng_state()
 

@@ -6,6 +6,7 @@ a time on the device. A thread makes the next batches ready while one is trained
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import queue
@@ -418,6 +419,12 @@ def _begin_loading(worker: int) -> None:
     gc.freeze()
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: what the allocator keeps for a stream, no other one gets."""
+    return torch.cuda.Stream(device)
+
+
 def prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Have a thread take the next of ``batches`` while the last one is in use.
 
@@ -436,7 +443,7 @@ def prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
         try:
             if on_gpu:
                 torch.cuda.set_device(device)
-            stream = torch.cuda.Stream(device) if on_gpu else None
+            stream = _stream(device) if on_gpu else None
             with torch.cuda.stream(stream) if stream else nullcontext():
                 for batch in batches:
                     put((batch, stream.record_event() if stream else None))

@@ -13,6 +13,7 @@ from triton.runtime.errors import OutOfResources
 
 import effdense
 from effdense.backends import select, triton_backend, variants
+from effdense.backends.base import Statistics
 from effdense.backends.dry_run import DryRun
 from effdense.backends.triton_backend import TritonBackend, checks_of
 from effdense.commands import env
@@ -107,6 +108,17 @@ def test_an_operation_that_fails_is_left_to_torch(
     assert {function.__name__ for _, function in backend._refused} == {"bn_relu_conv1x1_backward"}
     for ours, theirs in zip(found, right, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    backend = TritonBackend(tile, checked=True)
+    x = torch.randn(70, 32)
+    found = Statistics(torch.empty(32), torch.empty(32))
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.filterwarnings("error", message="effdense")
+        backend.statistics(x, found)
+    assert backend._refused == set()
+    torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_a_capture_that_meets_a_new_kernel_says_what_to_do(
