@@ -16,7 +16,7 @@ from ..backends.select import get_backend
 from ..choices import Save
 from ..differentiation import Anchor
 from ..errors import spelled_shape
-from ..norms.buffers import batch_of, read_norm, update_running_statistics
+from ..norms.buffers import batch_of, read_norm, refuse_wider, update_running_statistics
 from ..recognition.parts import BlockParts, TransitionParts
 from .captured import recorder
 from .dense_block import DenseStage, LayerSpec, LayerTensors, StageSpec, TailTensors
@@ -54,6 +54,7 @@ def run_stage(
 
     first: Any = layers[0].norm1 if layers else last
     dtype = _check_input(x, first, [t for t in tensors if t is not None])
+    refuse_wider(tensors, dtype)
     used = [spec.norm1 for spec in specs] + [s.norm2 for s in specs if s.norm2 is not None]
     used += [] if tail_norm is None else [tail_norm]
     batch = batch_of(x, used)

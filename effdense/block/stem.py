@@ -32,7 +32,7 @@ from ..backends.select import get_backend
 from ..backends.sharing import as_base
 from ..choices import Save
 from ..differentiation import Anchor, first_order
-from ..norms.buffers import NormSpec, batch_of, read_norm, update_running_statistics
+from ..norms.buffers import NormSpec, batch_of, read_norm, refuse_wider, update_running_statistics
 from ..norms.synchronization import Batch
 from ..recognition.objections import BATCH_NORMS, CONVOLUTIONS, has_hooks, module_objection
 from ..recognition.reading import read_norm_relu
@@ -157,6 +157,7 @@ def _apply(
 ) -> Tensor:
     """Run the stem on x, which is of the shape and on the device of ``like``."""
     spec, tensors = read_norm(norm)
+    refuse_wider(tensors, like.dtype if convolution is None else convolution.dtype)
     given = [None if t is None else readable(t) for t in tensors]
     batch = batch_of(like, [spec])
     output, mean, var = _Stem.apply(

@@ -50,6 +50,17 @@ def read_norm(norm: nn.Module) -> tuple[NormSpec, tuple[Tensor | None, ...]]:
     return NormSpec(norm.eps, False), (weight, bias, *frozen)
 
 
+def refuse_wider(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+    """Raise ValueError where parameters are float64 and what is computed in ``dtype`` isn't."""
+    if dtype == torch.float64:
+        return
+    if torch.float64 in {None if tensor is None else tensor.dtype for tensor in tensors}:
+        raise ValueError(
+            f"norms or biases are torch.float64 where {dtype} is computed in; convert them, as "
+            "by model.float(), or the input and all weights, by model.double()"
+        )
+
+
 def batch_of(x: Tensor, norms: Sequence[NormSpec]) -> Batch:
     """The positions of x (N, C, *spatial), with those of the other processes if norms share them.
 

@@ -137,6 +137,32 @@ def test_float_norms_in_a_narrow_network(dtype: torch.dtype) -> None:
     _assert_at_most_twice_the_naive_error(run, dtype)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("norm0", "denseblock1.denselayer2.norm1", "denseblock2.denselayer1.norm2"),
+        *("transition1.norm", "norm5"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_norms_of_a_wider_type_are_refused(name: str, training: bool, autocast: bool) -> None:
+    """As by torch, in its words: "mixed dtype"."""
+    nets = twins(small_inputs=False, dtype=torch.float32)
+    x = images(2, 3, 37, 30, dtype=torch.float32)
+    for net in nets:
+        net.train(training)
+        net.features.get_submodule(name).double()
+    ours, naive = nets
+    with torch.autocast(place().type, torch.bfloat16, enabled=autocast):
+        with pytest.raises(RuntimeError):
+            naive(x)
+        with pytest.raises(ValueError, match=r"float64.*model\.float\(\)"):
+            ours(x)
+    # all of one type is fine
+    ours.double()(x.double())
+
+
 class _Recomputed(nn.Module):
     """A dense block of layers that can't be fused, between a convolution and a pooling."""
 
