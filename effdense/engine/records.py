@@ -10,6 +10,7 @@ import csv
 import io
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -68,6 +69,9 @@ _RUN_FILES = (
     CHECKPOINTS,
 )
 
+# What write_atomically leaves of them where its process is killed.
+_PARTIAL = re.compile(rf"\.[0-9]+-({'|'.join(map(re.escape, _RUN_FILES))})")
+
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
@@ -122,6 +126,11 @@ class CsvLog:
         """The whole file."""
         with _writing(self._path), self._path.open(newline="") as file:
             return file.read()
+
+
+def _is_log(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.readline().startswith(b"epoch,step")
 
 
 def _csv_line(cells: Sequence[object]) -> str:
@@ -183,7 +192,8 @@ class WorkDir:
                 if held := [path / name for name in _RUN_FILES if (path / name).exists()]:
                     work_dir._agree(held, config, facts or {}, launch)
                 for leftover in path.glob(".[0-9]*-*"):
-                    leftover.unlink()
+                    if _PARTIAL.fullmatch(leftover.name):
+                        leftover.unlink()
             except BaseException:
                 work_dir.close()
                 raise
@@ -192,11 +202,32 @@ class WorkDir:
     def _agree(
         self, held: Sequence[Path], config: ResolvedConfig, facts: Mapping[str, Any], launch: str
     ) -> None:
-        """Raise a UserError where the run of these files is another, unless it may be replaced."""
-        differences = self._differences(config, facts)
+        """Raise a UserError where the run of these files is another, unless it may be replaced, or
+        where they are no run's: such files are somebody else's work, and stay.
+        """
+        try:
+            recorded = read_config(self.path)
+        except UserError as error:
+            unknown = (self.path / "config.yaml").exists()
+            if not unknown and not self._is_begun(held):
+                return
+            if unknown or not self._has_logs():
+                raise UserError(
+                    f"{error}; what it holds ({', '.join(file.name for file in held)}) may be no "
+                    f"run's, and is not replaced, by --overwrite neither: choose another "
+                    f"--work-dir, or take it away"
+                ) from None
+            differences = [str(error)]
+        else:
+            differences = config.differences(recorded["options"]) + [
+                f"{key} is {value}, was {recorded[key]}"
+                for key, value in facts.items()
+                if key in recorded and recorded[key] != value
+            ]
         if config.overwrite and (differences or not _launched_by(self.path, launch)):
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
-            for file in held:
+            # config.yaml, by which they are known for a run's, last
+            for file in reversed(held):
                 if file.is_file():
                     file.unlink()
         elif differences and self._is_begun(held):
@@ -206,30 +237,24 @@ class WorkDir:
             )
 
     def _is_begun(self, held: Iterable[Path]) -> bool:
-        """Whether the run of these files holds anything that it could be gone on with or that has
-        been learnt.
+        """Whether these files hold anything that a run could be gone on with, that has been learnt,
+        or that no run has written.
         """
         for path in held:
             if path.name == CHECKPOINTS:
                 if any(path.glob("[!.]*")):
                     return True
-            elif path.suffix != ".csv":
-                if path.name != "config.yaml":
+            elif path.name in LOG_COLUMNS:
+                if not _is_log(path) or path.read_bytes().count(b"\n") > 1:
                     return True
-            elif path.read_bytes().count(b"\n") > 1:
+            elif path.name != "config.yaml":
                 return True
         return False
 
-    def _differences(self, config: ResolvedConfig, facts: Mapping[str, Any]) -> list[str]:
-        try:
-            held = read_config(self.path)
-        except UserError as error:
-            return [str(error)]
-        return config.differences(held["options"]) + [
-            f"{key} is {value}, was {held[key]}"
-            for key, value in facts.items()
-            if key in held and held[key] != value
-        ]
+    def _has_logs(self) -> bool:
+        """Whether there are logs of a run, and no other files that are called so."""
+        logs = [self.path / name for name in LOG_COLUMNS if (self.path / name).exists()]
+        return bool(logs) and all(map(_is_log, logs))
 
     def close(self) -> None:
         """Let other runs have the folder, which is taken away if it is new and empty."""
@@ -362,6 +387,8 @@ def read_config(path: Path) -> dict[str, Any]:
         held = yaml.safe_load(file.read_text(encoding="utf-8"))
         refuse_newer(held, FORMAT, path)
         held["options"] = renamed(held["options"])
+        # other programs have a config.yaml with options too
+        held["command"], held["options"]["data"]
     except FileNotFoundError:
         raise UserError(f"{path} holds no run: there is no config.yaml") from None
     except UserError:

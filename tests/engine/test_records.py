@@ -92,6 +92,38 @@ def test_a_run_is_not_written_over_unless_asked(tmp_path: Path) -> None:
     assert list(path.glob("[!.]*")) == [path / "notes.txt"]
 
 
+ALIEN: dict[str, dict[str, str]] = {
+    "a config.yaml": {"config.yaml": "my: precious\n"},
+    "a config.yaml with options": {"config.yaml": "options: {lr: 3}\n"},
+    "a newer format": {"config.yaml": "format: 7\noptions: {data: fake}\ncommand: train\n"},
+    "tables of a contest": {"train.csv": "id,label\n1,2\n", "test.csv": "id\n1\n"},
+    "a table of one line": {"train.csv": "id,label"},
+    "weights": {"model.pt": "mine"},
+    "checkpoints": {"checkpoints/best.ckpt": "mine"},
+    "a note": {".2026-notes.txt": "mine"},
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("what", ALIEN)
+def test_files_that_are_no_run_s_stay(what: str, overwrite: bool, tmp_path: Path) -> None:
+    for name, text in ALIEN[what].items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    if what == "a note":
+        WorkDir.claim(config(tmp_path, overwrite=overwrite)).close()
+    else:
+        with pytest.raises(UserError, match=r"may be no run's, .*: choose another --work-dir"):
+            WorkDir.claim(config(tmp_path, overwrite=overwrite))
+    assert {name: (tmp_path / name).read_text() for name in ALIEN[what]} == ALIEN[what]
+
+
+def test_what_a_killed_write_left_is_taken_away(tmp_path: Path) -> None:
+    (tmp_path / ".17-train.csv").write_text("epo")
+    WorkDir.claim(config(tmp_path)).close()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_what_torchrun_restarts_keeps_what_it_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
