@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import effdense
 from effdense import TrainConfig
+from effdense.engine.data.own import own_data
 from effdense.engine.plots import read
 
 SMALL: dict[str, Any] = {"epochs": 2, "batch_size": 16, "threads": 1, "lr": 0.05, "num_workers": 0}
@@ -99,6 +100,74 @@ def test_labels_that_do_not_exclude_each_other(tmp_path: Path) -> None:
     assert not torch.allclose(probabilities.sum(1), torch.ones(4))
 
 
+class Held(Blobs):
+    """Holds its labels, under another name than it gives them."""
+
+    def __init__(self, count: int, targets: Any, transform: Any = None) -> None:
+        super().__init__(count)
+        self.targets, self.target_transform, self.classes = targets, transform, list("abc")
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = super().__getitem__(index)
+        return image, self.target_transform(label) if self.target_transform else label
+
+
+class Reversed(TensorDataset):
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        image, label = super().__getitem__(index)
+        return image, 2 - label
+
+
+NUMBERS = [i % 3 for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("data", "labels", "names"),
+    [
+        (Held(20, NUMBERS), NUMBERS, ("a", "b", "c")),
+        (Held(20, NUMBERS, lambda label: label), NUMBERS, ("a", "b", "c")),
+        (Held(20, NUMBERS, lambda label: 2 - label), [2 - i for i in NUMBERS], ("0", "1", "2")),
+        (Held(20, [2 - i for i in NUMBERS]), NUMBERS, ("0", "1", "2")),
+        (Held(20, [{"boxes": 1}] * 20), NUMBERS, ("0", "1", "2")),
+        (Held(20, NUMBERS * 2), NUMBERS, ("0", "1", "2")),
+        (
+            Reversed(torch.zeros(20, 1, 8, 8), torch.tensor(NUMBERS)),
+            [2 - i for i in NUMBERS],
+            ("0", "1", "2"),
+        ),
+    ],
+    ids=["held", "same", "target_transform", "other", "boxes", "too many", "tensors"],
+)
+def test_labels_are_what_the_items_say(
+    data: Any, labels: list[int], names: tuple[str, ...]
+) -> None:
+    found = own_data(data, data, 0, 0)
+    assert found.train.labels.tolist() == labels
+    assert found.classes == names
+    order = torch.arange(19, -1, -1)
+    ((_, given),) = found.train.batches([order], 1, torch.device("cpu"))
+    assert given.tolist() == labels[::-1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_labels_that_change_are_refused(workers: int) -> None:
+    # a label that none of those is that are looked at first
+    data = Held(20, [*NUMBERS[:17], 0, *NUMBERS[18:]])
+    found = own_data(data, data, 0, workers)
+    batches = found.train.batches([torch.arange(9, 20)], 1, torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match=r"item 17 of the training data comes with the label 2, its label was 0"
+    ):
+        list(batches)
+
+
+def test_test_data_of_other_classes_are_refused() -> None:
+    train, test = Held(20, NUMBERS), Held(20, NUMBERS)
+    test.classes = list("abd")
+    with pytest.raises(ValueError, match="the classes of the training data, a, b, c, must be"):
+        own_data(train, test, 0, 0)
+
+
 def test_a_model_of_one_s_own_on_data_by_name(tmp_path: Path) -> None:
     """Its head and its first convolution are adapted to the digits."""
     model = effdense.reference.densenet_bc(10, 4, 7)
@@ -123,9 +192,15 @@ def test_a_model_of_one_s_own_on_data_by_name(tmp_path: Path) -> None:
             (Blobs(20), Blobs(4)),
             "there is a label 2, but the model answers 2 classes",
         ),
+        (None, ([(torch.zeros(1, 8, 8), {})], Blobs(4)), "labels must be numbers or tensors"),
+        (
+            None,
+            ([(torch.zeros(1, 8, 8), torch.zeros(i)) for i in (2, 3)], Blobs(4)),
+            r"labels must be of one shape, got \(2,\) and \(3,\)",
+        ),
         (nn.Conv2d(2, 3, 1), (Blobs(20), Blobs(4)), r"must answer a tensor \(N, classes\)"),
     ],
-    ids=["no data", "shape", "classes", "answer"],
+    ids=["no data", "shape", "classes", "boxes", "lengths", "answer"],
 )
 def test_mistakes(model: nn.Module | None, data: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
