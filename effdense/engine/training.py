@@ -208,7 +208,6 @@ def _run(
         "channels": data.in_channels,
         "classes": list(data.classes),
         "task": task.kind,
-        "tf32": world.device.type == "cuda" and tf32_convolutions(),
         "normalization": data.train.normalization.fact(),
     }
     if data.digest:
@@ -232,6 +231,8 @@ def _run(
             if world.is_main:
                 work_dir = stack.enter_context(closing(WorkDir.claim(config, facts, world.launch)))
                 store = CheckpointStore(work_dir.path / CHECKPOINTS, config.keep_checkpoints)
+        # what the run may be gone on with without; see ROUNDING
+        facts["tf32"] = world.device.type == "cuda" and tf32_convolutions()
         progress = Progress(config, world, held)
         progress.say(_headline(config, world, data, facts["model"]["parameters"]))
         with all_or_none():

@@ -60,6 +60,19 @@ def test_what_rounds_differently_may_change_and_is_said(
     assert "--save features -> input. The samples and their order are the same" in said
 
 
+def test_a_run_goes_on_on_another_device(tmp_path: Path) -> None:
+    """Begun on a GPU, where products were rounded to TF32."""
+    train(tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    recorded = yaml.safe_load(file.read_text())
+    assert recorded["tf32"] is False
+    recorded["tf32"] = True
+    recorded["processes"] |= {"device": "cuda: a GPU", "backend": "nccl"}
+    file.write_text(yaml.safe_dump(recorded))
+    train(tmp_path / "run", epochs=2, tf32="off")
+    assert read(tmp_path / "run" / "train.csv", ["lr"])["epoch"] == [1, 2]
+
+
 @pytest.mark.slow
 def test_more_epochs_killed_and_started_again(uninterrupted: Path, tmp_path: Path) -> None:
     more = [*RUN, "--epochs", 3]
