@@ -21,7 +21,7 @@ from torch import nn
 from .evidence import Evidence
 
 # What this package keeps on blocks and transitions, and may change between forwards.
-_OURS = frozenset({"training", "save", "offload", "plain", "backend"})
+_OURS = frozenset({"training", "save", "offload", "plain", "backend", "captured"})
 _Found = TypeVar("_Found")
 
 
@@ -59,7 +59,7 @@ class Watch:
             and not any(self._hooks)
             and list(map(type, self._inner)) == self._kinds
             and self._kinds_of_tensors() == self._tensor_kinds
-            and all(map(operator.is_, self._roots_own(), self._own))
+            and self._same_own()
             and self._evidence.holds()
         )
 
@@ -77,6 +77,10 @@ class Watch:
         # another mode: the next comparison is quick again
         self._values = now
         return True
+
+    def _same_own(self) -> bool:
+        own = self._roots_own()
+        return len(own) == len(self._own) and all(map(operator.is_, own, self._own))
 
     def _kinds_of_tensors(self) -> list[type]:
         return list(map(type, chain.from_iterable(map(dict.values, self._tensors))))

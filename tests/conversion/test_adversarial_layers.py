@@ -331,6 +331,62 @@ def test_a_change_after_conversion_is_honoured(
         _assert_same(actual, expected)
 
 
+class _Block(nn.Module):
+    """What is computed hangs on an attribute that stands on the class."""
+
+    scale = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_layer_class("nothing", 0)(3 + 2 * i, 2) for i in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x if self.scale == 1.0 else x * self.scale
+
+
+class _Transition(nn.Module):
+    scale = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(7)
+        self.conv = nn.Conv2d(7, 4, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(self.conv(F.relu(self.norm(x))), 2)
+        return x if self.scale == 1.0 else x * self.scale
+
+
+def _rename_note(module: Any) -> None:
+    del module.note
+    module.scale = 0.5
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_attribute_that_comes_or_goes_after_conversion_is_honoured(which: int) -> None:
+    torch.manual_seed(0)
+    naive = nn.Sequential(_Block(), _Transition()).double()
+    randomize_norms(naive)
+    ours = _convert(copy.deepcopy(naive))
+    x = images(2, 3, 6, 4)
+    naive(x)
+    assert stages_in(ours(x)) == 1
+    for change in (
+        lambda module: setattr(module, "scale", 0.5),
+        lambda module: setattr(module, "scale", 0.25),
+        lambda module: delattr(module, "scale"),
+        # put there from the beginning, and gone later
+        lambda module: setattr(module, "note", 1),
+        _rename_note,
+    ):
+        for model in (ours, naive):
+            change(model.get_submodule(str(which)))
+        for _ in range(2):
+            _assert_same(_step(ours, x), _step(naive, x))
+
+
 def test_a_forward_of_torchs_that_is_replaced_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, naive = _pair(lambda: _layer_class("nothing", 0))
     _convert(ours)
