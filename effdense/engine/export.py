@@ -57,7 +57,8 @@ def trained(source: Path, model: nn.Module | None = None) -> Trained:
     options, classes = recorded["options"], recorded["classes"]
     prepare = None if options["data"] == OWN else image_preparation(recorded)
     channels = recorded["channels"] if prepare is None else prepare.channels
-    network = build(options, len(classes), channels, model)
+    # it is used on whatever there is, which may not be what it learnt on
+    network = build({**options, "backend": "auto"}, len(classes), channels, model)
     try:
         network.load_state_dict({name: state[name] for name in network.state_dict()})
     except (KeyError, RuntimeError) as error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import json
 import re
+import shutil
 import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +33,7 @@ from effdense.engine.options import TrainConfig
 from effdense.engine.plots import read
 from effdense.engine.training import train
 from effdense.errors import UserError
-from effdense.weights import read_safetensors, safetensors_bytes
+from effdense.weights import read_metadata, read_safetensors, safetensors_bytes
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,28 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = {"depth": 10, "growth_rate": 8, "epochs": 3, "threads": 1, "tensorboard": True}
     train(TrainConfig(work_dir=path, **options, budget="2GiB"))  # type: ignore[arg-type]
     return path
+
+
+@pytest.mark.parametrize("of", ["run", "file"])
+def test_a_run_of_another_machine_s_backend_is_used_on_this_one(
+    of: str, digits_run: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / ("run" if of == "run" else "model.safetensors")
+    if of == "run":
+        source.mkdir()
+        text = (digits_run / "config.yaml").read_text()
+        assert "\n  backend: auto\n" in text
+        (source / "config.yaml").write_text(
+            text.replace("\n  backend: auto\n", "\n  backend: triton\n")
+        )
+        shutil.copy(digits_run / "model.safetensors", source)
+    else:
+        held = digits_run / "model.safetensors"
+        about = json.loads(read_metadata(held)["run"])
+        about["options"]["backend"] = "triton"
+        source.write_bytes(safetensors_bytes(read_safetensors(held), {"run": json.dumps(about)}))
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(effdense.load(source)(images), effdense.load(digits_run)(images))
 
 
 def test_the_format_is_what_its_own_package_reads_and_writes(tmp_path: Path) -> None:
