@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +14,7 @@ from .data.order import share
 from .distributed import World, all_or_none, from_main, gathered
 from .options import ResolvedConfig
 from .recipes import FILES
-from .records import read_config
+from .records import CHECKPOINTS, read_config
 
 # So many images, evenly spread, say what all of them would.
 MEASURED = 10_000
@@ -27,13 +29,25 @@ def settle_normalization(config: ResolvedConfig, data: ImageData, world: World) 
     if config.data not in FILES or config.normalization != "measured":
         return
     held = None
-    if world.is_main and config.work_dir is not None:
+    if world.is_main and config.work_dir is not None and not config.overwrite:
         with suppress(UserError):
-            recorded = read_config(config.work_dir)
-            if not config.differences(recorded["options"]):
-                held = recorded.get("normalization")
+            held = _held(config.work_dir, config, data)
     held = from_main(held)
     data.normalize_by(Normalization.recorded(held) if held else _measured(data, world))
+
+
+def _held(work_dir: Path, config: ResolvedConfig, data: ImageData) -> dict[str, Any] | None:
+    """What the run in ``work_dir`` was normalised by, if it is the one that is gone on with."""
+    recorded = read_config(work_dir)
+    images = {"train": len(data.train), "test": len(data.test)}
+    same = (
+        not config.differences(recorded["options"])
+        and recorded.get("images", images) == images
+        and recorded.get("table", data.digest) == data.digest
+        # else nothing has been learnt from what was measured
+        and any((work_dir / CHECKPOINTS).glob("[!.]*"))
+    )
+    return recorded.get("normalization") if same else None
 
 
 def _measured(data: ImageData, world: World) -> Normalization:

@@ -24,6 +24,7 @@ from effdense.engine.data.pixels import pixels, read_pixels
 from effdense.engine.distributed import World
 from effdense.engine.normalization import settle_normalization
 from effdense.engine.options import TrainConfig
+from effdense.engine.records import WorkDir
 from effdense.errors import UserError
 from tests.helpers.pictures import write_folder
 from tests.helpers.ranks import by_ranks
@@ -216,6 +217,43 @@ def test_normalisation_is_measured_once(tmp_path: Path, alone: World) -> None:
     assert abs(float(images.mean())) < 1e-4
     assert float(images.std(correction=0)) == pytest.approx(1, abs=1e-4)
     assert data.test.normalization == data.train.normalization
+
+
+def test_normalisation_is_kept_only_with_the_run_that_is_gone_on_with(
+    tmp_path: Path, alone: World
+) -> None:
+    def settled(**more: Any) -> dict[str, Any]:
+        """On grey images of 10, then of 200."""
+        options: dict[str, Any] = {"channels": 1, "image_size": 16, "num_workers": 0, **more}
+        options |= {"data_dir": tmp_path / "images", "work_dir": tmp_path / "run"}
+        config = TrainConfig(data="imagefolder", **options).resolved()
+        data = load(config, download=False)
+        settle_normalization(config, data, alone)
+        if not (tmp_path / "run").exists():
+            work_dir = WorkDir.claim(config)
+            images = {"train": len(data.train), "test": len(data.test)}
+            facts = {"normalization": data.train.normalization.fact(), "images": images}
+            work_dir.write_config(config, alone, facts)
+            work_dir.close()
+        return data.train.normalization.fact()
+
+    def paint(grey: int) -> None:
+        for path in (tmp_path / "images").rglob("*.png"):
+            Image.new("L", (20, 20), grey).save(path)
+
+    write_folder(tmp_path / "images", train=5, val=2)
+    paint(10)
+    first = settled()
+    paint(200)
+    # of a run that failed before it had learnt anything
+    second = settled()
+    assert (first["mean"], second["mean"]) == ([10.0], [200.0])
+    (tmp_path / "run" / "checkpoints" / "epoch-00002-step-0000000").mkdir(parents=True)
+    assert settled() == first
+    assert settled(overwrite=True) == second
+    assert settled(seed=1) == second
+    Image.new("L", (20, 20), 200).save(next((tmp_path / "images").rglob("*.png")).parent / "x.png")
+    assert settled() == second
 
 
 @pytest.mark.slow
