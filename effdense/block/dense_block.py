@@ -458,6 +458,7 @@ class _Stage:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         needs_x, needs = needs_grad[0], needs_grad[1:]
         grads: list[Tensor | None] = [None] * len(needs)
+        self._steps = _due(self.spec.steps)
         # See NOTE [ deferred correction ].
         self.s = torch.zeros_like(self.mean)
         self.t = torch.zeros_like(self.mean)
@@ -477,7 +478,7 @@ class _Stage:
             return slice(index * _LAYER, (index + 1) * _LAYER)
 
         def leave_out(index: int) -> None:
-            steps = self.spec.steps or [None] * len(needs)
+            steps = self._steps or [None] * len(needs)
             like = zip(self.layers[index], needs[own(index)], steps[own(index)], strict=True)
             # a step would have used them up
             grads[own(index)] = [
@@ -517,10 +518,10 @@ class _Stage:
 
     def _step(self, own: slice, grads: list[Tensor | None]) -> None:
         """Use up those gradients that nobody is to get; see stepping.py."""
-        if self.spec.steps is None:
+        if self._steps is None:
             return
         for i in range(*own.indices(len(grads))):
-            step, gradient = self.spec.steps[i], grads[i]
+            step, gradient = self._steps[i], grads[i]
             if step is not None and gradient is not None:
                 step(gradient)
                 grads[i] = None
@@ -751,6 +752,13 @@ class _Stage:
             )
         self._defer(_given(self.spec.tail_norm), norm, s, t, slice(0, self.width))
         return d, _as_gradients(TailTensors(gamma=t, beta=s, weight=dw), self.tail, needs)
+
+
+def _due(steps: Sequence[Step | None] | None) -> list[Step | None] | None:
+    """The steps that the present backward pass is to take."""
+    if steps is None:
+        return None
+    return [step if step is not None and step.is_due() else None for step in steps]
 
 
 _T = TypeVar("_T")

@@ -4,16 +4,16 @@ NOTE [ steps in backward ]
 Every parameter is stepped when its gradient is complete: by the dense block as soon as a layer's
 backward is done, elsewhere when autograd has added up its gradient. Then the gradient is freed.
 Each step is the optimizer's own, on its own state, of one parameter alone: optimizers that treat
-parameters one by one give the bits of the ordinary step. What needs all gradients at once (a
+parameters one by one give the bits of the ordinary step. A parameter with a hook of somebody
+else's on its gradient waits for autograd, which calls it. What needs all gradients at once (a
 norm to clip by, a sum over several backwards, a check that all are finite) can't be had.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -98,7 +98,8 @@ def step_in_backward(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step
     The gradient is freed then, so the gradients of a network are never all alive. Parameters end
     with the bits of the ordinary step. Go on calling ``optimizer.step()`` after every backward:
     it marks the end of a step, and does nothing else. Learning rates may be changed between
-    steps, as by a scheduler.
+    steps, as by a scheduler. Hooks on parameters (``register_hook``) see and change gradients as
+    ever; ``torch.autograd.grad`` steps nothing.
 
     Args:
         model: what is trained; not wrapped for several processes.
@@ -141,8 +142,35 @@ def step_in_backward(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step
     return steps
 
 
-Step = Callable[[Tensor], None]
-"""Steps one parameter by the gradient that it is given."""
+class Step(NamedTuple):
+    """Steps one parameter by the gradient that it is given."""
+
+    by: StepInBackward
+    parameter: Tensor
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.by(self.parameter, gradient)
+
+    def is_due(self) -> bool:
+        """Whether the present backward pass would add to ``.grad``, unseen by anybody.
+
+        Else the gradient is autograd's: somebody's hook may change it, and torch.autograd.grad
+        and ``backward(inputs=...)`` leave the parameters alone that they aren't asked for.
+        """
+        # one of the latter is ours
+        if self.parameter._backward_hooks or len(_after_accumulation(self.parameter)) > 1:
+            return False
+        try:
+            with torch.enable_grad():
+                node = torch.autograd.graph.get_gradient_edge(self.parameter).node
+            return bool(torch._C._will_engine_execute_node(node))
+        except RuntimeError:
+            # frozen since forward, or what torch.autograd.grad is to return
+            return False
+
+
+def _after_accumulation(parameter: Any) -> Any:
+    return parameter._post_accumulate_grad_hooks or ()
 
 
 def steps_of(tensors: Sequence[Tensor | None]) -> tuple[Step | None, ...] | None:
@@ -153,4 +181,6 @@ def steps_of(tensors: Sequence[Tensor | None]) -> tuple[Step | None, ...] | None
     if not any(by):
         return None
     pairs = zip(by, tensors, strict=True)
-    return tuple(None if step is None else partial(step, tensor) for step, tensor in pairs)
+    return tuple(
+        None if not step or tensor is None else Step(step, tensor) for step, tensor in pairs
+    )

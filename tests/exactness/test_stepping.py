@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -131,6 +132,75 @@ def test_a_converted_model_is_stepped_too() -> None:
         _train(model, optimizer)
         found.append(_state(model, optimizer))
     assert all(map(torch.equal, *found))
+
+
+def _clamp(gradient: Tensor) -> Tensor:
+    return gradient.clamp(-1e-3, 1e-3)
+
+
+@pytest.mark.parametrize("when", ["before forward", "before backward"])
+@pytest.mark.usefixtures("each_backend")
+def test_hooks_on_parameters_see_and_change_their_gradients(when: str) -> None:
+    found, seen = [], []
+    for stepping in (False, True):
+        model = _network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        own: dict[str, Tensor] = {}
+
+        def note(parameter: Tensor, name: str, own: dict[str, Tensor] = own) -> None:
+            assert parameter.grad is not None
+            own[name] = parameter.grad.clone()
+
+        def hook(parameter: Tensor, name: str, note: Any = note) -> None:
+            # one more whose gradient is seen when it is complete
+            if name.endswith("conv1.weight"):
+                parameter.register_post_accumulate_grad_hook(partial(note, name=name))
+            else:
+                parameter.register_hook(_clamp)
+
+        if when == "before forward":
+            for name, parameter in model.named_parameters():
+                hook(parameter, name)
+        if stepping:
+            effdense.step_in_backward(model, optimizer)
+        loss = model(images(2, 3, 37, 30, dtype=torch.float32)).square().mean()
+        if when == "before backward":
+            for name, parameter in model.named_parameters():
+                if not name.endswith("conv1.weight"):
+                    hook(parameter, name)
+        loss.backward()
+        optimizer.step()
+        found.append(_state(model, optimizer))
+        seen.append(list(own.values()))
+    assert all(map(torch.equal, *found))
+    assert all(map(torch.equal, *seen))
+    assert len(seen[0]) == len(seen[1])
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_gradients_that_are_asked_for_step_what_they_are_asked_for() -> None:
+    ordinary, model = _network(), _network()
+    effdense.step_in_backward(model, torch.optim.SGD(model.parameters(), 0.1))
+    before = copy.deepcopy(dict(model.named_parameters()))
+    x = images(2, 3, 37, 30, dtype=torch.float32).requires_grad_()
+
+    def losses() -> tuple[Tensor, Tensor]:
+        return ordinary(x).square().mean(), model(x).square().mean()
+
+    expected, found = (torch.autograd.grad(loss, [x])[0] for loss in losses())
+    assert torch.equal(found, expected)
+    losses()[1].backward(inputs=[x])
+    both = [
+        torch.autograd.grad(loss, list(net.parameters()))
+        for loss, net in zip(losses(), (ordinary, model), strict=True)
+    ]
+    assert all(map(torch.equal, *both))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+    name = "features.denseblock1.denselayer2.conv1.weight"
+    losses()[1].backward(inputs=[x, model.get_parameter(name)])
+    changed = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    assert changed == [name]
 
 
 def test_a_second_gradient_before_the_step_is_an_error() -> None:
