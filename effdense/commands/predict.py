@@ -51,6 +51,7 @@ class Options:
 
 def run(options: Options) -> None:
     from ..engine.export import images_in, predictions, trained
+    from ..engine.records import write_output
 
     model = trained(options.source)
     paths = images_in(options.images, model)
@@ -58,11 +59,12 @@ def run(options: Options) -> None:
     if options.output is None:
         csv.writer(sys.stdout).writerows(rows)
         return
-    try:
-        with options.output.open("w", newline="", encoding="utf-8") as file:
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
-    except OSError as error:
-        raise UserError(f"cannot write {options.output}: {error.strerror}") from None
+
+    write_output(options.output, write)
 
 
 def _rows(

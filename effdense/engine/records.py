@@ -100,6 +100,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             partial.unlink(missing_ok=True)
 
 
+def write_output(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` write a file that a command was told to: whole or not at all.
+
+    A link stays, and a device or a pipe takes what comes.
+
+    Raises:
+        UserError: where the file system refuses.
+    """
+    if path.exists() and not path.is_file():
+        with _writing(path):
+            write(path)
+        return
+    write_atomically(Path(os.path.realpath(path)) if path.is_symlink() else path, write)
+
+
 class CsvLog:
     """A CSV file with a header that grows by whole rows.
 

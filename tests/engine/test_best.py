@@ -198,6 +198,13 @@ def test_onnx_answers_as_torch_does(
         (found,) = session.run(None, {"images": images.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(found), network(images), atol=1e-4, rtol=0)
+    # one that fails the check is not to be found under the name
+    before = (tmp_path / "model.onnx").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["export", str(work_dir), "--onnx", str(tmp_path / "model.onnx"), "--tolerance=-1"])
+    assert "model.onnx is not written, as it would answer otherwise" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if "onnx" in path.name] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_bytes() == before
     with pytest.raises(SystemExit):
         main(["export", str(work_dir), "--onnx", str(tmp_path / "no" / "model.onnx")])
     assert "there is no folder" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import xml.etree.ElementTree
@@ -162,6 +163,31 @@ def test_mistakes_in_using_a_run(
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+
+
+def test_answers_are_written_whole_or_not_at_all(digits_run: Path, tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "1.png")
+    answers, link = tmp_path / "answers.csv", tmp_path / "link.csv"
+    answers.write_text("those of yesterday")
+    link.symlink_to(answers)
+    before = sorted(tmp_path.iterdir())
+    predict = ["predict", str(digits_run), str(tmp_path), "--batch-size", "1", "-o"]
+    (tmp_path / "2.png").write_bytes(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        main([*predict, str(answers)])
+    assert answers.read_text() == "those of yesterday"
+    (tmp_path / "2.png").unlink()
+    assert sorted(tmp_path.iterdir()) == before
+    main([*predict, str(link)])
+    assert answers.read_text().startswith("image,class,probability\n")
+    assert link.is_symlink()
+    out, into = os.pipe()
+    main([*predict, f"/dev/fd/{into}"])
+    assert os.read(out, 5) == b"image"
+    os.close(out)
+    os.close(into)
+    with pytest.raises(SystemExit):
+        main([*predict, str(tmp_path)])
 
 
 def test_the_report_is_one_page_with_everything_in_it(digits_run: Path) -> None:
