@@ -304,11 +304,14 @@ class TrainConfig(
             unused += ["depth", "growth_rate"]
         if self.model:
             unused += ["arch", "drop_rate"]
+        given = (self.model or "").startswith(GIVEN)
+        network = (self.model or arch).removeprefix(GIVEN)
         for name in unused:
             if getattr(self, name) is not None:
+                more = ", or give such arguments in --model-args"
                 raise UserError(
-                    f"--{name.replace('_', '-')} means nothing for {self.model or arch}: leave it "
-                    f"out" + (", or give such arguments in --model-args" if self.model else "")
+                    f"--{name.replace('_', '-')} means nothing for {network}: leave it out"
+                    + (more if self.model and not given else "")
                 )
             recipe[name] = None
         cores = max(1, usable_cores() // local_world_size)

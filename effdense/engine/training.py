@@ -125,8 +125,10 @@ def train(
             told to stop, which the same call with the same ``work_dir`` goes on with.
     """
     world_size, local_world_size = launched_processes()
-    options = with_network_of_run(config or TrainConfig())
-    if model is not None:
+    options = config or TrainConfig()
+    if model is None:
+        options = with_network_of_run(options)
+    else:
         options = replace(options, model=f"{GIVEN}{type(model).__name__}")
     if data is not None:
         options = of_given_data(options, data)

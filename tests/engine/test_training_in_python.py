@@ -178,6 +178,19 @@ def test_a_model_of_one_s_own_on_data_by_name(tmp_path: Path) -> None:
     assert "effdense" in repr(model)
 
 
+def test_a_model_of_one_s_own_starts_from_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"data": "fake", "image_size": 8, "epochs": 1, "threads": 1}
+    effdense.train(TrainConfig(work_dir=tmp_path / "run", depth=10, growth_rate=4, **options))
+    options |= {"weights": str(tmp_path / "run")}
+    model = effdense.densenet_bc(10, 4)
+    effdense.train(TrainConfig(work_dir=tmp_path / "more", **options), model=model)
+    assert f"starting from {tmp_path / 'run'}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--depth means nothing for DenseNet: leave it out$"):
+        effdense.train(TrainConfig(work_dir=tmp_path / "x", depth=10, **options), model=model)
+
+
 @pytest.mark.parametrize(
     ("model", "data", "said"),
     [
