@@ -7,9 +7,10 @@ adds its input's gradient to one gradient buffer.
 
 NOTE [ the second run ]
 must compute what the first did, and leave no trace. So each layer's first run is preceded by
-notes: the state of the random generators, of autocast, and copies of the layer's buffers.
-The second runs under these, on the copies (a batch norm's running statistics move once) and
-on the parameters as autograd saved them (one changed in between raises).
+notes: the state of the random generators, of autocast, which of its modules train, and copies
+of the layer's buffers. The second runs under these, on the copies (a batch norm's running
+statistics move once) and on the parameters as autograd saved them (one changed in between
+raises).
 
 Known limitations: a layer must be a function of its input, parameters, buffers and torch's
 random generators, which backward sees where nobody has followed its code: in a block of one's
@@ -84,6 +85,8 @@ class _Notes(NamedTuple):
     random: _RandomState | None
     """None while operations are recorded, which are those of layers that draw nothing."""
     buffers: dict[str, Tensor]
+    training: list[bool]
+    """Of each of the layer's modules."""
 
 
 class Recomputed(torch.autograd.Function):
@@ -261,8 +264,9 @@ class _SecondRun:
         state = dict(zip(run.names[index], parameters, strict=True))
         # copies again: a graph that is retained may come here once more
         state |= {name: buffer.clone() for name, buffer in notes.buffers.items()}
-        with _drawing_from(notes.random, x.device):
-            out = torch.func.functional_call(run.layers[index], state, (_argument(run.chain, x),))
+        layer = run.layers[index]
+        with _drawing_from(notes.random, x.device), _modes(layer, notes.training):
+            out = torch.func.functional_call(layer, state, (_argument(run.chain, x),))
         return _split(out, x.shape[1], run.chain)
 
     def _input(self, index: int, buffer: Tensor) -> Tensor:
@@ -368,7 +372,21 @@ def _split(out: Tensor, width: int, chain: Chain) -> Tensor:
 def _take_notes(layer: nn.Module, device: torch.device) -> _Notes:
     random = _RandomState.of(device) if recorded_constants.get() is None else None
     buffers = {name: buffer.detach().clone() for name, buffer in layer.named_buffers()}
-    return _Notes(random, buffers)
+    return _Notes(random, buffers, [module.training for module in layer.modules()])
+
+
+@contextlib.contextmanager
+def _modes(layer: nn.Module, training: Sequence[bool]) -> Iterator[None]:
+    """Inside, its modules train where the first run's did."""
+    pairs = zip(layer.modules(), training, strict=True)
+    others = [module for module, then in pairs if module.training != then]
+    for module in others:
+        module.training = not module.training
+    try:
+        yield
+    finally:
+        for module in others:
+            module.training = not module.training
 
 
 @contextlib.contextmanager

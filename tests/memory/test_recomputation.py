@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import effdense
 from effdense import reference
 from tests.helpers.compare import (
+    Step,
     assert_close,
     assert_same_step,
     images,
@@ -198,6 +199,39 @@ def test_autocast_is_the_same_in_the_second_run() -> None:
         assert actual.grad is not None
         assert expected.grad is not None
         assert_close(actual.grad, expected.grad, 2e-2)
+
+
+@pytest.mark.parametrize("save", ["features", "input"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_the_second_run_trains_where_the_first_did(own: bool, training: bool, save: Any) -> None:
+    def layer(width: int) -> nn.Module:
+        norm = nn.BatchNorm2d(4)
+        return nn.Sequential(nn.Conv2d(width, 4, 3, padding=1), norm, nn.ELU(), nn.Dropout(0.3))
+
+    torch.manual_seed(0)
+    naive: Any = reference.DenseBlock([layer(3), layer(7)]).double()
+    ours: Any = copy.deepcopy(naive)
+    if own:
+        ours = effdense.DenseBlock(copy.deepcopy([*naive.children()])).double()
+        ours.save = save
+    else:
+        ours = effdense.convert(nn.Sequential(ours), save).get_submodule("0")
+    found = []
+    for block in (placed(ours), placed(naive)):
+        block.train(training)
+        # one that stays as it is
+        next(block.children())[1].eval()
+        x = images(2, 3, 5, 6).requires_grad_()
+        torch.manual_seed(3)
+        loss = loss_of(block(x))
+        block.train(not training)
+        loss.backward()
+        assert all(module.training != training for module in block.modules())
+        own_gradients = {name: p.grad for name, p in block.named_parameters()}
+        buffers = dict(block.named_buffers())
+        found.append(Step(loss.detach(), own_gradients, x.grad, buffers))
+    assert_same_step(found[0], found[1])
 
 
 def test_a_second_backward_needs_retain_graph_and_repeats_the_first() -> None:
