@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -184,6 +185,7 @@ class Rehearsal:
         self._twin: Any = meta_copy(model).to(self._dtype)
         if not model.training:
             self._twin.train()
+        self._counting = _with_momentum(self._twin)
         twice = ddp and not gradient_as_bucket_view
         self.bucket_bytes = bucket_bytes(self._twin) if twice else 0
         """What DistributedDataParallel holds besides."""
@@ -213,7 +215,7 @@ class Rehearsal:
 
     def _by_graphs(self, shape: tuple[int, ...]) -> Peak:
         """Their pool keeps a step's peak, while all gradients come to be outside of it."""
-        graphs = _Graphs()
+        graphs = _Graphs(self._counting)
         token = recorder.set(graphs)
         try:
             found = record_step(lambda: self._training(shape), places=places)
@@ -275,8 +277,10 @@ class _Graphs:
     gradients beside those that leave the graph: see captured.py, ``Stage``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counting: Set[nn.Module]) -> None:
         self.nbytes = 0
+        self._counting = counting
+        """Norms whose stages can't be recorded."""
 
     def stage(self, owners: Sequence[nn.Module], x: Tensor, run: Run) -> Tensor | None:
         token = recorder.set(None)
@@ -284,11 +288,25 @@ class _Graphs:
             y = run(x)
         finally:
             recorder.reset(token)
-        if y is not None and y.requires_grad:
+        inside = chain.from_iterable(owner.modules() for owner in owners)
+        if y is not None and y.requires_grad and self._counting.isdisjoint(inside):
             parameters = [p for owner in owners for p in owner.parameters() if p.requires_grad]
             kept = [x, y, y, *([x] if x.requires_grad else []), *parameters]
             self.nbytes += sum(t.nbytes for t in kept)
         return y
+
+
+def _with_momentum(model: nn.Module) -> set[nn.Module]:
+    """Give norms without momentum one, and say which: memory is the same, and theirs is of values.
+
+    How many batches they have seen is read in every forward.
+    """
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
+            module.momentum = 0.1
+            found.add(module)
+    return found
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ from effdense.memory.estimation import Rehearsal, places, reserved_bytes, shape_
 from effdense.memory.optimizers import make_optimizer, state_copies
 from effdense.memory.planning import CANDIDATES, BudgetError
 from effdense.memory.timeline import Peak, Training, record_step
-from effdense.verification.comparison import near_prediction
+from effdense.verification.comparison import near_prediction, norms_of
 from tests.helpers.measure_memory import measure
 from tests.helpers.replaying import replaying
 
@@ -267,6 +267,23 @@ def test_nothing_is_allocated_and_nothing_changes() -> None:
     effdense.estimate(model, (4, 3, 8, 8))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("save", ["all", "features", "input"])
+def test_norms_without_momentum_take_what_others_do(save: Any) -> None:
+    other = effdense.DenseNet(**TINY, save=save)
+    model = effdense.DenseNet(**TINY, save=save)
+    for norm in norms_of(model):
+        norm.momentum = None
+    shape = (2, 3, 8, 9)
+    assert effdense.estimate(model, shape) == effdense.estimate(other, shape)
+    assert all(norm.momentum is None for norm in norms_of(model))
+    if save != "all":
+        # which aren't recorded
+        options: dict[str, Any] = {"device": "cuda", "cuda_graphs": True}
+        without = effdense.estimate(model, shape, **options)
+        assert without.parts["CUDA graphs"] == 0
+        assert effdense.estimate(other, shape, **options).parts["CUDA graphs"] > 0
 
 
 def test_ddp_holds_every_gradient_twice() -> None:
