@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset, get_worker_info
 from torchvision import datasets
 
 from effdense.engine.data import order as data_module
@@ -296,6 +297,51 @@ def folder_of_images(tmp_path: Path) -> Split:
 def data_of_the_user_s(tmp_path: Path) -> Split:
     pairs: Any = TensorDataset(torch.zeros(16, 3, 8, 8), torch.arange(16) % 2)
     return own_data(pairs, pairs, seed=0, num_workers=0).train
+
+
+class Drawn(Dataset[tuple[torch.Tensor, int]]):
+    """What the generators of NumPy, of Python and of torch give, and a number of the process."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        info = get_worker_info()
+        drawn = [np.random.rand(), random.random(), float(torch.rand(()))]
+        return torch.tensor([[[*drawn, info.seed - info.id if info else 0]]]), index % 2
+
+
+def test_what_is_drawn_in_any_way_is_keyed_by_seed_epoch_and_number() -> None:
+    def read(epoch: int | None, seed: int = 0, workers: int = 0, first: int = 0) -> torch.Tensor:
+        drawn = Drawn()
+        split = own_data(drawn, drawn, seed, workers).train
+        order = torch.arange(12).roll(-first)
+        found = [images.flatten(1) for images, _ in split.batches(order.split(5), epoch, CPU)]
+        return torch.cat(found)[order.argsort()]
+
+    one = read(1)[:, :3]
+    assert one.unique().numel() == one.numel()
+    for same in (read(1), read(1, first=7), read(1, workers=1), read(1, workers=2, first=3)):
+        assert torch.equal(same[:, :3], one)
+    for other in (read(2), read(2, workers=1), read(1, seed=1, workers=1), read(None)):
+        assert not (other[:, :3] == one).any()
+    assert torch.equal(read(None)[:, :3], read(None, workers=1)[:, :3])
+    # what a data set's own generators may be seeded with; the share of another rank
+    seeds = {float(read(*args)[0, 3]) for args in ((1, 0, 1), (2, 0, 1), (1, 1, 1), (1, 0, 1, 5))}
+    assert len(seeds) == 4
+
+
+def test_the_program_s_own_generators_are_left_as_they_are() -> None:
+    split = own_data(Drawn(), Drawn(), 0, 0).train
+
+    def state() -> tuple[Any, ...]:
+        numpy: Any = np.random.get_state()
+        return random.getstate(), numpy[1].tolist(), numpy[2], torch.get_rng_state().tolist()
+
+    before = state()
+    for epoch in (1, None):
+        list(split.batches([torch.arange(12)], epoch, CPU))
+    assert state() == before
 
 
 @pytest.mark.parametrize("kind", [folder_of_images, data_of_the_user_s])

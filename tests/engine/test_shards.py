@@ -255,7 +255,7 @@ def test_a_loader_process_leaves_the_trainers_garbage_alone(tmp_path: Path) -> N
                 seen.extend(pids.tolist())
                 yield pids
 
-        batches = image_files.loaded(_Collecting(), wanted, 1, CPU, 2, finish)
+        batches = image_files.loaded(_Collecting(), 0, wanted, 1, CPU, 2, finish)
         assert len(list(batches)) == 3
         assert len(set(seen)) == 2
         assert os.getpid() not in seen

@@ -36,7 +36,7 @@ from .images import (
     largest,
     trivially_augmented,
 )
-from .order import drawing
+from .order import drawing, generator
 from .pixels import IMAGES, read_pixels
 from .tables import Part
 from .volumes import VOLUMES, VolumeReader, centred, drawn
@@ -339,6 +339,7 @@ class ImageFiles:
     ) -> Iterator[Batch]:
         return loaded(
             self._dataset,
+            self._seed,
             indices,
             epoch,
             device,
@@ -379,6 +380,7 @@ class ImageFiles:
 
 def loaded(
     dataset: Dataset[Any],
+    seed: int,
     indices: Sequence[Tensor],
     epoch: int | None,
     device: torch.device,
@@ -391,14 +393,16 @@ def loaded(
     Read by loader processes and made ready ahead of time, where there are such processes;
     ``options`` are the DataLoader's.
     """
+    first = indices[0][:1].tolist() if len(indices) else []
     loader = DataLoader(
         dataset,
         batch_sampler=([(i, epoch) for i in chosen.tolist()] for chosen in indices),
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=_begin_loading,
-        # the loader's own base seed must not be drawn from the generator dropout uses
-        generator=torch.Generator(),
+        # The loader's own base seed, which generators of a data set's own may be seeded with: not
+        # drawn from the generator dropout uses, and another one for each epoch and process.
+        generator=generator("loader", seed, epoch or 0, *first),
         **options,
     )
     # its processes are started here: only the main thread can see that one has died

@@ -8,9 +8,11 @@ of the sample), whatever the number of processes and loader workers.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,20 @@ def drawing(*parts: int | str) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random_key(*parts))
         yield
+
+
+@contextmanager
+def drawing_in_any_way(*parts: int | str) -> Iterator[None]:
+    """Within it the global generators of NumPy and of Python are seeded likewise."""
+    key, before = random_key(*parts), (random.getstate(), np.random.get_state())
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    try:
+        with drawing(*parts):
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def global_batches(

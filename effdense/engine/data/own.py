@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ...errors import UserError
 from .image_files import loaded
 from .images import Batch, ImageData, Normalization
-from .order import drawing
+from .order import drawing_in_any_way
 
 
 def own_data(
@@ -24,7 +24,8 @@ def own_data(
     Args:
         train, test: of (image, label): float tensors (channels, *spatial), all of one shape, and
             numbers of classes, or of labels that don't exclude each other float tensors (classes,).
-        seed: of what the data set draws from torch's generator for training images.
+        seed: of what the data set draws for training images from the global generators of torch,
+            NumPy and Python.
         num_workers: loader processes.
         num_classes: where the labels don't say.
 
@@ -63,8 +64,8 @@ def own_data(
 class OwnSplit:
     """A :class:`.images.Split` of a data set of the user's own.
 
-    What it draws from torch's generator for a training image is a function of seed, epoch and
-    number.
+    What it draws from the global generators of torch, NumPy and Python is a function of seed, epoch
+    and number for a training image, for a test image of its number.
     """
 
     def __init__(self, dataset: Any, name: str, seed: int, num_workers: int) -> None:
@@ -97,7 +98,8 @@ class OwnSplit:
                 self._see_same(numbers, labels, given)
                 yield images.to(device, torch.float32), labels.to(device)
 
-        return loaded(self._keyed, indices, epoch, device, self._num_workers, finished)
+        keyed = self._keyed
+        return loaded(keyed, keyed.seed, indices, epoch, device, self._num_workers, finished)
 
     def _see_same(self, numbers: Tensor, labels: Tensor, given: Tensor) -> None:
         """Raise a UserError where images come with other labels than are known."""
@@ -122,11 +124,8 @@ class _Keyed(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, asked: tuple[int, int | None]) -> tuple[Tensor, Tensor]:
         index, epoch = asked
         number = index % len(self.dataset)
-        with (
-            drawing("augmentation", self.seed, epoch, index)
-            if epoch is not None
-            else torch.random.fork_rng(devices=[])
-        ):
+        parts = ("testing", index) if epoch is None else ("augmentation", self.seed, epoch, index)
+        with drawing_in_any_way(*parts):
             image, label = self.dataset[number]
             return torch.as_tensor(image), torch.as_tensor(label)
 
