@@ -61,6 +61,7 @@ from .symbols import (
     Symbol,
     Unknown,
     bound_arguments,
+    of_gradients,
     same,
     spelled,
     state_of,
@@ -108,6 +109,8 @@ class Capture(Interpreter):
         self._depth = 0
         # operations in place on parameters and buffers
         self.effects: list[tuple[Any, ...]] = []
+        self.of_gradients = False
+        """Whether what is computed may be something else where gradients are asked for."""
 
     # ------------------------------------------------------------------ nodes
 
@@ -277,11 +280,13 @@ class Capture(Interpreter):
         """What all paths through a call come to."""
         outcomes: list[tuple[list[tuple[Any, bool]], Any]] = []
         waiting: list[list[tuple[Any, bool]]] = [[]]
+        effects: list[list[Any]] = []
         before = state_of(arguments)
         while waiting:
             prefix = waiting.pop()
             path = _Path(prefix)
             self._paths.append(path)
+            first = len(self.effects)
             try:
                 value = run()
             except Raised:
@@ -290,6 +295,7 @@ class Capture(Interpreter):
                 self._paths.pop()
             made = path.decisions
             outcomes.append((made, value))
+            effects.append(self.effects[first:])
             for i in range(len(prefix), len(made)):
                 waiting.append([*made[:i], (made[i][0], not made[i][1])])
             if len(outcomes) + len(waiting) > _MOST_PATHS:
@@ -298,6 +304,9 @@ class Capture(Interpreter):
                 raise Unreadable("it changes what it is given, in one of its branches")
         if len(outcomes) == 1 and outcomes[0][1] is _RAISES:
             raise Raised
+        if any(found != effects[0] for found in effects):
+            for made, _ in outcomes:
+                self.used([Unknown(key) for key, _ in made])
         return self._joined(outcomes, 0)
 
     def _joined(self, outcomes: list[tuple[list[tuple[Any, bool]], Any]], depth: int) -> Any:
@@ -313,11 +322,16 @@ class Capture(Interpreter):
         pair = [value for value in (yes, no) if value is not _RAISES]
         if not all(isinstance(value, Symbol) for value in pair):
             if all(isinstance(value, (*PLAIN, Unknown)) for value in pair):
-                return Unknown(key)
+                plain = yes is True and no is False
+                return Unknown(key if plain else ("if", key, *map(spelled, pair)))
             raise Unreadable("what it returns depends on a condition that is not known")
         if len(pair) == 2 and isinstance(key, tuple) and key[0] == "training":
             return Symbol(self.node("if", key, yes.node, no.node), yes.rank, [yes, no])
+        self.used(Unknown(key))
         return Symbol(self.unknown(), None, pair)
+
+    def used(self, value: Any) -> None:
+        self.of_gradients = self.of_gradients or of_gradients(value)
 
     def _truth(self, value: Any) -> bool:
         if isinstance(value, (Symbol, Unknown)):
@@ -348,6 +362,7 @@ class Capture(Interpreter):
         if isinstance(training, Unknown) and training.key[0] == "training":
             node = self.node("if", training.key, node, x.node)
         elif training is not True:
+            self.used(training)
             node = self.unknown()
         return Symbol(node, x.rank, [x, *x.bases])
 
@@ -373,6 +388,7 @@ class Capture(Interpreter):
         if "out" in kwargs or "generator" in kwargs:
             raise Unreadable(f"{name} is given an output or a generator")
         self._check_operands([*args, *kwargs.values()], name)
+        self.used([*(a for a in (*args, *kwargs.values()) if not isinstance(a, str))])
         symbols = list(symbols_in([*args, *kwargs.values()]))
         nodes = tuple(s.node for s in symbols)
         result = self.node("call", name, nodes, spelled(args), spelled(kwargs))

@@ -72,6 +72,10 @@ class Interpreter:
     def _truth(self, value: Any) -> bool:
         raise NotImplementedError
 
+    def used(self, value: Any) -> None:
+        """Told of a value that decides what is computed."""
+        raise NotImplementedError
+
     def unknown(self) -> int:
         """What equals nothing else."""
         raise NotImplementedError
@@ -145,7 +149,7 @@ class Interpreter:
             if function not in CONTEXTS:
                 raise Unreadable("it has a with statement")
             for argument in [*call.args, *(k.value for k in call.keywords)]:
-                self.value(argument, scope)
+                self.used(self.value(argument, scope))
         self._contexts += 1
         try:
             self._statements(s.body, scope)

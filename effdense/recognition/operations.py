@@ -172,7 +172,12 @@ def _handle_batch_norm(capture: Any, args: Sequence[Any], kwargs: dict[str, Any]
     return Symbol(capture.node("norm", norm, x.node), x.rank)
 
 
+def _handle_is_grad_enabled(capture: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return Unknown(("is_grad_enabled", capture._contexts))
+
+
 def _uncertain_batch_norm(capture: Any, bound: dict[str, Any], x: Any) -> Any:
+    capture.used(bound)
     for name in ("running_mean", "running_var"):
         if isinstance(bound.get(name), Symbol):
             capture._in_place(bound[name], capture.unknown())
@@ -212,6 +217,7 @@ def handlers() -> dict[Any, Any]:
         F.batch_norm: _handle_batch_norm,
         torch.utils.checkpoint.checkpoint: _handle_checkpoint,
         torch._assert: _handle_assert,
+        torch.is_grad_enabled: _handle_is_grad_enabled,
     }
 
 

@@ -363,6 +363,11 @@ def _captured_chain(block: nn.Module, original: type[nn.Module], evidence: Evide
     output = follow(capture, Symbol(features[0], _rank(block)))
     if isinstance(output, str):
         return output
+    if capture.of_gradients:
+        return (
+            "what its layers compute depends on whether gradients are asked for, and they are run "
+            "again in backward, where they are"
+        )
     if len(features) != len(layers) + 1 or len(lists) != 1 or len(concatenating) != 1:
         return "its forward is no chain of concatenations"
     if isinstance(output, Symbol):

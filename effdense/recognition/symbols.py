@@ -153,6 +153,23 @@ def has_unknown(values: Any) -> bool:
     return False
 
 
+# Of what is known of a tensor, what differs where a layer is run again in backward.
+_OF_GRADIENTS = frozenset({"is_grad_enabled", "requires_grad", "is_leaf"})
+
+
+def of_gradients(values: Any) -> bool:
+    """Whether what hangs on gradients being asked for is among values, or keys of unknown ones."""
+    if isinstance(values, Unknown):
+        return of_gradients(values.key)
+    if isinstance(values, slice):
+        return of_gradients((values.start, values.stop, values.step))
+    if isinstance(values, dict):
+        return of_gradients(tuple(values.values()))
+    if isinstance(values, (list, tuple)):
+        return any(map(of_gradients, values))
+    return isinstance(values, str) and values in _OF_GRADIENTS
+
+
 def flat_index(index: Any) -> list[Any]:
     found: list[Any] = []
     for each in index if isinstance(index, tuple) else [index]:

@@ -47,6 +47,12 @@ class Layer(nn.Module):
     def half(self):
         return 0.5
 
+    def resting(self):
+        return not self.training
+
+    def training_on(self, v):
+        return self.training and v.shape[0] > 2
+
     def twice(self, v):
         return v + v
 
@@ -94,6 +100,8 @@ OPERATIONS = {
     "chance": "v = v * random.random()",
     "noise": "v = v + torch.randn_like(v)",
     "dropout": "v = F.dropout(v, 0.5, self.training)",
+    "dropout out of training": "v = F.dropout(v, 0.5, self.resting())",
+    "dropout in some training": "v = F.dropout(v, 0.5, self.training_on(v))",
     "dropout in any mode": "v = F.dropout(v, 0.5)",
     "a counter": "self.scale += 1; v = v * self.scale",
     "a history": "self.history.append(v.detach().sum().item())",
