@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import gc
 import inspect
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,9 @@ T = TypeVar("T")
 # A download by one process, which the others wait for, may take this long.
 _TIMEOUT = datetime.timedelta(minutes=30)
 
+# Of the runs of this process, which all processes begin in the same order.
+_RUNS = itertools.count(1)
+
 
 @dataclass(frozen=True)
 class World:
@@ -47,7 +51,8 @@ class World:
     attempt: str = ""
     """A name that these processes have in common with no others; empty for a single process."""
     launch: str = ""
-    """The same, but that processes which torchrun has restarted keep it."""
+    """The same, but that processes which torchrun has restarted find it again: of a script's
+    first run its first."""
     sharing: int = 1
     """Processes on this process's GPU, itself included; 1 on a processor."""
 
@@ -164,6 +169,8 @@ def joined_world(device: Literal["auto", "cpu", "cuda"], threads: int) -> Iterat
         yield World(rank, 1, placement.local_ranks[0], local_world_size, chosen, None)
         return
     store, attempt, launch = _met()
+    # a script may begin run after run, with the same options
+    launch = f"{launch}-{next(_RUNS)}"
     placement = Placement.of(_places(store, rank, world_size, own), device)
     chosen, backend = _chosen(own, placement.local_ranks[rank]), placement.backend
     dist.init_process_group(

@@ -14,6 +14,7 @@ import effdense
 from effdense import TrainConfig
 from effdense.engine.data.own import own_data
 from effdense.engine.plots import read
+from tests.helpers.launch import Launch
 
 SMALL: dict[str, Any] = {"epochs": 2, "batch_size": 16, "threads": 1, "lr": 0.05, "num_workers": 0}
 
@@ -85,6 +86,35 @@ def test_what_a_data_set_draws_at_random_is_the_same_after_a_resumption(tmp_path
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
     other = train("other", 2, seed=1)
     assert not torch.equal(other["0.weight"], whole["0.weight"])
+
+
+_FOLDS = """
+import torch, effdense
+from torch import nn
+from torch.utils.data import TensorDataset
+
+for fold in 0, 1:
+    torch.manual_seed(fold)
+    images, labels = torch.randn(16, 1, 4, 4), torch.arange(16) % 2
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    data = TensorDataset(images, labels), TensorDataset(images + 1, labels)
+    config = effdense.TrainConfig(epochs=1, batch_size=8, threads=1, num_workers=0)
+    result = effdense.train(config, model=model, data=data)
+    print(f"{result.work_dir} {result.tests[1].loss}")
+"""
+
+
+@pytest.mark.slow
+def test_each_run_of_a_script_has_its_own_folder(tmp_path: Path, launch: Launch) -> None:
+    """Folds, say: their options are the same, and so is torchrun's launch."""
+    script = tmp_path / "folds.py"
+    script.write_text(_FOLDS)
+    done = launch(2, script, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = [line for line in done.stdout.splitlines() if line.startswith("runs/own-")]
+    folders, losses = zip(*(line.split() for line in found), strict=True)
+    assert sorted(folders) == ["runs/own-1"] * 2 + ["runs/own-2"] * 2
+    assert len(set(losses)) == 2
 
 
 def test_labels_that_do_not_exclude_each_other(tmp_path: Path) -> None:
