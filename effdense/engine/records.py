@@ -144,8 +144,9 @@ class CsvLog:
 
 
 def _is_log(path: Path) -> bool:
+    begins = {"classes.csv": b"class,", "confusion.csv": b"class,", "mistakes.csv": b"image,"}
     with path.open("rb") as file:
-        return file.readline().startswith(b"epoch,step")
+        return file.readline().startswith(begins.get(path.name, b"epoch,step"))
 
 
 def _csv_line(cells: Sequence[object]) -> str:
@@ -259,7 +260,7 @@ class WorkDir:
             if path.name == CHECKPOINTS:
                 if any(path.glob("[!.]*")):
                     return True
-            elif path.name in LOG_COLUMNS:
+            elif path.suffix == ".csv":
                 if not _is_log(path) or path.read_bytes().count(b"\n") > 1:
                     return True
             elif path.name != "config.yaml":

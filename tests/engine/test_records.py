@@ -98,6 +98,7 @@ ALIEN: dict[str, dict[str, str]] = {
     "a newer format": {"config.yaml": "format: 7\noptions: {data: fake}\ncommand: train\n"},
     "tables of a contest": {"train.csv": "id,label\n1,2\n", "test.csv": "id\n1\n"},
     "a table of one line": {"train.csv": "id,label"},
+    "a list of classes": {"classes.csv": "cat"},
     "weights": {"model.pt": "mine"},
     "checkpoints": {"checkpoints/best.ckpt": "mine"},
     "a note": {".2026-notes.txt": "mine"},
