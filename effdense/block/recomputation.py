@@ -99,7 +99,8 @@ class Recomputed(torch.autograd.Function):
         for layer in run.layers:
             if run.keep:
                 notes.append(_take_notes(layer, x.device))
-            features.add(_new_features(layer(_argument(run.chain, features.read())), run, features))
+            out = _run_layer(layer, _argument(run.chain, features.read()))
+            features.add(_new_features(out, run, features))
         output = features.finish()
         ctx.run, ctx.notes, ctx.widths = run, notes, features.widths
         ctx.anchor = run.anchor
@@ -367,6 +368,17 @@ def _split(out: Tensor, width: int, chain: Chain) -> Tensor:
     if not chain.concatenates:
         return out
     return out[:, : out.shape[1] - width] if chain.newest_first else out[:, width:]
+
+
+def _run_layer(layer: nn.Module, argument: Any) -> Any:
+    """A layer's first run; on copies of its buffers where a checkpoint around the block asks again.
+
+    As a fused block's: see norms/buffers.py, NOTE [ running statistics ].
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return layer(argument)
+    buffers = {name: buffer.detach().clone() for name, buffer in layer.named_buffers()}
+    return torch.func.functional_call(layer, buffers, (argument,))
 
 
 def _take_notes(layer: nn.Module, device: torch.device) -> _Notes:

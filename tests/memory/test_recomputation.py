@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import effdense
 from effdense import reference
@@ -232,6 +234,24 @@ def test_the_second_run_trains_where_the_first_did(own: bool, training: bool, sa
         buffers = dict(block.named_buffers())
         found.append(Step(loss.detach(), own_gradients, x.grad, buffers))
     assert_same_step(found[0], found[1])
+
+
+@pytest.mark.parametrize("save", ["features", "input"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_norms_move_once_under_a_checkpoint_around_the_block(reentrant: bool, save: Any) -> None:
+    torch.manual_seed(0)
+    widths = (3, 7)
+    layers = [
+        nn.Sequential(nn.Conv2d(width, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ELU())
+        for width in widths
+    ]
+    naive = reference.DenseBlock(layers).double()
+    ours = effdense.DenseBlock(copy.deepcopy(layers)).double()
+    ours.save = save
+    placed(naive), placed(ours)
+    x = images(2, 3, 5, 6)
+    found = step(ours, x, call=partial(checkpoint, ours, use_reentrant=reentrant))
+    assert_same_step(found, step(naive, x))
 
 
 def test_a_second_backward_needs_retain_graph_and_repeats_the_first() -> None:
