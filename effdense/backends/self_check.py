@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..autocast import without_autocast
 from ..errors import first_line
 from .base import (
     Backend,
@@ -78,8 +79,14 @@ def operation_errors(
     exact = TorchBackend("cpu")
     found: list[tuple[str, float | Exception, float]] = []
     # A caller's mode, such as one that counts memory, has no business with the check, nor a device
-    # that new tensors are on.
-    with torch.no_grad(), _disable_current_modes(), torch.device("cpu"):
+    # that new tensors are on, nor what autocast would make of torch's part of an operation.
+    with (
+        torch.no_grad(),
+        _disable_current_modes(),
+        torch.device("cpu"),
+        without_autocast(device),
+        without_autocast(torch.device("cpu")),
+    ):
         for operation, run in _cases(dtype):
             expected = run(exact, torch.device("cpu"), torch.float64)
             try:

@@ -182,7 +182,9 @@ class Rehearsal:
         own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self._amp = dtype if dtype in AUTOCAST_DTYPES.values() and dtype != own else None
         self._dtype = (dtype or own) if self._amp is None else torch.float32
-        self._twin: Any = meta_copy(model).to(self._dtype)
+        # tensors that are made in inference mode have no gradients ever after
+        with torch.inference_mode(False):
+            self._twin: Any = meta_copy(model).to(self._dtype)
         if not model.training:
             self._twin.train()
         self._counting = _with_momentum(self._twin)
@@ -202,7 +204,12 @@ class Rehearsal:
         computes_in = self._amp or self._dtype
         every_shape = self._device == "cpu" and is_compiled_for(computes_in)
         try:
-            with simulation(self._device, every_shape):
+            # a training step, whatever the caller is in the middle of
+            with (
+                simulation(self._device, every_shape),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+            ):
                 if self._cuda_graphs:
                     return self._by_graphs(shape)
                 return record_step(lambda: self._training(shape), places=places)

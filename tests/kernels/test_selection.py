@@ -135,6 +135,11 @@ def test_self_check_accepts_torch_itself(dtype: torch.dtype) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_self_check_is_no_autocasts() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert self_check(TorchBackend(), CPU, torch.float32) is None
+
+
 @pytest.mark.parametrize("how", ["raises", "nan", "wrong"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_self_check_names_the_operation(operation: str, how: str) -> None:

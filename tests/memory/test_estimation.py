@@ -379,6 +379,16 @@ def test_mistakes(change: dict[str, Any], says: str) -> None:
         effdense.estimate(effdense.DenseNet(**TINY), **arguments)
 
 
+@pytest.mark.parametrize(
+    "within", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_caller_s_context_is_not_the_step_s(within: Any) -> None:
+    model, shape = effdense.DenseNet(**TINY), (2, 3, 8, 8)
+    expected = effdense.estimate(model, shape)
+    with within():
+        assert effdense.estimate(model, shape) == expected
+
+
 def test_a_batch_stands_for_its_shape() -> None:
     shape = (4, 3, 8, 8)
     batches: list[Any] = [torch.zeros(shape), np.zeros(shape), torch.Size(shape), np.array(shape)]
