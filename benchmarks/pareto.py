@@ -149,31 +149,33 @@ def draw(figure: Any, rows: list[Row]) -> None:
         markersize=4,
         label="every plan, predicted",
     )
-    for i, (save, samples) in enumerate(times.items()):
-        place = peaks[save] / 2**20, median(samples)
-        colour = "#000000" if save == "naive" else "#D55E00"
-        axes.plot(*place, "s", color=colour, markersize=6)
-        if save in slowdowns:
-            predicted = sizes[save] / 2**20, second * slowdowns[save]
-            axes.plot(*zip(predicted, place, strict=True), "-", color="#999999", linewidth=0.8)
+    measured = {save: (peaks[save] / 2**20, median(samples)) for save, samples in times.items()}
+    # far away, where it would press the plans together
+    outside = measured.pop("naive", None)
+    for i, (save, place) in enumerate(sorted(measured.items(), key=lambda each: each[1])):
+        axes.plot(*place, "s", color="#D55E00", markersize=6)
+        predicted = sizes[save] / 2**20, second * slowdowns[save]
+        axes.plot(*zip(predicted, place, strict=True), "-", color="#999999", linewidth=0.8)
         modes = save.split("+")
-        # a mixture by its initials, block after block; neighbours on either side
+        # a mixture by its initials, block after block; neighbours on different sides
         name = modes[0] if len(set(modes)) == 1 else " ".join(mode[0] for mode in modes)
-        side = 1 if i % 2 == 0 else -1
+        right, up = i % 2 == 1, i % 4 >= 2
         axes.annotate(
             name,
             place,
-            xytext=(6 * side, -3),
+            xytext=(8 if right else -8, 4 if up else -10),
             textcoords="offset points",
-            ha="left" if side == 1 else "right",
+            ha="left" if right else "right",
             fontsize=8,
-            color=colour,
+            color="#D55E00",
         )
+    if outside is not None:
+        said = f"naive, not shown: {outside[0]:,.0f} MiB, {outside[1]:.1f} s per step"
+        axes.annotate(said, (0.98, 0.04), xycoords="axes fraction", ha="right", fontsize=8)
     axes.plot([], [], "s", color="#D55E00", label="measured: resident size, median step")
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.25)
+    axes.margins(x=0.16, y=0.15)
     axes.set_xlabel("peak memory of a training step, MiB")
     axes.set_ylabel("seconds per step")
     axes.set_title(rows[0]["arch"].replace(f", {rows[0]['provider']}", ""))

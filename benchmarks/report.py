@@ -149,3 +149,7 @@ def written() -> dict[Path, str]:
 
         found[page] = MARKED.sub(filled, page.read_text(encoding="utf-8"))
     return found
+
+
+if __name__ == "__main__":
+    main()

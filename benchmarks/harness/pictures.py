@@ -54,15 +54,18 @@ def picture(draw: Draw, paths: Sequence[Path], output: Path) -> None:
     try:
         draw(figure, rows)
         # Where the figures come from, in the picture itself.
-        figure.supxlabel(_origin(rows[0]), fontsize=7, color="#666666")
+        figure.supxlabel(_origin(rows), fontsize=7, color="#666666")
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=150)
     finally:
         plt.close(figure)
 
 
-def _origin(row: Row) -> str:
-    machine = row["gpu"] or f"{row['processor']}, {row['threads']} threads"
+def _origin(rows: Sequence[Row]) -> str:
+    row = rows[0]
+    threads = " or ".join(sorted({row["threads"] for row in rows}))
+    plural = "" if threads == "1" else "s"
+    machine = row["gpu"] or f"{row['processor']}, {threads} thread{plural}"
     return (
         f"{machine}; torch {row['torch']}; effdense {row['effdense']} ({row['git_revision']}); "
         f"{row['date'][:10]}"

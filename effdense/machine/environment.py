@@ -117,8 +117,9 @@ def environment(device: str, threads: int) -> dict[str, Any]:
 def headline(environment: dict[str, Any]) -> str:
     """The environment in one line, for the top of a table."""
     gpu = f"{environment['gpu']}, " if environment["gpu"] else ""
+    plural = "" if environment["threads"] == 1 else "s"
     return (
-        f"{gpu}{environment['processor']}, {environment['threads']} threads of "
+        f"{gpu}{environment['processor']}, {environment['threads']} thread{plural} of "
         f"{environment['cores']} cores, {environment['memory_bytes'] / 2**30:.1f} GiB, "
         f"torch {environment['torch']}, Python {environment['python']}, "
         f"effdense {environment['effdense']} ({environment['git_revision']})"

@@ -38,6 +38,16 @@ def test_pages_say_what_the_results_say() -> None:
         assert page.read_text() == text, f"{page.name}: run python benchmarks/report.py"
 
 
+def test_every_command_begins_where_it_is_called() -> None:
+    """A script without its last two lines does nothing, and says nothing."""
+    scripts = sorted((report.ROOT / "benchmarks").glob("*.py"))
+    assert len(scripts) > 10
+    for script in scripts:
+        text = script.read_text()
+        assert '\nif __name__ == "__main__":\n' in text, script
+        assert text.endswith("    main()\n"), script
+
+
 def test_every_result_is_of_a_known_machine_and_revision() -> None:
     folders = sorted(path for path in report.KEPT.iterdir() if path.is_dir())
     assert folders
