@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -429,15 +429,15 @@ class Trainer:
         return score
 
     def shared_state(self) -> dict[str, Any]:
-        """What is the same on every process."""
+        """What is the same on every process; a tensor by each of its names, as in a state dict."""
         return {
-            "parameters": {name: p.detach() for name, p in self.network.named_parameters()},
+            "parameters": _detached(self.network.named_parameters(remove_duplicate=False)),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
             "average": {}
             if self.average is None
-            else {name: p.detach() for name, p in self.average.named_parameters()},
+            else _detached(self.average.named_parameters(remove_duplicate=False)),
         }
 
     def own_state(self) -> dict[str, Any]:
@@ -446,8 +446,10 @@ class Trainer:
         if self.world.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.world.device)
         return {
-            "buffers": dict(self.network.named_buffers()),
-            "average": {} if self.average is None else dict(self.average.named_buffers()),
+            "buffers": dict(self.network.named_buffers(remove_duplicate=False)),
+            "average": {}
+            if self.average is None
+            else dict(self.average.named_buffers(remove_duplicate=False)),
             "random": random,
             "tally": self._tally.state(),
         }
@@ -517,3 +519,7 @@ class Trainer:
             answers = [(torch.empty(0), torch.empty(0))]
         outputs, truth = (torch.cat(parts) for parts in zip(*answers, strict=True))
         return full_score(tally.score(), task, outputs, truth, len(split))
+
+
+def _detached(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in named}

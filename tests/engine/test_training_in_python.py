@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -115,6 +115,34 @@ def test_each_run_of_a_script_has_its_own_folder(tmp_path: Path, launch: Launch)
     folders, losses = zip(*(line.split() for line in found), strict=True)
     assert sorted(folders) == ["runs/own-1"] * 2 + ["runs/own-2"] * 2
     assert len(set(losses)) == 2
+
+
+class Twice(nn.Module):
+    """Two names for one layer, one for one weight and buffer of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = backbone = cast(nn.Sequential, plain())
+        self.features, self.head = backbone[:2], backbone[-1]
+        self.weight = backbone[0].weight
+        self.register_buffer("mean", cast(Tensor, backbone[1].running_mean))
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.backbone(x)
+        return answer
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5], ids=str)
+def test_tensors_that_have_several_names(ema: float, tmp_path: Path) -> None:
+    """The best epoch, whose weights are in a checkpoint, is not the last."""
+    options: dict[str, Any] = {**SMALL, "lr": 1e-9, "ema": ema, "work_dir": tmp_path, "patience": 1}
+    result = effdense.train(TrainConfig(**options), model=Twice(), data=(Blobs(48), Blobs(13)))
+    assert result.best_epoch == 1 < max(result.tests)
+    network = effdense.load(tmp_path, model=Twice())
+    held = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert held.keys() == network.state_dict().keys()
+    for one, other in (("0.weight", "features.0.weight"), ("1.running_mean", "mean")):
+        assert torch.equal(held[f"backbone.{one}"], held[other])
 
 
 def test_labels_that_do_not_exclude_each_other(tmp_path: Path) -> None:
