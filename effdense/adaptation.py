@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ def called(target: str, arguments: Mapping[str, Any] | None = None) -> nn.Module
     name, _, path = target.partition(":")
     if not name or not path:
         raise UserError(f"expected MODULE:CALLABLE, got {target!r}")
+    if name.startswith(".") or "/" in name:
+        raise UserError(
+            f"expected MODULE:CALLABLE, got {target!r}: MODULE is what import takes, not a file, "
+            f"such as {PurePath(name).stem.lstrip('.') or 'models'}"
+        )
     # as python -m of one's own module finds it
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -42,6 +48,10 @@ def called(target: str, arguments: Mapping[str, Any] | None = None) -> nn.Module
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise UserError(f"can't find {target}: {error}") from None
+    except Exception as error:
+        # a mistake in a module of the user's
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"importing {name} failed: {said}") from None
     if not callable(found):
         raise UserError(f"{target} is a {type(found).__name__}, which can't be called")
     if isinstance(found, nn.Module):

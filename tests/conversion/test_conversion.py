@@ -11,6 +11,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -801,11 +802,22 @@ def test_the_report_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> N
         ("torch:__version__", "can't be called"),
         ("torch:rand", "failed"),
         ("builtins:dict", "returned a dict, not a torch.nn.Module"),
+        ("./models/net.py:model", "is what import takes, not a file, such as net"),
+        (".net:model", "is what import takes, not a file, such as net"),
+        ("misspelled_module:model", "importing misspelled_module failed: SyntaxError: "),
+        ("broken_module:model", "importing broken_module failed: RuntimeError: no licence"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(
-    argument: str, message: str, capsys: pytest.CaptureFixture[str]
+    argument: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "misspelled_module.py").write_text("def model(:\n")
+    (tmp_path / "broken_module.py").write_text("raise RuntimeError('no licence')\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit) as status:
         main(["convert-report", argument])
     assert status.value.code == 2
