@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from functools import lru_cache
 from importlib import metadata
@@ -28,9 +29,23 @@ _PACKAGES = (
 
 
 def cache_folder(name: str) -> Path:
-    """``$XDG_CACHE_HOME/effdense/NAME``, for what is made once per machine."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """``$XDG_CACHE_HOME/effdense/NAME``, for what is made once per machine.
+
+    Of a user without a home, as in some containers, a folder of this process alone.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache:
+        try:
+            cache = str(Path.home() / ".cache")
+        except RuntimeError:
+            cache = _own_folder()
     return Path(cache) / "effdense" / name
+
+
+@lru_cache(maxsize=1)
+def _own_folder() -> str:
+    # nobody else may write where libraries are loaded from
+    return tempfile.mkdtemp(prefix="effdense-")
 
 
 def usable_cores() -> int:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from effdense.backends import cpu_library, select
 from effdense.backends.base import Deferred, Normalization, PendingNorm, Rebuild, Statistics
 from effdense.backends.cpu_backend import CpuBackend
 from effdense.backends.torch_backend import TorchBackend
+from effdense.machine import environment as machine
 from tests.helpers.compare import assert_close
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -298,6 +300,26 @@ def test_types_and_devices_without_loops(unloaded: Path) -> None:
     with pytest.raises(ValueError, match=r"float32 or float64 on a CPU, got torch.bfloat16"):
         select.get_backend("cpu", CPU, torch.bfloat16)
     assert select.get_backend("auto", CPU, torch.bfloat16).name == "torch"
+
+
+def test_a_user_without_a_home_has_a_cache_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(uid: int) -> Any:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    machine._own_folder.cache_clear()
+    try:
+        folder = machine.cache_folder("loops")
+        assert folder == machine.cache_folder("loops")
+        assert folder.is_relative_to(tmp_path)
+        assert [made.stat().st_mode & 0o777 for made in tmp_path.iterdir()] == [0o700]
+    finally:
+        machine._own_folder.cache_clear()
 
 
 @pytest.mark.slow
