@@ -274,8 +274,8 @@ class WorkDir:
 
     def close(self) -> None:
         """Let other runs have the folder, which is taken away if it is new and empty."""
-        if self._is_new and [path.name for path in self.path.iterdir()] == [".lock"]:
-            with suppress(OSError):
+        with suppress(OSError):  # somebody may have removed it
+            if self._is_new and [path.name for path in self.path.iterdir()] == [".lock"]:
                 (self.path / ".lock").unlink()
                 self.path.rmdir()
                 if self.path.parent == Path("runs"):

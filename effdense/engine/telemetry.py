@@ -1,8 +1,8 @@
 """Memory of every process during a run, and what its GPU's driver says: system.csv.
 
 One row per process, at every ``--system-interval`` steps and at each epoch's end. A cell is
-empty where there is nothing to say: on a processor, or where the driver doesn't answer.
-Nothing here stops a run.
+empty where there is nothing to say: on a processor, or where the driver doesn't answer, which
+stops no run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..machine.memory import peak_resident_bytes, resident_bytes
-from .distributed import World, gathered_on_main
+from .distributed import World, all_or_none, gathered_on_main
 from .records import LOG_COLUMNS, CsvLog
 
 # Bytes but for the last three; "peak" is since the process began.
@@ -43,13 +43,18 @@ class Telemetry:
         """Record if it is time; ``step`` counts from 1 over all epochs, ``last`` of its epoch.
 
         A collective: every process calls it for the same steps.
+
+        Raises:
+            UserError: where the disk refuses, on every process.
         """
         if not self._interval or not (last or step % self._interval == 0):
             return
-        for rank, found in enumerate(gathered_on_main(self._figures())):
+        everyone = gathered_on_main(self._figures())
+        with all_or_none():
             if self._log is not None:
-                cells = {name: found.get(name) for name in SYSTEM_COLUMNS[3:]}
-                self._log.add(epoch=epoch, step=step, rank=rank, **cells)
+                for rank, found in enumerate(everyone):
+                    cells = {name: found.get(name) for name in SYSTEM_COLUMNS[3:]}
+                    self._log.add(epoch=epoch, step=step, rank=rank, **cells)
 
     def _figures(self) -> dict[str, float]:
         found: dict[str, float] = {

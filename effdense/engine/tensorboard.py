@@ -22,7 +22,18 @@ def require_tensorboard() -> None:
 
 
 def add_scores(folder: Path, epoch: int, train: Score, test: Score, speed: Speed) -> None:
-    """Write an epoch's scores; what was there of it and of later ones is replaced."""
+    """Write an epoch's scores; what was there of it and of later ones is replaced.
+
+    Raises:
+        UserError: where the file system refuses.
+    """
+    try:
+        _write(folder, epoch, train, test, speed)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+
+
+def _write(folder: Path, epoch: int, train: Score, test: Score, speed: Speed) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     # TensorBoard drops what a purged step and later ones had before

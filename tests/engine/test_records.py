@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from PIL import Image
 from effdense.engine import plots
 from effdense.engine.distributed import World
 from effdense.engine.options import ResolvedConfig, TrainConfig
+from effdense.engine.progress import Speed
 from effdense.engine.records import CsvLog, WorkDir, write_atomically
+from effdense.engine.scores import Score
 from effdense.engine.standings import Standings
+from effdense.engine.tensorboard import add_scores
 from effdense.errors import UserError
 from effdense.machine import environment as machine
 
@@ -151,6 +155,21 @@ def test_what_torchrun_restarts_keeps_what_it_began(
         again = WorkDir.claim(config(path, overwrite=True), launch=launch)
         assert (path / "config.yaml").exists() == stays
         again.close()
+
+
+def test_a_work_dir_that_is_removed_meanwhile(tmp_path: Path) -> None:
+    work_dir = WorkDir.claim(config(tmp_path / "run"))
+    shutil.rmtree(work_dir.path)
+    work_dir.close()
+    assert not work_dir.path.exists()
+
+
+def test_a_folder_for_tensorboard_that_cannot_be_written(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("")
+    score = Score(1.0, 2.0, 3)
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard: File exists"):
+        add_scores(tmp_path / "tensorboard", 1, score, score, Speed(3, 1.0, 0.0, 1))
 
 
 def test_without_a_work_dir_every_run_has_its_own(

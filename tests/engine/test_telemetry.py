@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from effdense.engine import telemetry
+from effdense.engine import distributed, telemetry
 from effdense.engine.distributed import World
 from effdense.engine.options import TrainConfig
 from effdense.engine.telemetry import SYSTEM_COLUMNS, Gpu, Telemetry
 from effdense.engine.training import train
+from effdense.errors import UserError
 from effdense.machine.memory import peak_resident_bytes, resident_bytes
 from tests.helpers.launch import REPOSITORY, Launch
 
@@ -152,6 +153,26 @@ def test_no_interval_no_file(tmp_path: Path) -> None:
     work_dir = tmp_path / "run"
     train(TrainConfig(**small, epochs=1, device="cpu", system_interval=0, work_dir=work_dir))
     assert not (work_dir / "system.csv").exists()
+
+
+def test_a_disk_that_refuses_a_row_stops_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def add(self, **row: Any) -> None:
+            raise UserError("cannot write system.csv: No space left on device")
+
+    said: list[str] = []
+
+    def gathered(own: str) -> list[str]:
+        said.append(own)
+        return [said[0], own]
+
+    monkeypatch.setattr(distributed, "gathered", gathered)
+    log: Any = Full()
+    for rank, its_log in enumerate((log, None)):
+        world = World(rank, 2, rank, 2, torch.device("cpu"), "gloo")
+        with pytest.raises(UserError, match="No space left"):
+            Telemetry(world, 1, its_log).after_step(1, 1, False)
+    assert said[1] == ""
 
 
 class _Log:
