@@ -177,6 +177,8 @@ def test_images_are_mixed_alike_by_any_number_of_processes(processes: int) -> No
     for rank in range(processes):
         found.append([])
         trainer = Watched(network, config, world, Classification(tuple("abcdefghij")))
+        # made in a world of one process: there is no other to meet
+        assert trainer.model is network
         trainer.world = World(rank, processes, rank, processes, torch.device("cpu"), None)
         split = InMemory(batch, labels, Normalization((0.0,) * 3, (1.0,) * 3))
         trainer.config = dataclasses.replace(config, batch_size=10)
