@@ -48,6 +48,8 @@ class Options:
 
 
 def run(options: Options) -> None:
+    if options.output.is_dir():
+        raise UserError(f"cannot write {options.output}: it is a folder")
     text = options.output.with_suffix(".dot")
     if not text.parent.is_dir():
         raise UserError(f"cannot write {text}: there is no folder {text.parent}")

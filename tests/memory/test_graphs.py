@@ -182,6 +182,8 @@ def test_without_graphviz_the_text_is_there(
         (["densenet_bc", "--image-size", "2"], "refuses input of shape"),
         (["densenet_bc", "--nesting", "0"], "positive integer"),
         (["densenet_bc", "-o", "nowhere/x.svg"], "no folder nowhere"),
+        (["densenet_bc", "-o", "."], "cannot write .: it is a folder"),
+        (["densenet_bc", "-o", ".."], "cannot write ..: it is a folder"),
         (["torch.nn:Identity"], "no convolution"),
     ],
 )
