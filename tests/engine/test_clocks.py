@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from effdense.engine.checkpoint import CheckpointStore, Position
+from effdense.engine.plots import read
 from tests.helpers import meddlers
 from tests.helpers.ranks import RUN, Ranks, final_state, wait_for
 
@@ -51,6 +52,8 @@ def test_clocks_that_differ_and_jump(tmp_path: Path, uninterrupted: Path) -> Non
         assert f"going on from epoch {newest.epoch}" in ranks.said()
     assert final_state(tmp_path / "run") == final_state(uninterrupted)
     assert "-" not in (tmp_path / "run" / "speed.csv").read_text()
+    # over the start of a process that did nothing before
+    assert min(read(uninterrupted / "speed.csv", ["memory_mib"])["memory_mib"]) > 1
 
 
 # ------------------------------------------------------- folders that can only be read
