@@ -409,18 +409,18 @@ def average_running_statistics(model: nn.Module) -> None:
 
     Batch statistics are those of each process's share of the batch, so the running ones drift
     apart. Averaged before each evaluation, every process evaluates, and rank 0 saves, the same
-    network, whose statistics have seen all shares.
+    network, whose statistics have seen all shares. Those that are the same on every process, as
+    of frozen norms, stay as they are.
     """
-    if not dist.is_initialized():
-        return
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
-        same = [buffer for buffer in buffers if buffer.dtype == dtype]
-        flat = torch.cat([buffer.flatten() for buffer in same])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for buffer, mean in zip(same, flat.split([b.numel() for b in same]), strict=True):
-            buffer.copy_(mean.view_as(buffer))
+    if not dist.is_initialized() or not buffers:
+        return
+    # in float64 the sum of equal float32 numbers, and so their mean, is exact
+    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
 
 
 def data_parallel(model: nn.Module, world: World) -> nn.Module:

@@ -59,3 +59,28 @@ def test_running_statistics_are_averaged_each_in_its_place(monkeypatch: pytest.M
         moved = 0.5 if buffer.is_floating_point() else 0
         assert torch.equal(buffer, before[name] + moved), name
         assert buffer.dtype == before[name].dtype
+
+
+@pytest.mark.parametrize("processes", [3, 7, 64])
+def test_statistics_that_are_the_same_everywhere_stay(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of frozen norms, bit for bit, however often they are averaged."""
+
+    def all_reduce(flat: torch.Tensor) -> None:
+        own = flat.clone()
+        for _ in range(processes - 1):
+            flat += own
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: processes)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    norms = torch.nn.ModuleList(torch.nn.BatchNorm1d(1000) for _ in range(3))
+    norms[1].bfloat16()
+    for buffer in norms.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(-3, 3)
+    before = [buffer.clone() for buffer in norms.buffers()]
+    average_running_statistics(norms)
+    assert all(map(torch.equal, norms.buffers(), before))
+    average_running_statistics(torch.nn.Linear(2, 2))
