@@ -35,6 +35,14 @@ _SUM_ROWS = 256
 _ALIGNMENT = 64
 
 
+_MOST_THREADS = 1024
+"""As loops/sums.h has room for."""
+
+
+def _threads() -> int:
+    return min(torch.get_num_threads(), _MOST_THREADS)
+
+
 class _Norm(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("mean", "rstd", "scale", "shift")]
 
@@ -166,12 +174,12 @@ class CpuBackend(TorchBackend):
         self._library = load(dtype)
 
     def dropout_mask(self, key: Tensor, p: float, out: Tensor) -> None:
-        sizes = torch.get_num_threads(), out.numel()
+        sizes = _threads(), out.numel()
         self._library.call("dropout_mask", *sizes, key, threshold(p), kept_value(p), out)
 
     def statistics(self, x: Tensor, out: Statistics) -> None:
         rows, c = x.shape
-        threads = torch.get_num_threads()
+        threads = _threads()
         scratch = _Scratch(x, [threads * 4 * c], [])
         rest = (x.stride(0), _SUM_ROWS, *scratch.areas, *out)
         self._library.call("statistics", threads, rows, c, address(x), *rest)
@@ -180,7 +188,7 @@ class CpuBackend(TorchBackend):
         strides = x.stride(0), out.stride(0)
         self._library.call(
             "bn_relu",
-            torch.get_num_threads(),
+            _threads(),
             *x.shape,
             address(x),
             strides[0],
@@ -219,7 +227,7 @@ class CpuBackend(TorchBackend):
             z = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             self.bn_relu(x, norm, z)
         rows, c = x.shape
-        threads = torch.get_num_threads()
+        threads = _threads()
         direct, s, t = _sums(x, c, channels)
         scratch = _Scratch(x, [threads * 2 * c], [threads * 2 * c])
         self._library.call(
@@ -256,7 +264,7 @@ class CpuBackend(TorchBackend):
         scratch = _Scratch(x, [], [2 * x.shape[1]])
         self._library.call(
             "bn_relu_backward_apply",
-            torch.get_num_threads(),
+            _threads(),
             *x.shape,
             address(x),
             x.stride(0),
@@ -274,7 +282,7 @@ class CpuBackend(TorchBackend):
         statistics: Statistics | None,
     ) -> None:
         weight = weight.to(x.dtype)
-        (rows, c), b, threads = x.shape, weight.shape[0], torch.get_num_threads()
+        (rows, c), b, threads = x.shape, weight.shape[0], _threads()
         scratch = _Scratch(
             x,
             [threads * 4 * b],
@@ -306,7 +314,7 @@ class CpuBackend(TorchBackend):
         deferred: Deferred | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         weight = weight.to(x.dtype)
-        (rows, c), b, threads = x.shape, weight.shape[0], torch.get_num_threads()
+        (rows, c), b, threads = x.shape, weight.shape[0], _threads()
         tile = _TILE_ROWS * _PANEL_LINES * _whole_lines(x, 1)
         earlier, before = 0, torch.empty(0)
         if rebuild is not None:
@@ -356,7 +364,7 @@ class CpuBackend(TorchBackend):
         shape: tuple[int, ...],
         out: Tensor,
     ) -> None:
-        threads = torch.get_num_threads()
+        threads = _threads()
         lines, sizes = self._line_tiles(weight, shape, threads)
         scratch = _Scratch(source, [], sizes)
         u, *areas = scratch.areas
@@ -374,7 +382,7 @@ class CpuBackend(TorchBackend):
         dz: Tensor | None,
         d: Tensor | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        threads, b = torch.get_num_threads(), weight.shape[1]
+        threads, b = _threads(), weight.shape[1]
         lines, (transformed, *of_threads) = self._line_tiles(weight, shape, threads)
         du = threads * transformed if need_weight else 0
         scratch = _Scratch(
@@ -456,7 +464,7 @@ class CpuBackend(TorchBackend):
         window: Sequence[int],
         out: Tensor,
     ) -> None:
-        threads, c = torch.get_num_threads(), x.shape[1]
+        threads, c = _threads(), x.shape[1]
         scratch = _Scratch(x, [threads * c], [threads * c])
         self._library.call(
             "bn_relu_pool", threads, _Pool(x, norm, shape, window), *scratch.areas, out
@@ -473,7 +481,7 @@ class CpuBackend(TorchBackend):
         pooled: Tensor | None,
         channels: Channels,
     ) -> tuple[Tensor, Tensor]:
-        threads, c = torch.get_num_threads(), x.shape[1]
+        threads, c = _threads(), x.shape[1]
         direct, s, t = _sums(x, c, channels)
         scratch = _Scratch(x, [threads * 3 * c], [threads * 5 * c])
         self._library.call(
@@ -504,7 +512,7 @@ class CpuBackend(TorchBackend):
         scratch = _Scratch(x, [], [2 * x.shape[1]])
         self._library.call(
             "finish_gradient",
-            torch.get_num_threads(),
+            _threads(),
             *x.shape,
             d,
             d.stride(0),

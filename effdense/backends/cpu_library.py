@@ -54,9 +54,11 @@ class Library:
         """
         function = self._functions.get(name)
         if function is None:
-            function = self._functions[name] = getattr(self._library, name)
+            function = getattr(self._library, name)
             function.argtypes = [_KINDS.get(type(a), ctypes.c_void_p) for a in arguments]
             function.restype = None
+            # last: another thread may be waiting for it
+            self._functions[name] = function
         given = [a if type(a) in _AS_GIVEN else _pointer(a) for a in arguments]
         if torch.autograd._profiler_enabled():
             # no operation of torch's, so a profiler wouldn't see it
@@ -99,10 +101,10 @@ def is_compiled(dtype: torch.dtype) -> bool:
 
 def _target(real: str) -> tuple[Path, list[str]]:
     """Where the library is kept, and the command that makes it but for its files."""
-    compiler = next(filter(None, map(shutil.which, compilers())), None)
-    if compiler is None:
+    compiler = find_compiler()
+    if not compiler:
         raise CannotLoad("there is no C compiler (cc, gcc or clang on PATH, or $CC)")
-    command = [compiler, *_FLAGS, *_MATH, f"-DREAL={real}"]
+    command = [*compiler, *_FLAGS, *_MATH, f"-DREAL={real}"]
     identity = [
         *[path.read_text() for path in sorted(_SOURCES.glob("*.[ch]"))],
         *command,
@@ -141,8 +143,20 @@ def _compiled(real: str) -> Path:
 
 
 def compilers() -> list[str]:
+    """Command lines of C compilers that may be there, the preferred first."""
     chosen = os.environ.get("CC")
     return [chosen] if chosen else ["cc", "gcc", "clang"]
+
+
+def find_compiler() -> list[str]:
+    """The words that call the first of them that is there ("ccache gcc" are two); none if none."""
+    for line in compilers():
+        # a path may have spaces in it
+        for words in ([line], line.split()):
+            path = shutil.which(words[0]) if words else None
+            if path is not None:
+                return [path, *words[1:]]
+    return []
 
 
 def _processor() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import torch
 from ..autocast import computing_in
 from ..backends import select
 from ..backends.cpu_library import DTYPES as LOOP_DTYPES
-from ..backends.cpu_library import compilers
+from ..backends.cpu_library import compilers, find_compiler
 from ..backends.precision import tf32_convolutions
 from ..errors import first_line
 from ..machine import environment as machine
@@ -67,13 +66,14 @@ def _machine() -> Iterator[tuple[str, str]]:
 
 
 def _compiler() -> str:
-    path = next(filter(None, map(shutil.which, compilers())), None)
-    if path is None:
+    words = find_compiler()
+    if not words:
         return f"none ({', '.join(compilers())} not on PATH)"
+    called = " ".join(words)
     with suppress(OSError, subprocess.SubprocessError):
-        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10)
-        return f"{path}: {first_line(said.stdout or 'no version')}"
-    return path
+        said = subprocess.run([*words, "--version"], capture_output=True, text=True, timeout=10)
+        return f"{called}: {first_line(said.stdout or 'no version')}"
+    return called
 
 
 def _devices() -> Iterator[tuple[str, str]]:

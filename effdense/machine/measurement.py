@@ -172,7 +172,7 @@ def in_fresh_process(
         said = first_line(
             (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         )
-        return {"error": said, "out_of_memory": "MemoryError" in said[-1]}
+        return {"error": said, "out_of_memory": "MemoryError" in said}
     return found
 
 

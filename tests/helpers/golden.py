@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 import effdense
 from effdense import TrainConfig
 from effdense.backends.cpu_library import DTYPES as LOOP_DTYPES
-from effdense.backends.cpu_library import compilers
+from effdense.backends.cpu_library import find_compiler
 from effdense.choices import BackendName
 from effdense.engine.trainer import Step, Trainer
 from effdense.machine.environment import processor
@@ -202,8 +201,9 @@ def facts(backend: str) -> dict[str, str]:
     packages = ("torch", "torchvision", "numpy", "pillow", "scikit-learn")
     environment |= {package: metadata.version(package) for package in packages}
     if backend == "cpu":
-        compiler = next(filter(None, map(shutil.which, compilers())))
-        said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+        said = subprocess.run(
+            [*find_compiler(), "--version"], capture_output=True, text=True, check=True
+        )
         environment["compiler"] = said.stdout.splitlines()[0]
     return environment
 

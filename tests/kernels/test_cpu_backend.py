@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effdense.backends import cpu_library, select
+from effdense.backends import cpu_backend, cpu_library, select
 from effdense.backends.base import Deferred, Normalization, PendingNorm, Rebuild, Statistics
 from effdense.backends.cpu_backend import CpuBackend
 from effdense.backends.torch_backend import TorchBackend
@@ -267,6 +267,29 @@ def test_the_loops_for_lesser_processors(
     for shape in ((3, 7, 5), (2, 2, 7, 40)):
         test_the_convolution_and_its_backward_equal_torch(shape, 11, 4)
     assert len(list((unloaded / "effdense" / "loops").iterdir())) == 1
+
+
+def test_a_compiler_may_be_called_through_another_program(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = unloaded / "a cache"
+    own.write_text('#!/bin/sh\necho "$1" > "$0".called\nexec "$@"\n')
+    own.chmod(0o755)
+    monkeypatch.setenv("CC", str(own))
+    assert cpu_library.find_compiler() == [str(own)]
+    monkeypatch.setenv("PATH", str(unloaded), prepend=os.pathsep)
+    own.rename(unloaded / "cache")
+    monkeypatch.setenv("CC", "cache cc -O1")
+    assert cpu_library.find_compiler() == [str(unloaded / "cache"), "cc", "-O1"]
+    assert select.get_backend("cpu", CPU, torch.float32).name == "cpu"
+    assert (unloaded / "cache.called").read_text() == "cc\n"
+
+
+def test_the_loops_have_room_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    header = (cpu_library._SOURCES / "sums.h").read_text()
+    assert f"MOST_THREADS = {cpu_backend._MOST_THREADS}" in header
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5000)
+    assert cpu_backend._threads() == cpu_backend._MOST_THREADS
 
 
 # as Apple's clang says it
