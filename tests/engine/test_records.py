@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from effdense.engine import plots
+from effdense.engine import lock, plots
 from effdense.engine.distributed import World
 from effdense.engine.options import ResolvedConfig, TrainConfig
 from effdense.engine.progress import Speed
@@ -162,6 +164,23 @@ def test_a_work_dir_that_is_removed_meanwhile(tmp_path: Path) -> None:
     shutil.rmtree(work_dir.path)
     work_dir.close()
     assert not work_dir.path.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Lustre mounted without flock, and NFS whose server's lock daemon is away."""
+
+    def lockf(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock.fcntl, "lockf", lockf)
+    before = os.listdir("/proc/self/fd")
+    said = f"cannot lock .*run: {os.strerror(number)}; choose a --work-dir on another file system"
+    with pytest.raises(UserError, match=said):
+        WorkDir.claim(config(tmp_path / "run"))
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_folder_for_tensorboard_that_cannot_be_written(tmp_path: Path) -> None:
