@@ -68,13 +68,14 @@ def _before_block(network: nn.Module, count: int) -> set[str]:
     return set(names[: last + 1])
 
 
-def set_training(network: nn.Module) -> None:
+def set_training(network: nn.Module, config: ResolvedConfig) -> None:
     """Put a network into training mode, but for its frozen norms."""
     network.train()
     for module in network.modules():
         if isinstance(module, _NORM):
             own = [parameter.requires_grad for parameter in module.parameters()]
-            if own and not any(own):
+            # without weights of its own a norm is frozen by its option alone
+            if not any(own) and (own or config.freeze_norms):
                 module.eval()
 
 

@@ -94,7 +94,7 @@ def take_step(
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             held = torch.empty(copies * bucket_bytes(network), dtype=torch.uint8, device=device)
-            set_training(network)
+            set_training(network, config)
             x = torch.zeros(tuple(shape), device=device)
             target = torch.zeros(shape[0], dtype=torch.int64, device=device)
             with unsynchronised(), torch.autocast(device.type, dtype, enabled=dtype is not None):

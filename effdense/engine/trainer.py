@@ -291,7 +291,7 @@ class Trainer:
         images = torch.randn(shape, generator=generator, device=device)
         if self.config.channels_last:
             images = images.contiguous(memory_format=self._channels_last)
-        set_training(self.network)
+        set_training(self.network, self.config)
         with self.autocast(), self._known_images(batch_size, 0, part_size):
             return str(cuda_graphs(self.network, images))
 
@@ -319,7 +319,7 @@ class Trainer:
         if self.world.world_size == 1:
             return
         before = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
-        set_training(self.network)
+        set_training(self.network, self.config)
         images = torch.zeros((2, *image_shape), device=self.world.device)
         with self.autocast():
             self.model(images).sum().backward()
@@ -356,7 +356,7 @@ class Trainer:
             # what dropout draws must differ between processes
             torch.manual_seed(random_key("dropout", config.seed, epoch, world.rank))
         self.model.train()
-        set_training(self.network)
+        set_training(self.network, self.config)
         self.waited = 0.0
         fetched = self._fetched(split.batches(shares, epoch, world.device))
         for step, (images, labels) in enumerate(progress.steps(fetched, len(batches), done), done):

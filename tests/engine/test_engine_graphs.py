@@ -64,7 +64,7 @@ def steps(graphs: Any, **options: Any) -> list[torch.Tensor]:
         trainer = Trainer(network, config, world, Classification(tuple("abcde")))
         said = trainer.capture((3, 8, 8))
         assert (said is None) == (graphs == "off")
-        set_training(network)
+        set_training(network, config)
         found = []
         torch.manual_seed(5)
         size = config.batch_size

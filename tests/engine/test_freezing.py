@@ -19,7 +19,8 @@ from effdense.engine.options import TrainConfig
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_blocks_are_frozen_with_all_before_the_next(count: int) -> None:
     network: Any = effdense.densenet_bc(10, 2)
-    said = freeze(network, TrainConfig(data="fake", freeze=str(count)).resolved())
+    config = TrainConfig(data="fake", freeze=str(count)).resolved()
+    said = freeze(network, config)
     frozen = {name.split(".")[1] for name, p in network.named_parameters() if not p.requires_grad}
     learns = {name.split(".")[1] for name, p in network.named_parameters() if p.requires_grad}
     parts = ["conv0", "denseblock1", "transition1", "denseblock2", "transition2", "denseblock3"]
@@ -28,9 +29,18 @@ def test_blocks_are_frozen_with_all_before_the_next(count: int) -> None:
     total = sum(p.numel() for p in network.parameters())
     left = sum(p.numel() for p in network.parameters() if p.requires_grad)
     assert said == f"{left:,} of {total:,} parameters learn"
-    set_training(network)
+    set_training(network, config)
     assert not network.features.denseblock1.denselayer1.norm1.training
     assert network.features.norm5.training
+
+
+def test_norms_without_weights_are_frozen_too() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4, affine=False))
+    for freeze_norms in (True, False):
+        config = TrainConfig(data="fake", freeze_norms=freeze_norms).resolved()
+        freeze(network, config)
+        set_training(network, config)
+        assert [module.training for module in network] == [True, not freeze_norms]
 
 
 def test_the_average_becomes_the_network_and_then_follows_it() -> None:
