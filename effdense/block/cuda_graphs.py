@@ -149,8 +149,10 @@ class _CudaDevice:
         """
         torch.cuda.set_stream(stream)
         index = self._device.index
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(index, self._pool)
+        # as torch 2.7 calls it, and later ones
+        for name in ("_cuda_endAllocateCurrentStreamToPool", "_cuda_endAllocateToPool"):
+            with suppress(RuntimeError, AttributeError):
+                getattr(torch._C, name)(index, self._pool)
         with suppress(RuntimeError):
             generator = torch.cuda.default_generators[index]
             fresh = torch.Generator(self._device)

@@ -545,7 +545,11 @@ def test_a_capture_that_fails_leaves_the_device_as_it_was(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream before")
     monkeypatch.setattr(torch.cuda, "graph", Graph)
     monkeypatch.setattr(torch.cuda, "set_stream", calls.append)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: calls.append(given))
+    names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
+    for name in names:
+        monkeypatch.delattr(torch._C, name, raising=False)
+    end: Any = lambda *given: calls.append(given)  # noqa: E731
+    monkeypatch.setattr(torch._C, names[0], end, raising=False)
     monkeypatch.setattr(torch.cuda, "default_generators", [None, old])
     monkeypatch.setattr(torch, "Generator", lambda device: fresh)
     device = cuda_graphs._CudaDevice(torch.device("cuda", 1))
