@@ -221,7 +221,7 @@ def test_labels_that_change_are_refused(workers: int) -> None:
 
 def test_test_data_of_other_classes_are_refused() -> None:
     train, test = Held(20, NUMBERS), Held(20, NUMBERS)
-    test.classes = list("abd")
+    test.classes = list("abx")
     with pytest.raises(ValueError, match="the classes of the training data, a, b, c, must be"):
         own_data(train, test, 0, 0)
 
