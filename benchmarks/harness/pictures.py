@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from effdense.machine.environment import threads_in_words
+
 from . import results
 from .results import Row
 
@@ -64,8 +66,7 @@ def picture(draw: Draw, paths: Sequence[Path], output: Path) -> None:
 def _origin(rows: Sequence[Row]) -> str:
     row = rows[0]
     threads = " or ".join(sorted({row["threads"] for row in rows}))
-    plural = "" if threads == "1" else "s"
-    machine = row["gpu"] or f"{row['processor']}, {threads} thread{plural}"
+    machine = row["gpu"] or f"{row['processor']}, {threads_in_words(threads)}"
     return (
         f"{machine}; torch {row['torch']}; effdense {row['effdense']} ({row['git_revision']}); "
         f"{row['date'][:10]}"

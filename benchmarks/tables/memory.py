@@ -111,8 +111,8 @@ def predictions(kept: Kept) -> str:
 
 def timelines(kept: Kept) -> str:
     """The highest moments of live tensors of a volume's step."""
-    found = Kept(row for row in kept.rows if row["benchmark"] == "timeline")
-    found = Kept(row for row in found.rows if row["spatial_dims"] == "3")
+    about = {"benchmark": "timeline", "spatial_dims": "3"}
+    found = Kept(row for row in kept.rows if about.items() <= row.items())
     cells, sources = [], []
     for name in found.values("provider"):
         rows = found.newest(provider=name)

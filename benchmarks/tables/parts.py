@@ -9,6 +9,7 @@ from harness.case import Case
 from harness.kept import source_of
 from harness.results import Row, quantiles
 
+from effdense.machine.environment import threads_in_words
 from effdense.machine.tables import table
 
 NAMES = {
@@ -51,8 +52,7 @@ def seconds(rows: Sequence[Row]) -> str:
 
 def threads_of(row: Row) -> str:
     """Such as "2 threads"; nothing where it isn't known."""
-    plural = "" if row["threads"] == "1" else "s"
-    return f"{row['threads']} thread{plural}" if row["threads"] else ""
+    return threads_in_words(row["threads"]) if row["threads"] else ""
 
 
 def sources_of(rows: Iterable[Row]) -> str:

@@ -81,20 +81,18 @@ def cuda_graphs(model: nn.Module, *inputs: Any) -> CudaGraphs:
     Raises:
         ValueError: where no input is a tensor on a GPU.
     """
-    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     tensors = [each for each in inputs if isinstance(each, Tensor)]
     if not tensors:
         raise ValueError("cuda_graphs needs an input that is a tensor, of a training step's shape")
-    recording = Recording(_device(tensors[0]), model)
+    recording = Recording(_device(tensors[0]), inner)
     try:
-        if wrapped and not recording.device.records_stale_streams():
+        if inner is not model and not recording.device.records_stale_streams():
             raise CannotCapture(
                 "this version of torch can't capture what DistributedDataParallel holds: call "
                 "cuda_graphs before it takes the model"
             )
-        recording.run(lambda: model(*inputs))
+        recording.run(lambda: inner(*inputs))
     except CannotCapture as error:
         fault = first_line(error)
         warnings.warn(f"effdense: CUDA graphs are not used: {fault}", RuntimeWarning, stacklevel=2)

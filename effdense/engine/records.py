@@ -74,7 +74,8 @@ _PARTIAL = re.compile(rf"\.[0-9]+-({'|'.join(map(re.escape, _RUN_FILES))})")
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Within it a file system that refuses to write ``path`` is a UserError."""
     try:
         yield
     except OSError as error:
@@ -89,7 +90,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     # the suffix stays last: matplotlib chooses the format by it
     partial = path.with_name(f".{os.getpid()}-{path.name}")
-    with _writing(path):
+    with writing(path):
         try:
             write(partial)
             with partial.open("rb") as file:
@@ -109,7 +110,7 @@ def write_output(path: Path, write: Callable[[Path], object]) -> None:
         UserError: where the file system refuses.
     """
     if path.exists() and not path.is_file():
-        with _writing(path):
+        with writing(path):
             write(path)
         return
     write_atomically(Path(os.path.realpath(path)) if path.is_symlink() else path, write)
@@ -132,14 +133,14 @@ class CsvLog:
     def add(self, **row: float | None) -> None:
         """Append one row and see it on disk; ``row`` names every column, None leaves it empty."""
         assert set(row) == set(self._columns)
-        with _writing(self._path), self._path.open("a", newline="") as file:
+        with writing(self._path), self._path.open("a", newline="") as file:
             file.write(_csv_line([row[column] for column in self._columns]))
             file.flush()
             flush(file.fileno())
 
     def text(self) -> str:
         """The whole file."""
-        with _writing(self._path), self._path.open(newline="") as file:
+        with writing(self._path), self._path.open(newline="") as file:
             return file.read()
 
 
@@ -195,7 +196,7 @@ class WorkDir:
             UserError: if another process is at work in it, if it holds a run that this one
                 cannot go on with, or if it cannot be written.
         """
-        with _writing(config.work_dir or Path("runs")):
+        with writing(config.work_dir or Path("runs")):
             if config.work_dir is None:
                 begun = _begun_before(Path("runs"), config, launch)
                 path, is_new = begun or _first_free(Path("runs"), config.data), begun is None

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from .progress import Speed
+from .records import writing
 from .scores import Score
 
 
@@ -27,22 +28,16 @@ def add_scores(folder: Path, epoch: int, train: Score, test: Score, speed: Speed
     Raises:
         UserError: where the file system refuses.
     """
-    try:
-        _write(folder, epoch, train, test, speed)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
-
-
-def _write(folder: Path, epoch: int, train: Score, test: Score, speed: Speed) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    # TensorBoard drops what a purged step and later ones had before
-    writer: Any = SummaryWriter(str(folder), purge_step=epoch)
-    with writer:
-        for part, score in (("train", train), ("test", test)):
-            shown = {"loss": score.loss, "error": score.error, "samples": score.samples}
-            for name, value in {**shown, **score.metrics}.items():
-                writer.add_scalar(f"{name}/{part}", value, epoch)
-        writer.add_scalar("images per second", speed.images_per_second, epoch)
-        writer.add_scalar("waiting for images (%)", speed.wait_percent, epoch)
-        writer.add_scalar("memory (MiB)", speed.memory / 2**20, epoch)
+    with writing(folder):
+        # TensorBoard drops what a purged step and later ones had before
+        writer: Any = SummaryWriter(str(folder), purge_step=epoch)
+        with writer:
+            for part, score in (("train", train), ("test", test)):
+                shown = {"loss": score.loss, "error": score.error, "samples": score.samples}
+                for name, value in {**shown, **score.metrics}.items():
+                    writer.add_scalar(f"{name}/{part}", value, epoch)
+            writer.add_scalar("images per second", speed.images_per_second, epoch)
+            writer.add_scalar("waiting for images (%)", speed.wait_percent, epoch)
+            writer.add_scalar("memory (MiB)", speed.memory / 2**20, epoch)

@@ -129,12 +129,16 @@ def environment(device: str, threads: int) -> dict[str, Any]:
     }
 
 
+def threads_in_words(number: int | str) -> str:
+    """Such as "1 thread", "1 or 2 threads"."""
+    return f"{number} thread{'' if str(number) == '1' else 's'}"
+
+
 def headline(environment: dict[str, Any]) -> str:
     """The environment in one line, for the top of a table."""
     gpu = f"{environment['gpu']}, " if environment["gpu"] else ""
-    plural = "" if environment["threads"] == 1 else "s"
     return (
-        f"{gpu}{environment['processor']}, {environment['threads']} thread{plural} of "
+        f"{gpu}{environment['processor']}, {threads_in_words(environment['threads'])} of "
         f"{environment['cores']} cores, {environment['memory_bytes'] / 2**30:.1f} GiB, "
         f"torch {environment['torch']}, Python {environment['python']}, "
         f"effdense {environment['effdense']} ({environment['git_revision']})"

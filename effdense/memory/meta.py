@@ -42,6 +42,7 @@ from ..backends.base import (
 )
 from ..backends.cpu_backend import CpuBackend
 from ..backends.cpu_library import DTYPES as LOOP_DTYPES
+from ..backends.layout import room
 from ..backends.norm_sums import ALL_CHANNELS, Channels
 from ..backends.precision import tf32_convolutions
 from ..backends.select import fault, on_meta
@@ -405,8 +406,7 @@ def _convolution(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     double = x.dtype == torch.float64 and (x.dim() == 5 or stands_for() == "cuda")
     if transposed or double or not by_rows:
         return NotImplemented
-    images, channels, *spatial = _aten.convolution.default(*args, **kwargs).shape
-    return _empty((images, *spatial, channels), x.dtype).movedim(-1, 1)
+    return room(x, _aten.convolution.default(*args, **kwargs).shape)
 
 
 def _is_channels_last(x: Tensor) -> bool:
